@@ -1,0 +1,105 @@
+"""
+The switchboard: six operations of a GPT, each in a Triton and in a PyTorch version, chosen by family.
+
+    ops = select("layernorm,attention", torch.device("cuda"))     # the other families stay with PyTorch
+    y = ops.layer_norm(x, weight, bias, 1e-5)
+
+B sequences, T tokens, C channels, N = B * T rows, V vocabulary (weight and logits may hold more, padded, columns):
+
+    layer_norm(x, weight, bias, eps)                        x (..., C)              -> y (..., C)
+    add_layer_norm(x, residual, weight, bias, eps)          x, residual (..., C)    -> y, residual + x
+    linear_gelu(x, weight, bias)                            x (..., C), (4C, C)     -> gelu_tanh(x @ weight.T + bias)
+    causal_attention(qkv, n_head, dropout_p)                qkv (B, T, 3C) packed   -> y (B, T, C)
+    cross_entropy(logits, targets, vocab_size)              logits (N, >= V), (N,)  -> scalar mean loss, nats per token
+    linear_cross_entropy(x, weight, targets, vocab_size)    x (N, C), (>= V, C)     -> the same, no (N, V) tensor kept
+
+The model receives the bundle and never asks what is in it.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError:  # macOS and Windows have no Triton wheel: there the kernels are text, PyTorch does the work
+
+    class _Missing:
+        """Stands for triton and tl while kernel files are imported: every attribute and every call is itself."""
+
+        def __getattr__(self, name):
+            return self
+
+        def __call__(self, *args, **kwargs):
+            return self
+
+    triton = tl = _Missing()
+
+FAMILIES = {  # name on the command line, which is also the file -> its operations
+    "layernorm": ("layer_norm", "add_layer_norm"),
+    "gelu": ("linear_gelu",),
+    "attention": ("causal_attention",),
+    "cross_entropy": ("cross_entropy", "linear_cross_entropy"),
+}
+
+
+class KernelError(Exception):
+    """A choice of kernels that cannot run; the text says what would."""
+
+
+@dataclass(frozen=True)
+class Ops:
+    """The six operations as plain functions; select() fills it."""
+
+    layer_norm: Callable
+    add_layer_norm: Callable
+    linear_gelu: Callable
+    causal_attention: Callable
+    cross_entropy: Callable
+    linear_cross_entropy: Callable
+
+
+def available(device: torch.device) -> tuple[bool, str]:
+    """Whether Triton kernels can run on tensors of this device, and in words why not."""
+    if importlib.util.find_spec("triton") is None:
+        return False, "the package triton is not installed"
+    if device.type == "cuda" or triton.knobs.runtime.interpret:
+        return True, ""
+    return False, f"they need a GPU and this run is on {device.type}"
+
+
+def families(names: str) -> tuple[str, ...]:
+    """The families that "all", "none" or a comma-separated list means. KernelError for a name that does not exist."""
+    if names in ("all", "none"):
+        return tuple(FAMILIES) if names == "all" else ()
+    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    unknown = [name for name in chosen if name not in FAMILIES]
+    if unknown or not chosen:
+        raise KernelError(f"--kernels {names!r}: use all, none, or a comma-separated list of {', '.join(FAMILIES)}")
+    return tuple(name for name in FAMILIES if name in chosen)
+
+
+def select(names: str, device: torch.device | str = "cpu") -> Ops:
+    """
+    The operations with the named families in Triton and the others in PyTorch.
+
+    names:  "all", "none" or a comma-separated list of FAMILIES
+    device: where the tensors will live
+    Raises KernelError for an unknown family, or where Triton cannot run on that device.
+    """
+    chosen = families(names)
+    runs, why_not = available(torch.device(device))
+    if chosen and not runs:
+        raise KernelError(
+            f"--kernels {names} asks for Triton kernels, but {why_not}: "
+            "use --kernels none to train, or set TRITON_INTERPRET=1 to study the kernels on a CPU"
+        )
+    operations = {}
+    for family, functions in FAMILIES.items():
+        module = importlib.import_module(f"kernels.{family}")
+        for name in functions:
+            operations[name] = getattr(module, name if family in chosen else f"{name}_torch")
+    return Ops(**operations)
