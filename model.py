@@ -337,7 +337,7 @@ def from_pretrained(name_or_folder: str, ops: kernels.Ops | None = None) -> GPT:
             "or a folder with config.json and model.safetensors"
         ) from error
     try:
-        config = GPTConfig(theirs["n_layer"], theirs["n_head"], theirs["n_embd"], theirs["n_ctx"], theirs["vocab_size"])
+        config = GPTConfig(theirs["n_layer"], theirs["n_head"], theirs["n_embd"], theirs["n_positions"], theirs["vocab_size"])
         model = GPT(config, ops)
         model.load_state_dict(_from_hugging_face(weights, config))
     except (KeyError, RuntimeError) as error:
@@ -448,11 +448,11 @@ def write_text(options: SampleOptions) -> None:
     print(decoder.flush())
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     from data import clear_errors, parse_options
 
     with clear_errors(ModelError, kernels.KernelError, devices.DeviceError):
-        write_text(parse_options(lambda: tyro.cli(SampleOptions)))
+        write_text(parse_options(lambda: tyro.cli(SampleOptions, args=arguments)))
 
 
 if __name__ == "__main__":

@@ -105,8 +105,8 @@ class Config:
         multiple = self.block_size * processes * (1 if self.micro_batch == "auto" else self.micro_batch)
         if self.batch_tokens % multiple:
             raise RunError(
-                f"--batch-tokens {self.batch_tokens} cannot be cut evenly into {processes} process(es) and micro-batches "
-                f"of {self.micro_batch} sequences of {self.block_size} tokens: it must be a multiple of {multiple}"
+                f"--batch-tokens {self.batch_tokens} cannot be cut evenly into {processes} process(es), --micro-batch "
+                f"{self.micro_batch} and sequences of {self.block_size}: it must be a multiple of {multiple}"
             )
         return self.batch_tokens // self.block_size // processes
 
@@ -350,7 +350,8 @@ def set_up(config: Config, rank: int, local_rank: int, world_size: int):
     sequences = config.sequences_of_one(world_size)
     device = devices.choose_device(config.device, local_rank)
     dtype, ops = devices.choose_dtype(config.dtype, device), choose_kernels(config, device)
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU for the products that stay in float32
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32
     if rank == 0:
         prepare(config)
     if world_size > 1:
@@ -389,10 +390,14 @@ def set_up(config: Config, rank: int, local_rank: int, world_size: int):
 class StopRequest:
     """SIGINT or SIGTERM: the loop finishes its step, saves and ends; a second one exits at once."""
 
-    def __init__(self):
+    def __enter__(self):
         self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._receive)
+        self.before = [(n, signal.signal(n, self._receive)) for n in (signal.SIGINT, signal.SIGTERM)]
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before:
+            signal.signal(number, handler)
 
     def _receive(self, number: int, _frame) -> None:
         if self.signal:
@@ -484,8 +489,8 @@ def train(config: Config, rank: int, local_rank: int, world_size: int) -> int:
         print(f"{config.out_dir} has done its {first} steps: raise --max-steps, or start afresh with --resume never")
         return 0
     run = start_run(trainer, first) if rank == 0 else None
-    stop, stopping = StopRequest(), 0
-    with profiler(config) as profiling:
+    stopping = 0
+    with StopRequest() as stop, profiler(config) as profiling:
         for step in range(first + 1, last + 1):
             inputs, targets = loader.batch(step - 1)
             began = time.perf_counter()
@@ -511,12 +516,14 @@ def train(config: Config, rank: int, local_rank: int, world_size: int) -> int:
     return 128 + stopping if stopping else 0
 
 
-def main() -> None:
-    """The command line; under torchrun, one process of several."""
+def main(arguments: list[str] | None = None) -> None:
+    """The command line, sys.argv by default; under torchrun, one process of several. Ends with SystemExit."""
     rank, local_rank, world_size = (int(os.environ.get(n, "0")) for n in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     world_size = max(1, world_size)
     with data.clear_errors(RunError, gpt.ModelError, kernels.KernelError, devices.DeviceError):
-        config = data.parse_options(lambda: tyro.extras.overridable_config_cli(PRESETS, prog="train_gpt2.py"))
+        config = data.parse_options(
+            lambda: tyro.extras.overridable_config_cli(PRESETS, prog="train_gpt2.py", args=arguments)
+        )
         if world_size > 1:
             dist.init_process_group("nccl" if torch.cuda.is_available() and config.device != "cpu" else "gloo")
         try:
