@@ -329,7 +329,7 @@ def from_pretrained(name_or_folder: str, ops: kernels.Ops | None = None) -> GPT:
             paths = [Path(hf_hub_download(repository, name)) for name in ("config.json", "model.safetensors")]
         else:
             paths = [folder / "config.json", folder / "model.safetensors"]
-        theirs, weights = json.loads(paths[0].read_text()), load_file(paths[1])
+        theirs, weights = json.loads(paths[0].read_text(encoding="utf-8")), load_file(paths[1])
     except (OSError, SafetensorError, ValueError) as error:
         known = ", ".join(PRETRAINED)
         raise ModelError(
@@ -337,7 +337,9 @@ def from_pretrained(name_or_folder: str, ops: kernels.Ops | None = None) -> GPT:
             "or a folder with config.json and model.safetensors"
         ) from error
     try:
-        config = GPTConfig(theirs["n_layer"], theirs["n_head"], theirs["n_embd"], theirs["n_positions"], theirs["vocab_size"])
+        config = GPTConfig(
+            theirs["n_layer"], theirs["n_head"], theirs["n_embd"], theirs["n_positions"], theirs["vocab_size"]
+        )
         model = GPT(config, ops)
         model.load_state_dict(_from_hugging_face(weights, config))
     except (KeyError, RuntimeError) as error:
@@ -418,7 +420,7 @@ class SampleOptions:
                 raise ModelError(f"--{name.replace('_', '-')} is {value}, but must be at least {least}")
 
 
-def write_text(options: SampleOptions) -> None:
+def continue_prompt(options: SampleOptions) -> None:
     """Print samples; what the model is asked comes back in front of what it adds."""
     from data.tokenizer import StreamDecoder, from_spec
 
@@ -452,7 +454,7 @@ def main(arguments: list[str] | None = None) -> None:
     from data import clear_errors, parse_options
 
     with clear_errors(ModelError, kernels.KernelError, devices.DeviceError):
-        write_text(parse_options(lambda: tyro.cli(SampleOptions, args=arguments)))
+        continue_prompt(parse_options(lambda: tyro.cli(SampleOptions, args=arguments)))
 
 
 if __name__ == "__main__":

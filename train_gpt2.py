@@ -85,7 +85,6 @@ class Config:
     profile: bool = False  # write a torch.profiler trace of steps 6 to 8 to trace.json
     wandb: bool = False  # log to Weights & Biases too
     tensorboard: bool = False  # log to TensorBoard too
-    # fmt: on
 
     def __post_init__(self):
         self.shape(vocab_size=1)
@@ -442,13 +441,14 @@ def profiler(config: Config):
     )
 
 
-def sample_text(trainer: Trainer, tokens: tokenizer.Tokenizer, length: int = 500) -> str:
+def sample_text(trainer: Trainer, tokens: tokenizer.Tokenizer, length: int = 300) -> str:
     """A sample of `length` tokens that starts as a document does, or after a line break; the same seed every time."""
     start = tokens.encode("\n").tolist() if tokens.eot is None else [tokens.eot]
     generator = torch.Generator(trainer.device).manual_seed(trainer.config.seed)
     trainer.raw.eval()
     context = torch.tensor([start], device=trainer.device)
-    ids = trainer.raw.generate(context, length, temperature=0.8, generator=generator)
+    with trainer.autocast():
+        ids = trainer.raw.generate(context, length, temperature=0.8, generator=generator)
     trainer.raw.train()
     return tokens.decode(ids[0, len(start) :].tolist())
 
@@ -488,9 +488,9 @@ def train(config: Config, rank: int, local_rank: int, world_size: int) -> int:
     if first >= last:
         print(f"{config.out_dir} has done its {first} steps: raise --max-steps, or start afresh with --resume never")
         return 0
-    run = start_run(trainer, first) if rank == 0 else None
     stopping = 0
-    with StopRequest() as stop, profiler(config) as profiling:
+    running = start_run(trainer, first) if rank == 0 else contextlib.nullcontext()
+    with running as run, StopRequest() as stop, profiler(config) as profiling:
         for step in range(first + 1, last + 1):
             inputs, targets = loader.batch(step - 1)
             began = time.perf_counter()

@@ -70,13 +70,21 @@ class Run:
         self._bar.set_postfix_str(f"loss {record['loss']:.3f}{self._val} {rate}{mfu}", refresh=False)
         self._bar.update()
 
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()  # ends its line, so that what follows, an error say, begins a new one
+        self._log.close()
+
     def finish(self) -> None:
         """The end in the terminal: what the model writes, the figures, and where the files are."""
-        self._bar.close()
         last, rates = self.records[-1], sorted(record["tokens_per_s"] for record in self.records)
+        if "val_loss" in last and (self.folder / "samples.txt").exists():
+            print(
+                (self.folder / "samples.txt").read_text(encoding="utf-8").rpartition(SAMPLE_LINE)[2].partition("\n")[2]
+            )
         if "val_loss" in last:
-            samples = (self.folder / "samples.txt").read_text(encoding="utf-8")
-            print(samples.rpartition(SAMPLE_LINE)[2].partition("\n")[2])
             loss = last["val_loss"]
             print(f"validation loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}")
         print(f"{last['step']:,} steps, {last['tokens']:,} tokens, median {rates[len(rates) // 2]:,.0f} tokens/s")
@@ -119,7 +127,11 @@ class Run:
                 raise hashed.error or error from None  # torch hides that the disk is full
             _write_text(Path(f"{path}.sha256"), hashed.digest.hexdigest())
 
-        write_whole(path, write)
+        try:
+            write_whole(path, write)
+        except OSError as error:
+            reason = f"{path} could not be written ({error.strerror})"
+            raise DataError(f"{reason}: make room on that disk; the checkpoints before it are whole") from error
         for old in checkpoints(self.folder)[keep:]:
             old.unlink()
             Path(f"{old}.sha256").unlink(missing_ok=True)
@@ -165,7 +177,7 @@ def checkpoints(folder: Path) -> list[Path]:
 def load_checkpoint(path: Path) -> dict:
     """A checkpoint, its tensors on the CPU; DataError where the file is missing or damaged."""
     try:
-        expected = Path(f"{path}.sha256").read_text().strip()
+        expected = Path(f"{path}.sha256").read_text(encoding="utf-8").strip()
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != expected:
                 raise DataError(f"{path} is damaged: its sha256 is not the one written beside it")

@@ -28,7 +28,7 @@ def causal_attention_torch(qkv: Tensor, n_head: int, dropout_p: float) -> Tensor
 
 
 def _written_out(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
-    """Two matrix products on (B * H, T, D): in bfloat16 on a CPU, twice the speed of the fused call and its backward."""
+    """Two matrix products on (B * H, T, D): in bfloat16 on a CPU, twice as fast as the fused call and its backward."""
     T, D = q.shape[-2:]
     future = torch.full((T, T), float("-inf"), dtype=q.dtype).triu(1)
     scores = torch.baddbmm(future.expand(len(q), T, T), q, k.transpose(1, 2), alpha=1 / math.sqrt(D))

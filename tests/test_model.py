@@ -62,9 +62,7 @@ def test_logits_loss_and_every_gradient_are_those_of_transformers(theirs):
     their_gradients = gpt._from_hugging_face({name: p.grad for name, p in judge.named_parameters()}, ours.config)
     assert set(their_gradients) == {name for name, _ in ours.named_parameters()}
     for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(
-            parameter.grad, their_gradients[name], rtol=1e-5, atol=1e-5, msg=lambda m: f"{name}: {m}"
-        )
+        torch.testing.assert_close(parameter.grad, their_gradients[name], rtol=1e-5, atol=1e-5)
 
 
 def test_initialisation_is_gpt2s():
