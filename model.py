@@ -18,6 +18,8 @@ Source: Radford et al., "Language Models are Unsupervised Multitask Learners", 2
 import dataclasses
 import json
 import math
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -376,10 +378,9 @@ def load(name: str, ops: kernels.Ops | None = None) -> tuple[GPT, dict]:
     if path.is_file():
         checkpoint = load_checkpoint(path)
     elif (path / "checkpoints").is_dir():
-        found = newest_checkpoint(path)
-        if found is None:
+        _, checkpoint = newest_checkpoint(path)
+        if checkpoint is None:
             raise ModelError(f"{path} holds no whole checkpoint: train_gpt2.py writes one there")
-        checkpoint = found[1]
     if checkpoint is None:
         return from_pretrained(name, ops), {"type": "gpt2"}
     model = GPT(GPTConfig(**checkpoint["config"]), ops)
@@ -411,6 +412,8 @@ class SampleOptions:
     """auto, cpu, cuda, cuda:1, mps"""
     kernels: str = "none"
     """families in Triton: all, none, or a list of layernorm,gelu,attention,cross_entropy"""
+    cache: bool = True
+    """keep keys and values; the text is the same without, and the time is not"""
 
     def __post_init__(self):
         bounds = {"max_new_tokens": 1, "num_samples": 1, "temperature": 0, "top_k": 1, "top_p": 0, "seed": 0}
@@ -438,16 +441,20 @@ def continue_prompt(options: SampleOptions) -> None:
         options.top_k,
         options.top_p,
         torch.Generator(device).manual_seed(options.seed),
+        options.cache,
     )
+    began = time.perf_counter()
     if options.num_samples > 1:
         for sample_ids in torch.stack(list(steps), dim=1).tolist():
             print(options.prompt + tokenizer.decode(sample_ids), "-" * 80, sep="\n")
-        return
-    print(options.prompt, end="", flush=True)
-    decoder = StreamDecoder(tokenizer)
-    for token in steps:
-        print(decoder.feed(token.item()), end="", flush=True)
-    print(decoder.flush())
+    else:
+        print(options.prompt, end="", flush=True)
+        decoder = StreamDecoder(tokenizer)
+        for token in steps:
+            print(decoder.feed(token.item()), end="", flush=True)
+        print(decoder.flush())
+    rate = options.num_samples * options.max_new_tokens / (time.perf_counter() - began)
+    print(f"{rate:,.1f} tokens/s", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -19,7 +19,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -52,7 +51,6 @@ class RunError(Exception):
 class Config:
     """Train a GPT-2."""
 
-    # fmt: off
     data: str = "datasets/fineweb-edu-10B"  # pydocs, shakespeare-char, shakespeare-gpt2, or a folder of shards
     out_dir: str = "runs/gpt2-124m"  # folder of the run
     n_layer: int = 12  # blocks; 0 leaves a bigram model
@@ -132,17 +130,13 @@ CHARACTERS = Config(
 # fmt: on
 
 
-def larger(name: str, n_layer: int, n_head: int, n_embd: int, lr: float) -> Config:
-    return Config(out_dir=f"runs/{name}", n_layer=n_layer, n_head=n_head, n_embd=n_embd, lr=lr)
-
-
 PRESETS = {  # learning rates of the GPT-2 sizes: GPT-3's table 2.1, https://arxiv.org/abs/2005.14165
     "laptop": ("a small GPT in minutes on two CPU cores, no download", LAPTOP),
     "shakespeare-char": ("the 10.8M-parameter character GPT on tiny shakespeare", CHARACTERS),
     "gpt2-124m": ("GPT-2, 10 billion tokens", Config()),
-    "gpt2-350m": ("GPT-2 medium", larger("gpt2-350m", 24, 16, 1024, 3e-4)),
-    "gpt2-774m": ("GPT-2 large", larger("gpt2-774m", 36, 20, 1280, 2.5e-4)),
-    "gpt2-1558m": ("GPT-2 XL", larger("gpt2-1558m", 48, 25, 1600, 2e-4)),
+    "gpt2-350m": ("GPT-2 medium", Config(out_dir="runs/gpt2-350m", n_layer=24, n_head=16, n_embd=1024, lr=3e-4)),
+    "gpt2-774m": ("GPT-2 large", Config(out_dir="runs/gpt2-774m", n_layer=36, n_head=20, n_embd=1280, lr=2.5e-4)),
+    "gpt2-1558m": ("GPT-2 XL", Config(out_dir="runs/gpt2-1558m", n_layer=48, n_head=25, n_embd=1600, lr=2e-4)),
 }
 
 # ----------------------------------------------------------------------------------------------------- pure functions
@@ -263,16 +257,6 @@ def validate(trainer: Trainer, split: shards.Split) -> float:
 # -------------------------------------------------------------------------------------------------------- beginning
 
 
-def prepare(config: Config) -> None:
-    """What one process does for all: prepare a known dataset that is missing; --resume never moves an old run aside."""
-    data.prepare_if_missing(config.data)
-    out_dir = Path(config.out_dir)
-    if config.resume == "never" and out_dir.exists():
-        aside = next(p for i in range(1, 10**6) if not (p := Path(f"{out_dir}.{i}")).exists())
-        out_dir.rename(aside)
-        print(f"the run in {out_dir} is now {aside}")
-
-
 def choose_kernels(config: Config, device: torch.device) -> kernels.Ops:
     """The operations for --kernels; auto: Triton on a GPU, except for attention when there is dropout."""
     names = config.kernels
@@ -296,7 +280,7 @@ def choose_micro_batch(trainer: Trainer, sequences: int) -> int:
             trainer.raw(tokens, tokens).backward()
         del moments
 
-    largest = largest_that_fits(divisors, attempt)
+    largest = devices.largest_that_fits(divisors, attempt)
     trainer.raw.zero_grad(set_to_none=True)
     least = -trainer.over_ranks(torch.tensor(-largest, device=trainer.device), dist.ReduceOp.MAX).item()
     if least == 0:
@@ -304,24 +288,14 @@ def choose_micro_batch(trainer: Trainer, sequences: int) -> int:
     return least
 
 
-def largest_that_fits(candidates: list[int], attempt: Callable[[int], None]) -> int:
-    """The first of the candidates for which attempt() does not run out of memory; 0 when there is none."""
-    for n in candidates:
-        try:
-            attempt(n)
-            return n
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-    return 0
-
-
 def starting_point(config: Config, vocab_size: int) -> dict | None:
     """The checkpoint to go on from, if there is one; RunError where it is of another shape."""
-    named = config.resume not in ("auto", "never")
-    found = (config.resume, load_checkpoint(Path(config.resume))) if named else newest_checkpoint(Path(config.out_dir))
-    if found is None:
+    if config.resume == "auto":
+        path, checkpoint = newest_checkpoint(Path(config.out_dir))
+    elif config.resume != "never":
+        path, checkpoint = config.resume, load_checkpoint(Path(config.resume))
+    if config.resume == "never" or checkpoint is None:
         return None
-    path, checkpoint = found
     wanted = dataclasses.asdict(config.shape(vocab_size))
     theirs = checkpoint["config"]
     differs = [f"{flag(k)} {theirs[k]} there, {v} here" for k, v in wanted.items() if theirs[k] != v and k != "dropout"]
@@ -352,7 +326,7 @@ def set_up(config: Config, rank: int, local_rank: int, world_size: int):
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32
     if rank == 0:
-        prepare(config)
+        data.prepare_if_missing(config.data)
     if world_size > 1:
         dist.barrier()
     train_split, val_split = (shards.open_split(data.folder_of(config.data), name) for name in ("train", "val"))
@@ -473,12 +447,9 @@ def start_run(trainer: Trainer, step: int) -> Run:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"{trainer.raw.parameter_count() / 1e6:.2f}M parameters, vocabulary of {shape.vocab_size:,} tokens")
     print(f"{trainer.world_size} x {device.type} ({name}), {str(trainer.dtype).removeprefix('torch.')}")
-    print(
-        f"{config.batch_tokens:,} tokens a step, {trainer.micro_batch} sequences a micro-step; writing {config.out_dir}"
-    )
-    return Run(
-        Path(config.out_dir), dataclasses.asdict(config), step, config.max_steps, config.wandb, config.tensorboard
-    )
+    print(f"{config.batch_tokens:,} tokens a step, {trainer.micro_batch} sequences a micro-step; into {config.out_dir}")
+    folder, afresh = Path(config.out_dir), config.resume == "never"
+    return Run(folder, dataclasses.asdict(config), step, config.max_steps, afresh, config.wandb, config.tensorboard)
 
 
 def train(config: Config, rank: int, local_rank: int, world_size: int) -> int:
@@ -492,8 +463,8 @@ def train(config: Config, rank: int, local_rank: int, world_size: int) -> int:
     running = start_run(trainer, first) if rank == 0 else contextlib.nullcontext()
     with running as run, StopRequest() as stop, profiler(config) as profiling:
         for step in range(first + 1, last + 1):
-            inputs, targets = loader.batch(step - 1)
             began = time.perf_counter()
+            inputs, targets = loader.batch(step - 1)
             loss, grad_norm = train_step(trainer, inputs, targets, step)
             record = measured(trainer, step, loss, grad_norm, time.perf_counter() - began)
             if step == 1 and not config.init_from:

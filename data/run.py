@@ -35,12 +35,18 @@ class Run:
     """
     The folder of a run that has done `step` of its `max_steps` steps, and its bar in the terminal.
 
-    Lines of log.jsonl past `step` were lost with a crash and go. wandb and tensorboard log there too; DataError where
-    the package is missing.
+    Lines of log.jsonl past `step` were lost with a crash and go; `afresh` moves an older run aside first. wandb and
+    tensorboard log there too; DataError where the package is missing.
     """
 
-    def __init__(self, folder: Path, config: dict, step: int, max_steps: int, wandb=False, tensorboard=False):
+    def __init__(
+        self, folder: Path, config: dict, step: int, max_steps: int, afresh=False, wandb=False, tensorboard=False
+    ):
         self.folder, self.services = folder, []
+        if afresh and folder.exists():
+            aside = next(path for i in range(1, 10**6) if not (path := Path(f"{folder}.{i}")).exists())
+            folder.rename(aside)
+            print(f"the run in {folder} is now {aside}")
         if wandb:
             self.services.append(_wandb(config, folder))
         if tensorboard:
@@ -186,14 +192,14 @@ def load_checkpoint(path: Path) -> dict:
         raise DataError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
-    """The newest whole checkpoint of a run, and where it lies; damaged ones are passed over with a warning."""
+def newest_checkpoint(folder: Path) -> tuple[Path, dict] | tuple[None, None]:
+    """The newest whole checkpoint of a run behind its path; damaged ones are passed over with a warning."""
     for path in checkpoints(folder):
         try:
             return path, load_checkpoint(path)
         except DataError as error:
             print(f"warning: {error}; trying the one before it", file=sys.stderr)
-    return None
+    return None, None
 
 
 def _wandb(config: dict, folder: Path) -> Callable[[dict], None]:

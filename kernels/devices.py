@@ -1,5 +1,7 @@
 """The hardware at hand: which device a run takes, which dtype it multiplies fast, and how fast at best."""
 
+from collections.abc import Callable
+
 import torch
 
 PEAK_FLOPS = {  # words of a GPU's name -> dense bf16 FLOP/s with float32 accumulation, from NVIDIA's data sheets
@@ -61,3 +63,14 @@ def named_peak(gpu: str) -> float | None:
     """The same by a GPU's name, as the driver spells it: "NVIDIA A100-SXM4-80GB"."""
     words = f" {gpu.replace('-', ' ')} "
     return next((flops for name, flops in PEAK_FLOPS.items() if f" {name} " in words), None)
+
+
+def largest_that_fits(candidates: list[int], attempt: Callable[[int], None]) -> int:
+    """The first of the candidates for which attempt() does not run out of memory; 0 when there is none."""
+    for n in candidates:
+        try:
+            attempt(n)
+            return n
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+    return 0

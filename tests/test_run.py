@@ -68,7 +68,7 @@ def test_every_kind_of_damage_to_a_checkpoint_is_found(folder):
         path.write_bytes(damaged)
         with pytest.raises(DataError, match="is damaged: its sha256"):
             load_checkpoint(path)
-        assert newest_checkpoint(folder) is None
+        assert newest_checkpoint(folder) == (None, None)
     path.write_bytes(whole)
     assert load_checkpoint(path)["step"] == 1
     path.with_name(path.name + ".sha256").unlink()

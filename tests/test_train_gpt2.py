@@ -198,9 +198,9 @@ def test_auto_micro_batch_goes_down_until_memory_holds_it():
         if n > 3:
             raise torch.OutOfMemoryError("out of memory")
 
-    assert train_gpt2.largest_that_fits([12, 6, 4, 3, 2, 1], attempt) == 3
+    assert train_gpt2.devices.largest_that_fits([12, 6, 4, 3, 2, 1], attempt) == 3
     assert tried == [12, 6, 4, 3]
-    assert train_gpt2.largest_that_fits([8, 4], attempt) == 0
+    assert train_gpt2.devices.largest_that_fits([8, 4], attempt) == 0
 
 
 def test_auto_micro_batch_divides_the_batch_on_a_cpu(dataset, tmp_path, capsys):
