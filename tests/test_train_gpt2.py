@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -563,3 +564,14 @@ def test_names_one_a_line_train_too(tmp_path):
     text.prepare([names], tmp_path / "data", lines=True)
     assert train(tmp_path / "data", tmp_path / "run", block_size=8, eval_tokens=64, max_steps=5) == 0
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "step_000005.pt")["step"] == 5
+
+
+@pytest.mark.skipif(not shutil.which("gcc"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_training_also_validates_samples_and_saves_under_the_plain_names(dataset, tmp_path):
+    options = {"max_steps": 3, "n_layer": 1, "eval_every": 1, "sample_every": 1}
+    assert train(dataset, tmp_path / "plain", **options) == 0
+    assert train(dataset, tmp_path / "compiled", "--compile", **options) == 0
+    for name in ("loss", "val_loss"):
+        compiled, plain = curve(tmp_path / "compiled", name), curve(tmp_path / "plain", name)
+        assert compiled == pytest.approx(plain, abs=1e-3), name
+    assert list(weights(tmp_path / "compiled")) == list(weights(tmp_path / "plain"))
