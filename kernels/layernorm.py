@@ -22,8 +22,8 @@ Bytes: each input is read once and each output written once. Under autocast (x, 
 costs 6 bytes alone and 12 with the residual; back, 10 alone and 16 with it. The partial sums of dw and db add at most
 8 / ROWS bytes.
 
-Compiled, not timed: sm_80 (sm_90 is within 3 registers and 3 %), float32 stream and bfloat16 branch. Registers a thread;
-bytes of spill; instructions a number, in the backward those of its loop; barriers a row.
+Compiled, not timed: sm_80 (sm_90 is within 3 registers and 3 %), float32 stream, bfloat16 branch. Registers a thread,
+bytes of spill, instructions a number (in the backward those of its loop), barriers a row:
 
     kernel, C, warps a row           registers   spill   instructions   barriers
     forward, 768, 1                         72       0           15.1          0   kept (alone: 64, 10.0)
