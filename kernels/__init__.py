@@ -46,6 +46,9 @@ FAMILIES = {  # name on the command line, which is also the file -> its operatio
 }
 
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what every kernel reads and writes
+
+
 class KernelError(Exception):
     """A choice of kernels that cannot run; the text says what would."""
 
@@ -103,3 +106,36 @@ def select(names: str, device: torch.device | str = "cpu") -> Ops:
         for name in functions:
             operations[name] = getattr(module, name if family in chosen else f"{name}_torch")
     return Ops(**operations)
+
+
+# ------------------------------------------------- shared by the kernel files
+
+
+def matmul_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype that the next matrix product wants: that of autocast where it is on, else that of x."""
+    device_type = x.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+
+
+def on_device_of(x: torch.Tensor) -> torch.accelerator.device_index:
+    """Where Triton must launch: on the GPU that holds x, which need not be the current one. No effect on a CPU."""
+    return torch.accelerator.device_index(x.device.index)
+
+
+def check_tensors(**tensors: torch.Tensor) -> None:
+    """ValueError unless all of them are float32, float16 or bfloat16 and live on one device."""
+    first = next(iter(tensors))
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name} is {tensor.dtype}: the kernels take float32, float16 or bfloat16")
+        if tensor.device != tensors[first].device:
+            raise ValueError(f"{name} is on {tensor.device}, {first} on {tensors[first].device}: move them together")
+
+
+def first_derivative_only(operator: torch.library.CustomOpDef) -> None:
+    """Make a gradient through this operator, itself a gradient, an error with a sentence."""
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(f"{operator._qualname} has no second derivative: use --kernels none for that")
+
+    operator.register_autograd(refuse)
