@@ -1,11 +1,13 @@
 """The hardware at hand: which device a run takes, which dtype it multiplies fast, and how fast at best."""
 
+import gc
 from collections.abc import Callable
 
 import torch
 
 PEAK_FLOPS = {  # words of a GPU's name -> dense bf16 FLOP/s with float32 accumulation, from NVIDIA's data sheets
     "B200": 2250e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,  # ahead of the plain name, which is the SXM module's
     "H100 NVL": 835e12,
@@ -33,6 +35,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("training runs on cpu, cuda and mps")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0][:150]
@@ -65,12 +69,22 @@ def named_peak(gpu: str) -> float | None:
     return next((flops for name, flops in PEAK_FLOPS.items() if f" {name} " in words), None)
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether an exception says that memory ran out, in any of the ways that PyTorch has for it."""
+    texts = ("out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+
+
 def largest_that_fits(candidates: list[int], attempt: Callable[[int], None]) -> int:
     """The first of the candidates for which attempt() does not run out of memory; 0 when there is none."""
     for n in candidates:
         try:
             attempt(n)
             return n
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        gc.collect()  # here, not above: while the error is handled it holds on to the attempt's tensors
+        if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return 0
