@@ -1,0 +1,73 @@
+"""The language topics of `help()`: about 465 KB of English that every CPython carries (`pydoc_data.topics`).
+
+`python -m data.pydocs` makes a dataset of characters from it, with no download. Each topic is one document. Many topics
+repeat whole sections of others ("compound" holds all of "if", "while" and "try"), and a model must not be tested on
+what it has read. So validation, about a tenth of the text, is every sixth of the topics that share no paragraph with
+any other. The text, and with it every count, differs a little between versions of Python.
+"""
+
+import importlib
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from data import DataError, run_script
+from data.shards import summary, write_dataset
+from data.tokenizer import CharTokenizer, encode_documents
+
+PARAGRAPH_CHARACTERS = 40  # shorter ones ("See also:") are alike by chance
+VALIDATION_STRIDE = 6
+
+
+def prepare(folder: Annotated[Path, tyro.conf.arg(name="out", metavar="FOLDER")] = Path("datasets/pydocs")) -> str:
+    """Makes a dataset of characters from the language topics of Python's help().
+
+    Returns a line that sums it up; DataError where this Python comes without the topics.
+
+    Args:
+        folder: The folder to write.
+    """
+    topics = read_topics()
+    held_out = validation_topics(topics)
+    tokenizer = CharTokenizer.train("".join(topics.values()), documents=True)
+    names = {"train": [name for name in topics if name not in held_out], "val": held_out}
+    splits = {split: encode_documents(tokenizer, [topics[name] for name in names[split]]) for split in names}
+    return summary(folder, write_dataset(folder, tokenizer, splits, command=f"python -m data.pydocs --out {folder}"))
+
+
+def read_topics(module: str = "pydoc_data.topics") -> dict[str, str]:
+    """Topic name -> text, sorted by name; DataError where `module` is missing or empty."""
+    try:
+        topics = dict(sorted(importlib.import_module(module).topics.items()))
+    except (ImportError, AttributeError):
+        topics = {}
+    if not topics:
+        raise DataError(
+            f"{sys.executable} comes without {module}, the text of Python's help(): use another Python, or your own "
+            "text with `python -m data.text FILES --out FOLDER`"
+        )
+    return topics
+
+
+def validation_topics(topics: dict[str, str]) -> list[str]:
+    """The names of the held-out topics: every sixth of those that share no paragraph with another."""
+    paragraphs = {name: _paragraphs(text) for name, text in topics.items()}
+    seen = Counter(paragraph for found in paragraphs.values() for paragraph in found)
+    return [name for name, found in paragraphs.items() if all(seen[p] == 1 for p in found)][::VALIDATION_STRIDE]
+
+
+def _paragraphs(text: str) -> set[str]:
+    """The paragraphs of a text, white space made even, since a section is indented differently elsewhere."""
+    even = (" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+    return {paragraph for paragraph in even if len(paragraph) >= PARAGRAPH_CHARACTERS}
+
+
+def main() -> None:
+    run_script(prepare, prog="python -m data.pydocs")
+
+
+if __name__ == "__main__":
+    main()

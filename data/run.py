@@ -1,0 +1,225 @@
+"""
+A run's folder: what training leaves on disk, and how it is read back.
+
+    config.json                    the options of the run
+    log.jsonl                      a line a step: step, tokens, loss, lr, grad_norm, ms, tokens_per_s, mfu, and
+                                   val_loss when it was measured
+    loss.png                       the same as a picture
+    samples.txt                    text that the model wrote
+    checkpoints/step_NNNNNN.pt     after NNNNNN steps: torch.save of a dict, read with weights_only=True
+    checkpoints/step_NNNNNN.pt.sha256
+
+Every file appears whole or not at all, but for log.jsonl and samples.txt, which only grow. A checkpoint whose sha256 is
+not the one beside it is damaged, and the one before it serves.
+"""
+
+import hashlib
+import importlib
+import json
+import math
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from tqdm import tqdm
+
+from data import DataError, write_whole
+
+SAMPLE_LINE = "-" * 40  # begins each sample in samples.txt
+
+
+class Run:
+    """
+    The folder of a run that has done `step` of its `max_steps` steps, and its bar in the terminal.
+
+    Lines of log.jsonl past `step` were lost with a crash and go; `afresh` moves an older run aside first. wandb and
+    tensorboard log there too; DataError where the package is missing.
+    """
+
+    def __init__(
+        self, folder: Path, config: dict, step: int, max_steps: int, afresh=False, wandb=False, tensorboard=False
+    ):
+        self.folder, self.services = folder, []
+        if afresh and folder.exists():
+            aside = next(path for i in range(1, 10**6) if not (path := Path(f"{folder}.{i}")).exists())
+            folder.rename(aside)
+            print(f"the run in {folder} is now {aside}")
+        if wandb:
+            self.services.append(_wandb(config, folder))
+        if tensorboard:
+            self.services.append(_tensorboard(folder))
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        self.records = [record for record in read_log(folder) if record["step"] <= step]
+        _write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
+        _write_text(folder / "log.jsonl", "".join(json.dumps(record) + "\n" for record in self.records))
+        if step == 0:
+            (folder / "samples.txt").unlink(missing_ok=True)
+        self._log = (folder / "log.jsonl").open("a", encoding="utf-8")
+        self._val = next((f" val {r['val_loss']:.3f}" for r in reversed(self.records) if "val_loss" in r), "")
+        seconds = 0.1 if sys.stderr.isatty() else 10.0  # between refreshes: a log file needs few
+        self._bar = tqdm(initial=step, total=max_steps, unit="step", mininterval=seconds, dynamic_ncols=True)
+
+    def log(self, record: dict) -> None:
+        """A step: a line in log.jsonl, a move of the bar, and to wandb and TensorBoard where they were asked for."""
+        self.records.append(record)
+        self._log.write(json.dumps(record) + "\n")
+        self._log.flush()
+        for service in self.services:
+            service({name: value for name, value in record.items() if value is not None})
+        if "val_loss" in record:
+            self._val = f" val {record['val_loss']:.3f}"
+        mfu = "" if record["mfu"] is None else f" MFU {record['mfu']:.1%}"
+        rate = f"{record['tokens_per_s']:,.0f} tokens/s"
+        self._bar.set_postfix_str(f"loss {record['loss']:.3f}{self._val} {rate}{mfu}", refresh=False)
+        self._bar.update()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()  # ends its line, so that what follows, an error say, begins a new one
+        self._log.close()
+
+    def finish(self) -> None:
+        """The end in the terminal: what the model writes, the figures, and where the files are."""
+        last, rates = self.records[-1], sorted(record["tokens_per_s"] for record in self.records)
+        if "val_loss" in last and (self.folder / "samples.txt").exists():
+            print(
+                (self.folder / "samples.txt").read_text(encoding="utf-8").rpartition(SAMPLE_LINE)[2].partition("\n")[2]
+            )
+        if "val_loss" in last:
+            loss = last["val_loss"]
+            print(f"validation loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}")
+        print(f"{last['step']:,} steps, {last['tokens']:,} tokens, median {rates[len(rates) // 2]:,.0f} tokens/s")
+        print(f"{self.folder} holds loss.png, log.jsonl, samples.txt and checkpoints")
+        print(f'python model.py {self.folder} --prompt "..." writes more')
+
+    def sample(self, step: int, text: str) -> None:
+        """Add a text to samples.txt."""
+        with (self.folder / "samples.txt").open("a", encoding="utf-8") as file:
+            file.write(f"{SAMPLE_LINE} after {step} steps\n{text}\n")
+
+    def draw(self, vocab_size: int) -> None:
+        """loss.png: training and validation loss against tokens seen, and where guessing at random stands."""
+        from matplotlib.figure import Figure
+
+        axes = (figure := Figure(figsize=(8, 5), layout="constrained")).add_subplot()
+        axes.set(xlabel="tokens", ylabel="loss, nats per token", title=self.folder.name)
+        axes.plot(*self._curve("loss"), linewidth=0.6, label="training")
+        tokens, losses = self._curve("val_loss")
+        if losses:
+            axes.plot(tokens, losses, "o-", markersize=4, label=f"validation: {losses[-1]:.3f} at the end")
+        axes.axhline(math.log(vocab_size), linestyle=":", color="grey", label=f"ln {vocab_size:,}: guessing at random")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        write_whole(self.folder / "loss.png", lambda file: figure.savefig(file, format="png", dpi=120))
+
+    def _curve(self, name: str) -> tuple[list[float], list[float]]:
+        records = [record for record in self.records if name in record]
+        return [record["tokens"] for record in records], [record[name] for record in records]
+
+    def save(self, checkpoint: dict, keep: int) -> None:
+        """Write a checkpoint, named by its "step"; then remove all but the newest `keep`."""
+        path = self.folder / "checkpoints" / f"step_{checkpoint['step']:06d}.pt"
+
+        def write(file: BinaryIO) -> None:
+            hashed = _Hashed(file)
+            try:
+                torch.save(checkpoint, hashed)
+            except RuntimeError as error:
+                raise hashed.error or error from None  # torch hides that the disk is full
+            _write_text(Path(f"{path}.sha256"), hashed.digest.hexdigest())
+
+        try:
+            write_whole(path, write)
+        except OSError as error:
+            reason = f"{path} could not be written ({error.strerror})"
+            raise DataError(f"{reason}: make room on that disk; the checkpoints before it are whole") from error
+        for old in checkpoints(self.folder)[keep:]:
+            old.unlink()
+            Path(f"{old}.sha256").unlink(missing_ok=True)
+
+
+class _Hashed:
+    """A file that is only written to, and hashed on the way: from memory, so a write gone wrong does not match."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.digest, self.error = file, hashlib.sha256(), None
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _write_text(path: Path, text: str) -> None:
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The lines of a run's log.jsonl; the last is left out where a kill cut it short."""
+    path = folder / "log.jsonl"
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}): move it away, the checkpoints do not need it") from error
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, newest first."""
+    return sorted((folder / "checkpoints").glob("step_*.pt"), reverse=True)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """A checkpoint, its tensors on the CPU; DataError where the file is missing or damaged."""
+    try:
+        expected = Path(f"{path}.sha256").read_text(encoding="utf-8").strip()
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                raise DataError(f"{path} is damaged: its sha256 is not the one written beside it")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise DataError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path, dict] | tuple[None, None]:
+    """The newest whole checkpoint of a run behind its path; damaged ones are passed over with a warning."""
+    for path in checkpoints(folder):
+        try:
+            return path, load_checkpoint(path)
+        except DataError as error:
+            print(f"warning: {error}; trying the one before it", file=sys.stderr)
+    return None, None
+
+
+def _wandb(config: dict, folder: Path) -> Callable[[dict], None]:
+    run = _optional("wandb", "wandb").init(project="gpt2-triton", dir=folder, config=config)
+    return lambda record: run.log(record, step=record["step"])
+
+
+def _tensorboard(folder: Path) -> Callable[[dict], None]:
+    writer = _optional("torch.utils.tensorboard", "tensorboard").SummaryWriter(folder)
+
+    def write(record: dict) -> None:
+        for name, value in record.items():
+            writer.add_scalar(name, value, record["step"])
+        writer.flush()
+
+    return write
+
+
+def _optional(module: str, package: str):
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise DataError(f"--{package} needs a package that is not here: pip install {package}") from error

@@ -1,0 +1,84 @@
+"""Tiny Shakespeare: 1.1 MB of plays, as characters (65 of them) or as GPT-2's tokens (338,025).
+
+`python -m data.shakespeare` downloads the text and accepts no other; `--input FILE` takes your own copy, and says so if
+it is another text. The first 90% of the characters are for training, the rest for validation, cut before tokenizing.
+"""
+
+import hashlib
+import http.client
+import shlex
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from data import DataError, run_script
+from data.shards import summary, write_dataset
+from data.text import read_text, split_documents
+from data.tokenizer import choose
+
+URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+def prepare(
+    folder: Annotated[Path | None, tyro.conf.arg(name="out", metavar="FOLDER")] = None,
+    input: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
+    tokenizer: Annotated[str, tyro.conf.arg(metavar="char|gpt2|FILE")] = "char",
+    url: tyro.conf.Suppress[str] = URL,
+) -> str:
+    """Makes a dataset of tiny Shakespeare.
+
+    Returns a line that sums it up. DataError when the download fails or is another text, or when the file cannot be
+    read, is not UTF-8 or is empty; a dataset that was in the folder before is still there then.
+
+    Args:
+        folder: The folder to write; datasets/shakespeare-TOKENIZER if not given.
+        input: A file to read in place of the download.
+        tokenizer: Characters, GPT-2's tokens, or those of a file that holds a tokenizer.
+    """
+    folder = folder or Path("datasets", f"shakespeare-{Path(tokenizer).stem}")
+    text = download(url) if input is None else read_input(input)
+    chosen = choose(tokenizer, text, documents=False)
+    train, val = split_documents([text])
+    splits = {"train": [chosen.encode(*train)], "val": [chosen.encode(*val)]}
+    options = ["--out", folder, "--tokenizer", tokenizer] + (["--input", input] if input else [])
+    command = "python -m data.shakespeare " + shlex.join(map(str, options))
+    return summary(folder, write_dataset(folder, chosen, splits, command=command))
+
+
+def download(url: str) -> str:
+    """The text at `url`, whole and with the checksum above; DataError otherwise."""
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            content = response.read()
+    except (OSError, http.client.HTTPException) as error:
+        way_out = "give a copy of it with --input FILE"
+        raise DataError(f"cannot download {url} ({getattr(error, 'reason', error)}): {way_out}") from None
+    found = hashlib.sha256(content).hexdigest()
+    if found != SHA256:
+        raise DataError(
+            f"{url} sent {len(content)} bytes with sha256 {found}, which is not tiny Shakespeare ({SHA256}): "
+            "try again, or give a copy with --input FILE"
+        )
+    return content.decode()
+
+
+def read_input(path: Path) -> str:
+    """The text of a local copy; a note on stderr when it is not the original, since it may be meant so."""
+    text = read_text(path)
+    if len(text) < 2:
+        raise DataError(f"{path} is empty: --input takes a copy of {URL}")
+    if hashlib.sha256(text.encode()).hexdigest() != SHA256:
+        print(f"note: {path} is not the original tiny Shakespeare; going on with it", file=sys.stderr)
+    return text
+
+
+def main() -> None:
+    run_script(prepare, prog="python -m data.shakespeare")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,347 @@
+"""Token shards: the format on disk, and the loader that turns it into batches.
+
+A dataset is a folder. It exists if and only if it holds `meta.json`, which is written last:
+
+    meta.json          {"format": 1, "tokenizer": SPEC, "vocab_size": V, "command": HOW IT WAS PREPARED or null,
+                        "shards": {"train": [{"file": ..., "tokens": N, "sha256": ...}, ...], "val": [...]}}
+    train_000000.npy   one-dimensional, little-endian uint16, or uint32 when V > 65,536
+    val_000000.npy
+
+A folder without meta.json may hold the `.bin` shards of llm.c and modded-nanogpt instead: 256 int32 (magic 20240520,
+version 1, number of tokens, zeros), then uint16 GPT-2 tokens; `train` or `val` in the file name says the split.
+
+The loader is a pure function. The training text is cut into windows of block_size tokens; an epoch is every window
+once, in an order drawn from (seed, epoch), and step s takes the sequences s * batch_sequences ... of that endless list,
+whatever the number of processes. So a run that was stopped goes on with the batches it would have seen.
+"""
+
+import functools
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from data import DataError, write_whole
+from data.tokenizer import Tokenizer, token_dtype
+
+BIN_MAGIC, BIN_VERSION, BIN_HEADER_BYTES = 20240520, 1, 1024
+GPT2_SPEC, GPT2_VOCAB_SIZE = {"type": "gpt2"}, 50257
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+def write_dataset(
+    folder: str | Path,
+    tokenizer: Tokenizer,
+    splits: dict[str, Iterable[np.ndarray]],
+    shard_tokens: int = 100_000_000,
+    command: str | None = None,
+) -> dict:
+    """Writes {"train": documents, "val": documents} as a dataset, in place of the one in `folder` if there is one.
+
+    documents: 1-D integer arrays of token ids, end-of-text tokens included. They are read one by one and written a
+        shard at a time, so that memory holds one shard.
+    command: what prepares this dataset again, for error messages.
+    Returns what meta.json holds. DataError when a split has no tokens or an id is past the vocabulary; the folder then
+    holds no dataset.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    clear_dataset(folder)
+    shards = {}
+    for split, documents in splits.items():
+        pieces = enumerate(_cut(documents, shard_tokens, tokenizer.vocab_size))
+        shards[split] = [write_shard(folder / f"{split}_{i:06d}.npy", tokens) for i, tokens in pieces]
+        if not shards[split]:
+            raise DataError(f"the {split} split of {folder} would be empty: give more text")
+    meta = {"format": 1, "tokenizer": tokenizer.spec(), "vocab_size": tokenizer.vocab_size, "command": command}
+    meta["shards"] = shards
+    write_whole(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
+    return meta
+
+
+def clear_dataset(folder: Path) -> None:
+    """Removes a dataset, meta.json first, and what a killed preparation left; other files stay."""
+    (folder / "meta.json").unlink(missing_ok=True)
+    ours = re.compile(r"(train|val)_\d{6}\.npy|\.((train|val)_\d{6}\.npy|meta\.json)\.[0-9a-f]{8}\.tmp")
+    for path in folder.iterdir():
+        if ours.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> dict:
+    """Writes one shard whole or not at all and returns its entry in meta.json; tokens: (n,) uint16 or uint32."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(tokens))
+    # Hashed from memory, not read back: a write that went wrong must not get a checksum that fits it.
+    digest = hashlib.sha256(header.getvalue())
+    digest.update(tokens.data)
+
+    def write(file):
+        file.write(header.getvalue())
+        file.write(tokens.data)
+
+    write_whole(path, write)
+    return {"file": path.name, "tokens": len(tokens), "sha256": digest.hexdigest()}
+
+
+def summary(folder: str | Path, meta: dict) -> str:
+    """One line for the terminal: the folder, the tokenizer, the vocabulary and the tokens of each split."""
+    counts = (f"{sum(s['tokens'] for s in shards):,} {split}" for split, shards in meta["shards"].items())
+    kind = meta["tokenizer"]["type"]
+    return f"{folder}: {kind} tokenizer, vocabulary {meta['vocab_size']:,}, tokens: {', '.join(counts)}"
+
+
+def _cut(documents: Iterable[np.ndarray], shard_tokens: int, vocab_size: int) -> Iterator[np.ndarray]:
+    """Joins the documents and cuts them into arrays of shard_tokens tokens; the last may be shorter.
+
+    Each array is valid until the next is asked for: they share one buffer.
+    """
+    shard, used = np.empty(shard_tokens, token_dtype(vocab_size)), 0
+    for tokens in documents:
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
+            raise DataError(
+                f"a document holds ids {tokens.min()} to {tokens.max()}, past the vocabulary of {vocab_size}"
+            )
+        while len(tokens):
+            piece, tokens = np.split(tokens, [shard_tokens - used])
+            shard[used : used + len(piece)] = piece
+            used += len(piece)
+            if used == shard_tokens:
+                yield shard
+                used = 0
+    if used:
+        yield shard[:used]
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+class Shard(NamedTuple):
+    """One file of a split. tokens: (n,) uint16 or uint32, memory-mapped; sha256 is None for a .bin file."""
+
+    path: Path
+    tokens: np.memmap
+    sha256: str | None
+
+
+class Split:
+    """One split of a dataset, read as if its shards were a single array of n_tokens token ids.
+
+    `fingerprint` is a hex string that two processes share when they see the same list of shards (names, lengths,
+    checksums where the format has them).
+    """
+
+    def __init__(self, label: str, tokenizer_spec: dict, vocab_size: int, shards: list[Shard], remedy: str):
+        self.label, self.tokenizer_spec, self.vocab_size = label, tokenizer_spec, vocab_size
+        self.shards, self.remedy = shards, remedy
+        self.borders = np.cumsum([0] + [len(shard.tokens) for shard in shards])  # shard i holds borders[i:i+2]
+        self.n_tokens = int(self.borders[-1])
+        listing = [vocab_size] + [[s.path.name, len(s.tokens), s.sha256] for s in shards]
+        self.fingerprint = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens start ... start + count - 1 as (count,) int64, across shard borders; IndexError past either end."""
+        if not 0 <= start <= start + count <= self.n_tokens:
+            raise IndexError(f"tokens {start} to {start + count} of {self.label}, which has {self.n_tokens}")
+        out, done = np.empty(count, np.int64), 0
+        i = int(np.searchsorted(self.borders, start, side="right")) - 1
+        while done < count:
+            offset = start + done - int(self.borders[i])
+            piece = self.shards[i].tokens[offset : offset + count - done]
+            out[done : done + len(piece)] = piece
+            done += len(piece)
+            i += 1
+        return out
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Reads the shards i with i % parts == part and checks size, sha256 and every id; DataError names the damage.
+
+        A .bin file carries no checksum: only its size and its ids are checked.
+        """
+        for shard in self.shards[part::parts]:
+            size, expected = shard.path.stat().st_size, shard.tokens.offset + shard.tokens.nbytes
+            if size != expected:
+                raise DataError(f"{shard.path} has {size} bytes where {expected} are expected: {self.remedy}")
+            if shard.sha256 is not None:
+                with open(shard.path, "rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+                if found != shard.sha256:
+                    sums = f"sha256 {found[:12]}..., {shard.sha256[:12]}... in meta.json"
+                    raise DataError(f"{shard.path} is damaged, its checksum differs ({sums}): {self.remedy}")
+            if (largest := int(shard.tokens.max())) >= self.vocab_size:
+                raise DataError(
+                    f"{shard.path} holds token id {largest}, past the vocabulary of {self.vocab_size}: {self.remedy}"
+                )
+
+
+def open_split(folder: str | Path, split: str) -> Split:
+    """Opens "train" or "val" of the dataset in `folder`, memory-mapped.
+
+    DataError when there is no dataset or no such split, when meta.json is damaged, or when a shard is missing or not
+    what meta.json says (dtype, length). `Split.verify` does the checks that read every byte.
+    """
+    folder = Path(folder)
+    if (folder / "meta.json").exists():
+        return _open_npy(folder, split)
+    paths = sorted(folder.glob("*.bin"))
+    if not paths:
+        example = f"`python -m data.pydocs --out {folder}`"
+        raise DataError(f"there is no dataset in {folder}: prepare one there, for example with {example}")
+    shards = [_map_bin(path) for path in paths if split in path.name]
+    if not shards:
+        raise DataError(f"no .bin file in {folder} has {split!r} in its name: download those of that split too")
+    return Split(f"the {split} split of {folder}", GPT2_SPEC, GPT2_VOCAB_SIZE, shards, "download it again")
+
+
+def _open_npy(folder: Path, split: str) -> Split:
+    path, remedy = folder / "meta.json", "prepare the dataset again"
+    try:
+        meta = json.loads(path.read_text("utf-8"))
+        if command := meta.get("command"):
+            remedy += f" with `{command}`"
+        number, spec, vocab_size = meta["format"], dict(meta["tokenizer"]), int(meta["vocab_size"])
+        entries = [
+            (Path(str(s["file"])).name, int(s["tokens"]), str(s["sha256"])) for s in meta["shards"].get(split, ())
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is damaged ({type(error).__name__}: {error}): {remedy}") from None
+    if number != 1:
+        raise DataError(f"{path} has format {number}, this version reads format 1: {remedy}")
+    if not entries:
+        raise DataError(f"the dataset in {folder} has no {split!r} split, only {sorted(meta['shards'])}: {remedy}")
+    shards = [_map_npy(folder / name, n_tokens, sha256, vocab_size, remedy) for name, n_tokens, sha256 in entries]
+    return Split(f"the {split} split of {folder}", spec, vocab_size, shards, remedy)
+
+
+def _map_npy(path: Path, n_tokens: int, sha256: str, vocab_size: int, remedy: str) -> Shard:
+    if not path.is_file():
+        raise DataError(f"{path} is missing, though meta.json lists it: {remedy}")
+    try:
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # numpy raises ValueError, EOFError, SyntaxError, TokenError, as the damage will have it
+        raise DataError(f"{path} is truncated or no .npy file ({type(error).__name__}: {error}): {remedy}") from None
+    expected = f"{token_dtype(vocab_size)} ({n_tokens},)"
+    if f"{tokens.dtype} {tokens.shape}" != expected:
+        raise DataError(f"{path} holds {tokens.dtype} {tokens.shape} where meta.json says {expected}: {remedy}")
+    return Shard(path, tokens, sha256)
+
+
+def _map_bin(path: Path) -> Shard:
+    header = np.fromfile(path, "<i4", 256)
+    if len(header) < 256 or tuple(header[:2]) != (BIN_MAGIC, BIN_VERSION):
+        found = header[:2].tolist()
+        raise DataError(
+            f"{path} is no token shard: it begins {found}, not [{BIN_MAGIC}, {BIN_VERSION}]: download it again"
+        )
+    n_tokens, n_bytes = int(header[2]), path.stat().st_size - BIN_HEADER_BYTES
+    if n_tokens < 1 or n_bytes != 2 * n_tokens:
+        raise DataError(f"{path} is truncated: {n_bytes // 2} of the {n_tokens} tokens it promises: download it again")
+    return Shard(path, np.memmap(path, "<u2", mode="r", offset=BIN_HEADER_BYTES, shape=(n_tokens,)), None)
+
+
+# ---------------------------------------------------------------------------------------------------------- batches
+
+
+class Loader:
+    """Batches of (inputs, targets) as a pure function of (seed, step): no state changes what a batch holds.
+
+    An epoch is the windows that start at offset, offset + block_size, ...: no token is the input of two of them, and
+    they cross shard borders. With shuffle, epoch e draws the offset from [0, block_size) and the order of the windows
+    from the seed [seed, e]: fewer than 2 * block_size tokens sit out an epoch at the two ends, other ones each time.
+    Without, the offset is 0 and the windows come as in the text.
+
+    Of the global sequences step * batch_sequences + j, rank r takes those with j in [r * b, (r + 1) * b), where
+    b = batch_sequences / world_size. DataError when that does not divide, or the split is shorter than one window.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        block_size: int,
+        batch_sequences: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        device: str | torch.device = "cpu",
+        shuffle: bool = True,
+    ):
+        _check_length(split, block_size)
+        if batch_sequences < 1 or batch_sequences % world_size:
+            raise DataError(f"a batch of {batch_sequences} sequences cannot be shared evenly by {world_size} processes")
+        if seed < 0:
+            raise DataError(f"the seed is {seed}: it must be 0 or more")
+        self.split, self.block_size, self.batch_sequences = split, block_size, batch_sequences
+        self.seed, self.shuffle, self.device = seed, shuffle, torch.device(device)
+        if self.device == torch.device("cuda"):  # which one: the thread that reads ahead would take GPU 0
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.sequences = batch_sequences // world_size
+        self.first = rank * self.sequences
+        # The offset leaves room for one window in a short split, and every epoch has the same number of windows.
+        self.largest_offset = min(block_size - 1, split.n_tokens - block_size - 1) if shuffle else 0
+        self.windows = (split.n_tokens - 1 - self.largest_offset) // block_size
+        # Two epochs, since one batch can end an epoch and begin the next.
+        self._epoch_starts = functools.lru_cache(maxsize=2)(self._draw_epoch)
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._ahead = None  # (step, future): the batch that is read while the caller computes
+
+    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's (inputs, targets) of step 0, 1, ...: each (batch_sequences // world_size, block_size) int64."""
+        ahead, self._ahead = self._ahead, None
+        rows = ahead[1].result() if ahead and ahead[0] == step else self._read(step)
+        self._ahead = step + 1, self._thread.submit(self._read, step + 1)
+        rows = rows.to(self.device, non_blocking=True)
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    def _read(self, step: int) -> torch.Tensor:
+        """(batch_sequences // world_size, block_size + 1) int64, in pinned memory when the device is a GPU."""
+        first = step * self.batch_sequences + self.first
+        places = (divmod(i, self.windows) for i in range(first, first + self.sequences))
+        rows = _read_rows(self.split, [self._epoch_starts(epoch)[k] for epoch, k in places], self.block_size)
+        if self.device.type != "cuda":
+            return rows
+        with torch.cuda.device(self.device):
+            return rows.pin_memory()
+
+    def _draw_epoch(self, epoch: int) -> np.ndarray:
+        """Where the windows of an epoch start, in the order of reading: (windows,) int64."""
+        starts = np.arange(self.windows) * self.block_size
+        if not self.shuffle:
+            return starts
+        random = np.random.default_rng([self.seed, epoch])
+        return random.integers(self.largest_offset, endpoint=True) + random.permutation(starts)
+
+
+def evaluation_windows(split: Split, block_size: int, n_tokens: int) -> np.ndarray:
+    """Starts, (k,) int64, of the first n_tokens // block_size windows; at least one, at most what the split holds."""
+    _check_length(split, block_size)
+    count = min(max(n_tokens // block_size, 1), (split.n_tokens - 1) // block_size)
+    return np.arange(count) * block_size
+
+
+def read_windows(split: Split, starts: Iterable[int], block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(inputs, targets), each (len(starts), block_size) int64 on the CPU; targets are the inputs shifted by one."""
+    rows = _read_rows(split, starts, block_size)
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+def _read_rows(split: Split, starts: Iterable[int], block_size: int) -> torch.Tensor:
+    rows = [split.read(int(start), block_size + 1) for start in starts]
+    return torch.from_numpy(np.stack(rows) if rows else np.empty((0, block_size + 1), np.int64))
+
+
+def _check_length(split: Split, block_size: int) -> None:
+    if split.n_tokens < block_size + 1:
+        raise DataError(
+            f"{split.label} holds {split.n_tokens} tokens, too few for --block-size {block_size}, which needs "
+            f"{block_size + 1}: lower --block-size or give more text"
+        )

@@ -1,0 +1,102 @@
+"""Your own text: `python -m data.text FILES --out FOLDER` makes a dataset of any UTF-8 files.
+
+A file is a document, or with --lines every line is. Empty documents are left out. With several documents, each has the
+end-of-text token in front of it. Validation gets the last tenth of the documents when there are at least ten, else the
+last tenth of the characters, wherever that cuts. Lines are shuffled first, always the same way, since lists are often
+sorted; files keep the order in which they are given. All the text is held in memory at once.
+"""
+
+import random
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from data import DataError, run_script
+from data.shards import summary, write_dataset
+from data.tokenizer import choose, encode_documents
+
+
+def prepare(
+    files: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FILES")],
+    folder: Annotated[Path, tyro.conf.arg(name="out", metavar="FOLDER")],
+    tokenizer: Annotated[str, tyro.conf.arg(metavar="char|gpt2|FILE")] = "char",
+    lines: bool = False,
+) -> str:
+    """Makes a dataset of your own text files.
+
+    Returns a line that sums it up. DataError when a file cannot be read or is not UTF-8, or when there is no text; a
+    dataset that was in the folder before is still there then.
+
+    Args:
+        files: Text files in UTF-8.
+        folder: The folder to write.
+        tokenizer: Characters, GPT-2's tokens, or those of a file that holds a tokenizer.
+        lines: One document a line, where otherwise a file is one.
+    """
+    documents = read_documents(files, lines)
+    chosen = choose(tokenizer, "".join(documents), documents=len(documents) > 1)
+    splits = dict(zip(("train", "val"), split_documents(documents), strict=True))
+    # Encoded before anything is written, since a tokenizer may lack a character of the text.
+    for split, texts in splits.items():
+        encoded = encode_documents(chosen, texts) if len(documents) > 1 else map(chosen.encode, texts)
+        splits[split] = list(encoded)
+    named = [*files] if len(files) < 5 else [files[0], "..."]
+    options = ["--out", folder, "--tokenizer", tokenizer] + ["--lines"] * lines
+    command = "python -m data.text " + shlex.join(map(str, [*named, *options]))
+    return summary(folder, write_dataset(folder, chosen, splits, command=command))
+
+
+def read_text(path: str | Path) -> str:
+    """A whole UTF-8 file without byte order mark, its lines ended by a newline; DataError says what is wrong where."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}: give the names of text files") from None
+    try:
+        return content.decode().removeprefix("\ufeff").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        what = f"byte 0x{content[error.start]:02x} at offset {error.start}"
+        raise DataError(
+            f"{path} is not UTF-8: {what}: convert it, for example with `iconv -f latin1 -t utf-8`"
+        ) from None
+
+
+def read_documents(files: Sequence[str | Path], lines: bool) -> list[str]:
+    """The documents of the files, none of them empty, lines shuffled; DataError when nothing is left."""
+    documents = [read_text(path) for path in files]
+    if lines:
+        documents = [line for text in documents for line in text.split("\n")]
+    documents = [document for document in documents if document.strip()]
+    if sum(map(len, documents)) < 2:
+        raise DataError(f"there is no text in {', '.join(map(str, files)) or 'no files'}: give files that hold some")
+    if lines:
+        random.Random(0).shuffle(documents)
+    return documents
+
+
+def split_documents(documents: list[str]) -> tuple[list[str], list[str]]:
+    """(train, val), neither empty: the last tenth of ten or more documents, else of the characters.
+
+    The document in which the cut falls becomes two.
+    """
+    if len(documents) >= 10:
+        cut = len(documents) - len(documents) // 10
+        return documents[:cut], documents[cut:]
+    cut = max(1, int(0.9 * sum(map(len, documents))))
+    train, val = [], []
+    for document in documents:
+        train.append(document[: max(cut, 0)])
+        val.append(document[max(cut, 0) :])
+        cut -= len(document)
+    return [text for text in train if text], [text for text in val if text]
+
+
+def main() -> None:
+    run_script(prepare, prog="python -m data.text")
+
+
+if __name__ == "__main__":
+    main()

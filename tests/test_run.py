@@ -1,0 +1,133 @@
+"""A run's folder: the log, the picture, the checkpoints and what is wrong with them; and the shared command line."""
+
+import json
+
+import pytest
+import torch
+import tyro
+
+from data import DataError, clear_errors, parse_options
+from data.run import Run, checkpoints, load_checkpoint, newest_checkpoint, read_log
+
+
+def record(step, **more):
+    return {"step": step, "tokens": 10 * step, "loss": 1 / step, "mfu": None, "tokens_per_s": 5.0} | more
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "runs" / "one"
+
+
+def test_a_log_is_cut_back_to_the_step_that_a_run_goes_on_from(folder):
+    with Run(folder, {"lr": 1}, 0, 9) as run:
+        for step in range(1, 6):
+            run.log(record(step))
+    with Run(folder, {"lr": 2}, 3, 9) as run:
+        run.log(record(4, val_loss=0.5))
+    assert [r["step"] for r in read_log(folder)] == [1, 2, 3, 4]
+    assert read_log(folder)[-1]["val_loss"] == 0.5
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8")) == {"lr": 2}
+
+
+def test_a_line_that_a_kill_cut_short_is_left_out_and_a_damaged_one_is_named(folder):
+    folder.mkdir(parents=True)
+    (folder / "log.jsonl").write_text('{"step": 1}\n{"ste', encoding="utf-8")
+    assert read_log(folder) == [{"step": 1}]
+    (folder / "log.jsonl").write_text('{"step": 1\n{"step": 2}\n', encoding="utf-8")
+    with pytest.raises(DataError, match="log.jsonl is damaged"):
+        read_log(folder)
+
+
+def test_samples_of_a_run_that_starts_afresh_replace_the_old_ones(folder):
+    for text in ("old", "new"):
+        with Run(folder, {}, 0, 9) as run:
+            run.sample(1, text)
+    with Run(folder, {}, 1, 9) as run:
+        run.sample(2, "more \u2603")
+    written = (folder / "samples.txt").read_text(encoding="utf-8")
+    assert "old" not in written and "new" in written and "more \u2603" in written
+
+
+def test_checkpoints_come_back_and_only_the_newest_are_kept(folder):
+    with Run(folder, {}, 0, 9) as run:
+        for step in (1, 2, 30, 1_000_000):
+            run.save({"step": step, "model": {"weight": torch.full((3,), float(step))}}, keep=2)
+    assert [path.name for path in checkpoints(folder)] == ["step_1000000.pt", "step_000030.pt"]
+    path, checkpoint = newest_checkpoint(folder)
+    assert path == checkpoints(folder)[0] and checkpoint["model"]["weight"].tolist() == [1e6] * 3
+    assert len(list((folder / "checkpoints").iterdir())) == 4  # two files and their sha256
+
+
+def test_every_kind_of_damage_to_a_checkpoint_is_found(folder):
+    with Run(folder, {}, 0, 9) as run:
+        run.save({"step": 1, "model": {"weight": torch.randn(1000)}}, keep=2)
+    path = checkpoints(folder)[0]
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], whole + b"x", b"", whole[:2000] + bytes([whole[2000] ^ 4]) + whole[2001:]):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match="is damaged: its sha256"):
+            load_checkpoint(path)
+        assert newest_checkpoint(folder) == (None, None)
+    path.write_bytes(whole)
+    assert load_checkpoint(path)["step"] == 1
+    path.with_name(path.name + ".sha256").unlink()
+    with pytest.raises(DataError, match="cannot be read"):
+        load_checkpoint(path)
+
+
+def test_a_checkpoint_runs_no_code_when_it_is_read(folder):
+    import hashlib
+
+    class Evil:
+        def __reduce__(self):
+            return (print, ("this must not run",))
+
+    (folder / "checkpoints").mkdir(parents=True)
+    path = folder / "checkpoints" / "step_000001.pt"
+    torch.save({"model": Evil()}, path)
+    path.with_name(path.name + ".sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest(), encoding="utf-8")
+    with pytest.raises(DataError, match="cannot be read"):
+        load_checkpoint(path)
+
+
+def test_the_picture_is_drawn_with_and_without_validation(folder):
+    with Run(folder, {}, 0, 9) as run:
+        run.log(record(1))
+        run.draw(vocab_size=65)
+        first = (folder / "loss.png").read_bytes()
+        run.log(record(2, val_loss=1.0))
+        run.draw(vocab_size=65)
+    assert first.startswith(b"\x89PNG") and (folder / "loss.png").read_bytes() != first
+
+
+def test_tensorboard_gets_every_number(folder):
+    pytest.importorskip("tensorboard")
+    with Run(folder, {}, 0, 9, tensorboard=True) as run:
+        run.log(record(1))
+    assert list(folder.glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("arguments", [["--count", "x"], ["--cuont", "1"], ["surplus"]])
+def test_a_mistake_on_the_command_line_is_one_line_and_status_2(capsys, arguments):
+    def script(count: int = 1):
+        return count
+
+    with pytest.raises(SystemExit) as end:
+        parse_options(lambda: tyro.cli(script, args=arguments))
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert arguments[0].removeprefix("--") in error
+
+
+def test_errors_that_a_user_can_mend_are_one_line_and_others_keep_their_traceback(capsys):
+    for error, status in [
+        (DataError("two\nlines"), 2),
+        (FileNotFoundError(2, "No such file", "x"), 2),
+        (KeyError(), 2),
+    ]:
+        with pytest.raises(SystemExit) as end, clear_errors(KeyError):
+            raise error
+        assert end.value.code == status and capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(ZeroDivisionError), clear_errors(KeyError):
+        raise ZeroDivisionError

@@ -1,0 +1,116 @@
+"""data/shakespeare.py. The real text is not part of the repository: tests of it skip where it is absent."""
+
+import http.server
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from data import DataError
+from data.shakespeare import download, main, prepare
+from data.shards import open_split
+from data.tokenizer import from_spec, gpt2
+
+REAL = Path(__file__).parents[1].parent / "shared" / "data" / "tinyshakespeare.txt"
+real = pytest.mark.skipif(not REAL.exists(), reason="needs the real tiny shakespeare")
+
+
+def text_of(folder, split):
+    opened = open_split(folder, split)
+    opened.verify()
+    return from_spec(opened.tokenizer_spec).decode(opened.read(0, opened.n_tokens))
+
+
+@real
+def test_as_characters_it_has_the_known_counts(tmp_path, capsys):
+    line = prepare(tmp_path, REAL)
+    assert line.endswith("char tokenizer, vocabulary 65, tokens: 1,003,854 train, 111,540 val")
+    assert capsys.readouterr().err == ""
+    assert open_split(tmp_path, "train").vocab_size == 65
+    assert text_of(tmp_path, "train") + text_of(tmp_path, "val") == REAL.read_text()
+
+
+@real
+def test_as_gpt2_tokens_it_has_the_known_counts(tmp_path):
+    line = prepare(tmp_path, REAL, tokenizer="gpt2")
+    assert line.endswith("gpt2 tokenizer, vocabulary 50,257, tokens: 301,966 train, 36,059 val")
+    assert text_of(tmp_path, "train") + text_of(tmp_path, "val") == REAL.read_text()
+
+
+@real
+def test_a_download_of_the_real_text_is_accepted(tmp_path):
+    assert prepare(tmp_path, url=REAL.as_uri()).endswith("1,003,854 train, 111,540 val")
+
+
+def test_another_text_of_your_own_is_used_with_a_note(tmp_path, capsys):
+    path = tmp_path / "mine.txt"
+    path.write_text("ROMEO: What, ho!\n" * 10)
+    prepare(tmp_path / "out", path, tokenizer="gpt2")
+    assert "mine.txt is not the original tiny Shakespeare; going on with it" in capsys.readouterr().err
+    assert text_of(tmp_path / "out", "train") + text_of(tmp_path / "out", "val") == path.read_text()
+    assert len(text_of(tmp_path / "out", "train")) == 153
+    assert gpt2().eot not in open_split(tmp_path / "out", "train").read(0, 10)
+
+
+def test_a_download_of_another_text_is_an_error(tmp_path):
+    path = tmp_path / "input.txt"
+    path.write_text("an apology from a proxy")
+    with pytest.raises(DataError, match="sent 23 bytes with sha256 .* not tiny Shakespeare .*--input FILE"):
+        prepare(tmp_path / "out", url=path.as_uri())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_download_that_breaks_off_is_an_error():
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "1115394")
+            self.end_headers()
+            self.wfile.write(b"First Citizen:")
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        with pytest.raises(DataError, match="cannot download .*IncompleteRead.*--input FILE"):
+            download(f"http://127.0.0.1:{server.server_port}/input.txt")
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:9/input.txt", "file:///no/such/file", "http://no-such-host.invalid/"]
+)
+def test_without_network_the_error_names_the_way_out_and_an_older_dataset_stays(tmp_path, url):
+    path = tmp_path / "mine.txt"
+    path.write_text("To be, or not to be")
+    prepare(tmp_path / "out", path)
+    with pytest.raises(DataError, match="cannot download .*: give a copy of it with --input FILE"):
+        prepare(tmp_path / "out", url=url)
+    assert text_of(tmp_path / "out", "val") == "be"
+
+
+def test_a_bad_input_file_is_named(tmp_path):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    for name, complaint in (
+        ("empty.txt", "empty.txt is empty"),
+        ("latin.txt", "0xe9 at offset 3"),
+        ("none", "No such file"),
+    ):
+        with pytest.raises(DataError, match=complaint):
+            prepare(tmp_path / "out", tmp_path / name)
+    (tmp_path / "fine.txt").write_text("fine")
+    with pytest.raises(DataError, match="no tokenizer 'word'"):
+        prepare(tmp_path / "out", tmp_path / "fine.txt", tokenizer="word")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_writes_beside_where_it_stands(tmp_path, monkeypatch, capsys):
+    (tmp_path / "in.txt").write_text("To be, or not to be")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["data.shakespeare", "--input", "in.txt"])
+    main()
+    line = "datasets/shakespeare-char: char tokenizer, vocabulary 9, tokens: 17 train, 2 val\n"
+    assert capsys.readouterr().out == line
+    assert text_of(tmp_path / "datasets" / "shakespeare-char", "train") == "To be, or not to "

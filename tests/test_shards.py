@@ -1,0 +1,491 @@
+"""data/shards.py, and what data/__init__.py gives every script."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from data import DataError, clear_errors, run_script, write_whole
+from data.shards import Loader, evaluation_windows, open_split, read_windows, summary, write_dataset
+from data.tokenizer import CharTokenizer, from_spec, gpt2
+
+LETTERS = CharTokenizer.train("abcdefghijklmnopqrstuvwxyz", documents=True)
+
+
+class WideTokenizer(CharTokenizer):
+    """A vocabulary of any size, since only the sizes matter here."""
+
+    def __init__(self, vocab_size):
+        super().__init__("ab", documents=False)
+        self.vocab_size = vocab_size
+
+
+def write(folder, n_tokens, shard_tokens, tokenizer=None, val_tokens=5):
+    """A dataset whose train split is 0, 1, 2, ..., so that a token tells its place."""
+    splits = {"train": [np.arange(n_tokens)], "val": [np.arange(val_tokens)]}
+    return write_dataset(folder, tokenizer or WideTokenizer(max(n_tokens, val_tokens)), splits, shard_tokens)
+
+
+def counting(folder, n_tokens, shard_tokens=7):
+    write(folder, n_tokens, shard_tokens)
+    return open_split(folder, "train")
+
+
+def write_bin(path, tokens, magic=20240520, version=1, promised=None):
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(tokens) if promised is None else promised
+    path.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
+
+
+def epoch_inputs(loader, steps):
+    return torch.cat([loader.batch(step)[0] for step in range(steps)])
+
+
+# ------------------------------------------------------------------------------------------------------- the format
+
+
+def test_a_dataset_comes_back_as_it_was_written(tmp_path):
+    documents = [np.array([26, 0, 1, 2]), np.array([26]), np.array([], int), np.array([26, 25, 24])]
+    meta = write_dataset(
+        tmp_path / "a" / "b", LETTERS, {"train": iter(documents), "val": documents[:1]}, shard_tokens=3
+    )
+    train, val = (open_split(tmp_path / "a" / "b", name) for name in ("train", "val"))
+    assert train.read(0, train.n_tokens).tolist() == [26, 0, 1, 2, 26, 26, 25, 24]
+    assert val.read(0, 4).tolist() == [26, 0, 1, 2]
+    assert train.vocab_size == 27 and from_spec(train.tokenizer_spec) == LETTERS
+    assert [shard["tokens"] for shard in meta["shards"]["train"]] == [3, 3, 2]
+    assert "char tokenizer, vocabulary 27, tokens: 8 train, 4 val" in summary("x", meta)
+    train.verify()
+    val.verify()
+
+
+def test_the_files_are_plain_numpy_arrays_with_their_true_checksums(tmp_path):
+    meta = write(tmp_path, 10, shard_tokens=4)
+    assert meta == json.loads((tmp_path / "meta.json").read_text())
+    for i, shard in enumerate(meta["shards"]["train"]):
+        path = tmp_path / f"train_{i:06d}.npy"
+        assert shard["file"] == path.name
+        assert shard["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert np.load(path).dtype == np.uint16 and np.load(path).tolist() == [*range(4 * i, min(4 * i + 4, 10))]
+
+
+@pytest.mark.parametrize("vocab_size, dtype", [(65_536, np.uint16), (65_537, np.uint32)])
+def test_ids_take_two_bytes_up_to_65536_tokens_and_four_above(tmp_path, vocab_size, dtype):
+    documents = [np.array([0, vocab_size - 1])]
+    write_dataset(tmp_path, WideTokenizer(vocab_size), {"train": documents, "val": documents})
+    assert np.load(tmp_path / "train_000000.npy").dtype == dtype
+    split = open_split(tmp_path, "train")
+    split.verify()
+    assert split.read(0, 2).tolist() == [0, vocab_size - 1] and split.read(0, 2).dtype == np.int64
+
+
+@pytest.mark.parametrize("shard_tokens", [1, 2, 7, 19, 20, 21, 100])
+def test_reading_crosses_shard_borders(tmp_path, shard_tokens):
+    split = counting(tmp_path, 20, shard_tokens)
+    for start in range(21):
+        for count in range(21 - start):
+            assert split.read(start, count).tolist() == [*range(start, start + count)]
+    for start, count in ((0, 21), (20, 1), (-1, 2), (3, -1)):
+        with pytest.raises(IndexError):
+            split.read(start, count)
+
+
+def test_documents_longer_than_a_shard_are_cut_and_none_is_lost(tmp_path):
+    documents = np.split(np.arange(100), [1, 50, 50, 52, 99])
+    write_dataset(tmp_path, WideTokenizer(100), {"train": documents, "val": documents}, shard_tokens=8)
+    assert open_split(tmp_path, "train").read(0, 100).tolist() == [*range(100)]
+
+
+def test_preparing_again_leaves_no_stale_shard_and_other_files_alone(tmp_path):
+    write(tmp_path, 40, shard_tokens=4)
+    (tmp_path / ".train_000003.npy.0123abcd.tmp").write_bytes(b"half")
+    (tmp_path / "notes.txt").write_text("mine")
+    write(tmp_path, 9, shard_tokens=4)
+    shards = ["train_000000.npy", "train_000001.npy", "train_000002.npy", "val_000000.npy", "val_000001.npy"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["meta.json", "notes.txt", *shards])
+    assert open_split(tmp_path, "train").n_tokens == 9
+
+
+def test_what_a_killed_preparation_left_is_no_dataset(tmp_path):
+    program = """
+import os, signal, sys
+import numpy as np
+from data.shards import write_dataset
+from data.tokenizer import CharTokenizer
+def documents():
+    for i in range(5):
+        yield np.full(10, i)
+    os.kill(os.getpid(), signal.SIGKILL)
+tokenizer = CharTokenizer("abcdefgh", False)
+write_dataset(sys.argv[1], tokenizer, {"train": documents(), "val": documents()}, shard_tokens=20)
+"""
+    write(tmp_path, 30, shard_tokens=7)
+    killed = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env={**os.environ, "PYTHONPATH": "."})
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / "train_000001.npy").exists()
+    with pytest.raises(DataError, match="there is no dataset in .*prepare one"):
+        open_split(tmp_path, "train")
+    (tmp_path / ".meta.json.01234567.tmp").write_text("{")
+    assert counting(tmp_path, 30).n_tokens == 30
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("documents, complaint", [([], "train split .* empty"), ([np.array([3, 27])], "3 to 27")])
+def test_no_dataset_is_made_of_nothing_or_of_ids_past_the_vocabulary(tmp_path, documents, complaint):
+    with pytest.raises(DataError, match=complaint):
+        write_dataset(tmp_path, LETTERS, {"train": documents, "val": [np.array([1])]})
+    assert not (tmp_path / "meta.json").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ what is wrong
+
+
+def test_a_flipped_bit_is_named(tmp_path):
+    write_dataset(
+        tmp_path, WideTokenizer(50), {"train": [np.arange(50)], "val": [np.arange(9)]}, 20, command="python -m data.x"
+    )
+    path = tmp_path / "train_000001.npy"
+    damaged = bytearray(path.read_bytes())
+    damaged[-3] ^= 1
+    path.write_bytes(damaged)
+    split = open_split(tmp_path, "train")
+    with pytest.raises(DataError, match="train_000001.npy is damaged, its checksum differs .*`python -m data.x`"):
+        split.verify()
+    open_split(tmp_path, "val").verify()
+
+
+def test_the_processes_share_the_work_of_verifying(tmp_path):
+    counting(tmp_path, 50, shard_tokens=10)
+    (tmp_path / "train_000003.npy").write_bytes((tmp_path / "train_000004.npy").read_bytes())
+    split = open_split(tmp_path, "train")
+    for part, parts in ((0, 2), (2, 4), (0, 5), (7, 8)):
+        split.verify(part, parts)
+    for part, parts in ((1, 2), (3, 4), (3, 5), (0, 1), (3, 8)):
+        with pytest.raises(DataError, match="train_000003"):
+            split.verify(part, parts)
+
+
+@pytest.mark.parametrize("kept", [0, 60, 127, 128, 140])
+def test_a_truncated_shard_is_named(tmp_path, kept):
+    counting(tmp_path, 10)
+    path = tmp_path / "train_000000.npy"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(DataError, match="train_000000.npy is truncated .*prepare the dataset again"):
+        open_split(tmp_path, "train")
+
+
+def test_any_flipped_bit_of_a_header_is_a_data_error(tmp_path):
+    counting(tmp_path, 10)
+    path = tmp_path / "train_000000.npy"
+    whole = path.read_bytes()
+    for bit in range(0, 128 * 8, 5):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match="train_000000.npy"):
+            open_split(tmp_path, "train").verify()
+
+
+def test_bytes_behind_a_shard_are_named(tmp_path):
+    split = counting(tmp_path, 10, shard_tokens=10)
+    with open(tmp_path / "train_000000.npy", "ab") as file:
+        file.write(b"more")
+    with pytest.raises(DataError, match="train_000000.npy has 152 bytes where 148 are expected"):
+        split.verify()
+
+
+def test_a_missing_shard_and_one_of_another_kind_are_named(tmp_path):
+    counting(tmp_path, 10)
+    path = tmp_path / "train_000001.npy"
+    for tokens in (np.arange(4, dtype="<u2"), np.arange(3, dtype="<u4"), np.zeros((3, 1), "<u2")):
+        np.save(path, tokens)
+        with pytest.raises(DataError, match=r"train_000001.npy holds .* where meta.json says uint16 \(3,\)"):
+            open_split(tmp_path, "train")
+    path.unlink()
+    with pytest.raises(DataError, match="train_000001.npy is missing"):
+        open_split(tmp_path, "train")
+
+
+def test_an_id_past_the_vocabulary_is_named(tmp_path):
+    write(tmp_path, 10, shard_tokens=10)
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    meta["vocab_size"] = 9
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(DataError, match="train_000000.npy holds token id 9, past the vocabulary of 9"):
+        open_split(tmp_path, "train").verify()
+
+
+HEAD = '{"format": 1, "tokenizer": {}, "vocab_size": '
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "7", "\xff", '{"format": 1}', HEAD + '"many", "shards": {}}', HEAD + '9, "shards": []}']
+    + [HEAD + '9, "shards": {"train": [{"file": "x"}]}}', HEAD + '9, "shards": {"train": 3}}'],
+)
+def test_a_damaged_meta_json_is_named(tmp_path, text):
+    (tmp_path / "meta.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError, match="meta.json is damaged .*prepare the dataset again"):
+        open_split(tmp_path, "train")
+
+
+def test_a_later_format_and_an_unknown_split_are_named(tmp_path):
+    counting(tmp_path, 10)
+    with pytest.raises(DataError, match="no 'test' split, only .'train', 'val'."):
+        open_split(tmp_path, "test")
+    path = tmp_path / "meta.json"
+    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(DataError, match="has format 2, this version reads format 1"):
+        open_split(tmp_path, "train")
+
+
+@pytest.mark.parametrize("name", [".", "nowhere"])
+def test_a_folder_without_a_dataset_is_named(tmp_path, name):
+    with pytest.raises(DataError, match=r"there is no dataset in .*prepare one there"):
+        open_split(tmp_path / name, "train")
+
+
+def test_the_fingerprint_tells_datasets_apart(tmp_path):
+    one = counting(tmp_path / "1", 30, 7).fingerprint
+    assert one == counting(tmp_path / "2", 30, 7).fingerprint
+    assert one != counting(tmp_path / "3", 30, 8).fingerprint
+    documents = {"train": [np.array([*range(29), 0])], "val": [np.arange(5)]}
+    write_dataset(tmp_path / "4", WideTokenizer(30), documents, shard_tokens=7)
+    assert one != open_split(tmp_path / "4", "train").fingerprint
+
+
+# -------------------------------------------------------------------------------------------------------- .bin shards
+
+
+def test_bin_shards_are_read_in_the_order_of_their_names(tmp_path):
+    write_bin(tmp_path / "fineweb_train_000002.bin", [5, 50256])
+    write_bin(tmp_path / "fineweb_train_000001.bin", [1, 2, 3])
+    write_bin(tmp_path / "fineweb_val_000000.bin", [9])
+    train = open_split(tmp_path, "train")
+    train.verify()
+    assert train.read(0, 5).tolist() == [1, 2, 3, 5, 50256]
+    assert open_split(tmp_path, "val").read(0, 1).tolist() == [9]
+    assert train.vocab_size == 50257 and from_spec(train.tokenizer_spec) == gpt2()
+
+
+def test_a_bad_bin_shard_is_named(tmp_path):
+    path = tmp_path / "x_train_0.bin"
+    for magic, version in ((20240519, 1), (20240520, 2)):
+        write_bin(path, [1, 2], magic, version)
+        with pytest.raises(DataError, match=f"x_train_0.bin is no token shard: it begins .{magic}, {version}"):
+            open_split(tmp_path, "train")
+    for promised in (1, 3, 0, -1):
+        write_bin(path, [1, 2], promised=promised)
+        with pytest.raises(DataError, match=f"truncated: 2 of the {promised} tokens"):
+            open_split(tmp_path, "train")
+    path.write_bytes(b"short")
+    with pytest.raises(DataError, match="no token shard"):
+        open_split(tmp_path, "train")
+    write_bin(path, [50257])
+    with pytest.raises(DataError, match="x_train_0.bin holds token id 50257, past the vocabulary of 50257"):
+        open_split(tmp_path, "train").verify()
+    with pytest.raises(DataError, match="'val' in its name"):
+        open_split(tmp_path, "val")
+
+
+# --------------------------------------------------------------------------------------------------------- the loader
+
+
+@pytest.mark.parametrize("n_tokens, block_size", [(101, 10), (100, 10), (103, 10), (64, 1), (31, 30), (1000, 7)])
+def test_in_order_every_window_of_the_text_comes_once_an_epoch(tmp_path, n_tokens, block_size):
+    split = counting(tmp_path, n_tokens)
+    windows = (n_tokens - 1) // block_size
+    loader = Loader(split, block_size, 1, seed=0, shuffle=False)
+    for epoch in range(2):
+        batches = [loader.batch(epoch * windows + i) for i in range(windows)]
+        inputs, targets = (torch.cat(tensors).flatten() for tensors in zip(*batches, strict=True))
+        assert inputs.tolist() == [*range(windows * block_size)]
+        assert targets.tolist() == [*range(1, windows * block_size + 1)]
+
+
+@pytest.mark.parametrize("n_tokens, block_size", [(1000, 10), (999, 10), (1003, 7), (64, 1), (40, 20), (31, 30)])
+def test_shuffled_every_token_is_used_once_an_epoch_but_for_the_ends(tmp_path, n_tokens, block_size):
+    loader = Loader(counting(tmp_path, n_tokens), block_size, 1, seed=3)
+    for epoch in range(3):
+        batches = [loader.batch(epoch * loader.windows + i) for i in range(loader.windows)]
+        used = torch.cat([inputs for inputs, _ in batches]).flatten().sort().values.tolist()
+        assert used == [*range(used[0], used[0] + loader.windows * block_size)]
+        assert used[0] < block_size and n_tokens - len(used) < 2 * block_size
+        assert all(torch.equal(inputs + 1, targets) for inputs, targets in batches)
+
+
+def test_each_epoch_has_its_own_order_and_its_own_offset(tmp_path):
+    loader = Loader(counting(tmp_path, 3000), 10, 1, seed=0)
+    epochs = [
+        [int(loader.batch(epoch * loader.windows + i)[0][0, 0]) for i in range(loader.windows)] for epoch in range(6)
+    ]
+    assert len({starts[0] % 10 for starts in epochs}) > 2
+    ranks = [[sorted(starts).index(start) for start in starts] for starts in epochs]
+    assert len({tuple(order) for order in ranks}) == 6
+    assert all(order != sorted(order) for order in ranks)
+
+
+def test_every_offset_is_drawn_in_the_end(tmp_path):
+    loader = Loader(counting(tmp_path, 30), 5, 1, seed=0)
+    offsets = {int(loader.batch(epoch * loader.windows)[0][0, 0]) % 5 for epoch in range(60)}
+    assert offsets == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("batch_sequences", [3, 4, 10, 25])
+def test_batches_run_on_across_the_ends_of_epochs(tmp_path, batch_sequences, shuffle):
+    """Batches of any size are cut from the one list of sequences that batches of one give."""
+    split = counting(tmp_path, 100)
+    one = Loader(split, 9, 1, seed=5, shuffle=shuffle)
+    many = Loader(split, 9, batch_sequences, seed=5, shuffle=shuffle)
+    assert many.windows in (10, 11)
+    sequences = epoch_inputs(one, batch_sequences * 6)
+    assert torch.equal(epoch_inputs(many, 6), sequences)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 12])
+def test_the_ranks_together_see_the_batch_of_one_process(tmp_path, world_size):
+    split = counting(tmp_path, 200)
+    whole = Loader(split, 8, 12, seed=1)
+    ranks = [Loader(split, 8, 12, seed=1, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for step in range(5):
+        shares = [rank.batch(step) for rank in ranks]
+        assert all(inputs.shape == targets.shape == (12 // world_size, 8) for inputs, targets in shares)
+        for together, alone in zip(zip(*shares, strict=True), whole.batch(step), strict=True):
+            assert torch.equal(torch.cat(together), alone)
+
+
+def test_a_batch_depends_on_seed_and_step_alone(tmp_path):
+    split = counting(tmp_path, 300)
+    expected = [Loader(split, 8, 4, seed=1).batch(step) for step in range(40)]
+    loader = Loader(split, 8, 4, seed=1)
+    for step in [0, 1, 2, 2, 30, 31, 3, 39, 0, 38, 39, 5, 6, 7, 7, 4]:
+        assert all(torch.equal(a, b) for a, b in zip(loader.batch(step), expected[step], strict=True))
+    assert not torch.equal(Loader(split, 8, 4, seed=2).batch(0)[0], expected[0][0])
+
+
+def test_changing_a_batch_in_place_changes_no_other(tmp_path):
+    split = counting(tmp_path, 300)
+    loader, fresh = Loader(split, 8, 4, seed=1), Loader(split, 8, 4, seed=1)
+    inputs, targets = loader.batch(0)
+    inputs.zero_()
+    assert torch.equal(targets, fresh.batch(0)[1])
+    assert all(torch.equal(a, b) for a, b in zip(loader.batch(0), fresh.batch(0), strict=True))
+
+
+def test_batches_are_contiguous_int64_on_the_device(tmp_path):
+    for tensor in Loader(counting(tmp_path, 50), 8, 2, seed=0, device=torch.device("cpu")).batch(3):
+        assert tensor.dtype == torch.int64 and tensor.is_contiguous() and tensor.device.type == "cpu"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_on_a_gpu_are_those_of_the_cpu(tmp_path):
+    split = counting(tmp_path, 300)
+    cpu, gpu = Loader(split, 8, 4, seed=1), Loader(split, 8, 4, seed=1, device="cuda")
+    for step in (0, 1, 2, 30):
+        for a, b in zip(cpu.batch(step), gpu.batch(step), strict=True):
+            assert b.device.type == "cuda" and torch.equal(a, b.cpu())
+
+
+def test_a_split_of_a_single_window_and_one_too_short(tmp_path):
+    split = counting(tmp_path, 9)
+    for step in range(4):
+        inputs, targets = Loader(split, 8, 2, seed=0).batch(step)
+        assert inputs.tolist() == [[*range(8)]] * 2 and targets.tolist() == [[*range(1, 9)]] * 2
+    too_short = (
+        "train split .* holds 9 tokens, too few for --block-size 9, which needs 10: lower --block-size or give more"
+    )
+    with pytest.raises(DataError, match=too_short):
+        Loader(split, 9, 2, seed=0)
+    with pytest.raises(DataError, match=too_short):
+        evaluation_windows(split, 9, 100)
+
+
+def test_impossible_batches_are_refused(tmp_path):
+    split = counting(tmp_path, 50)
+    with pytest.raises(DataError, match="a batch of 6 sequences cannot be shared evenly by 4 processes"):
+        Loader(split, 8, 6, seed=0, world_size=4)
+    with pytest.raises(DataError, match="a batch of 0 sequences"):
+        Loader(split, 8, 0, seed=0)
+    with pytest.raises(DataError, match="the seed is -1"):
+        Loader(split, 8, 6, seed=-1)
+
+
+@pytest.mark.parametrize(
+    "n_tokens, asked, count", [(100, 40, 4), (100, 49, 4), (100, 50, 5), (100, 1, 1), (100, 10**9, 9), (101, 10**9, 10)]
+)
+def test_evaluation_sees_the_same_first_windows_every_time(tmp_path, n_tokens, asked, count):
+    split = counting(tmp_path, n_tokens)
+    starts = evaluation_windows(split, 10, asked)
+    assert list(starts) == [10 * i for i in range(count)]
+    inputs, targets = read_windows(split, starts, 10)
+    assert inputs.flatten().tolist() == [*range(10 * count)] and torch.equal(targets, inputs + 1)
+    assert inputs.dtype == targets.dtype == torch.int64
+    assert read_windows(split, starts[:0], 10)[0].shape == (0, 10)
+
+
+# ---------------------------------------------------------------------------------------------- data/__init__.py
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    write_whole(path, lambda file: file.write(b"old"))
+
+    def fail(file):
+        file.write(b"new")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, fail)
+    assert path.read_bytes() == b"old"
+    write_whole(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_new_file_has_the_permissions_that_any_new_file_has(tmp_path):
+    write_whole(tmp_path / "ours", lambda file: None)
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize(
+    "error, line, status",
+    [
+        (DataError("this is wrong:\ndo that"), "error: this is wrong: do that\n", 2),
+        (FileNotFoundError(2, "No such file or directory", "there"), "error: No such file or directory: there\n", 2),
+        (OSError(28, "No space left on device"), "error: [Errno 28] No space left on device\n", 2),
+        (KeyboardInterrupt(), "error: interrupted\n", 130),
+    ],
+)
+def test_an_error_is_one_line_and_a_status(capsys, error, line, status):
+    with pytest.raises(SystemExit) as stop, clear_errors():
+        raise error
+    assert stop.value.code == status and capsys.readouterr().err == line
+
+
+def test_a_mistake_of_our_own_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError), clear_errors():
+        raise ZeroDivisionError
+
+
+def test_a_script_takes_its_command_line_from_its_function(capsys, monkeypatch):
+    def prepare(folder: str, lines: bool = False) -> str:
+        """Prepares."""
+        print("note", file=sys.stderr)
+        return f"{folder} {lines}"
+
+    monkeypatch.setattr(sys, "argv", ["x", "--folder", "here", "--lines"])
+    run_script(prepare, "x")
+    assert capsys.readouterr() == ("here True\n", "note\n")
+    monkeypatch.setattr(sys, "argv", ["x", "--folder", "here", "--line"])
+    with pytest.raises(SystemExit) as stop:
+        run_script(prepare, "x")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: ")

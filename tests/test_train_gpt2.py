@@ -1,0 +1,577 @@
+"""Training: what a step computes, exact resume after every kind of interruption, and each mistake a person can make."""
+
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt2
+from data import pydocs, shards, text, tokenizer
+from data.run import load_checkpoint, newest_checkpoint, read_log
+
+ROOT = Path(__file__).parents[1]
+SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
+TINY = {
+    "n-layer": 2,
+    "n-head": 2,
+    "n-embd": 32,
+    "block-size": 32,
+    "batch-tokens": 256,
+    "micro-batch": 8,
+    "max-steps": 12,
+    "warmup-steps": 3,
+    "eval-every": 5,
+    "eval-tokens": 640,
+    "sample-every": 6,
+    "checkpoint-every": 4,
+    "dtype": "float32",
+}
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("datasets") / "pydocs"
+    pydocs.prepare(folder)
+    return folder
+
+
+def command(dataset, out_dir, *flags, **options):
+    """The arguments of a tiny run; options replace those of TINY."""
+    options = {"data": dataset, "out-dir": out_dir} | TINY | {k.replace("_", "-"): v for k, v in options.items()}
+    return ["laptop", *flags, *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
+
+
+def train(*args, **options) -> int:
+    """Run it in this process; the exit status."""
+    with pytest.raises(SystemExit) as end:
+        train_gpt2.main(command(*args, **options))
+    return end.value.code
+
+
+def start(arguments, **options) -> subprocess.Popen:
+    """Run it as a process of its own."""
+    script = [sys.executable, str(ROOT / "train_gpt2.py"), *arguments]
+    return subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def wait_for_step(process, out_dir, step) -> None:
+    """Until log.jsonl has reached the step."""
+    deadline = time.monotonic() + 60
+    while not (out_dir / "log.jsonl").exists() or (out_dir / "log.jsonl").read_bytes().count(b"\n") < step:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def curve(out_dir, name="loss"):
+    return {record["step"]: record[name] for record in read_log(out_dir) if name in record}
+
+
+def weights(out_dir):
+    return newest_checkpoint(out_dir)[1]["model"]
+
+
+def assert_same_run(one, other):
+    """Bit for bit: every loss, gradient norm and validation loss, and every final weight."""
+    for name in ("loss", "grad_norm", "val_loss", "lr", "tokens"):
+        assert curve(one, name) == curve(other, name), name
+    for (name, a), b in zip(weights(one).items(), weights(other).values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+# -------------------------------------------------------------------------------------------------------- a whole run
+
+
+def test_a_run_leaves_all_its_files_and_learns(dataset, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(dataset, out, max_steps=60, lr=1e-2) == 0
+    log = read_log(out)
+    assert [record["step"] for record in log] == list(range(1, 61))
+    assert [record["tokens"] for record in log] == [256 * step for step in range(1, 61)]
+    assert abs(log[0]["loss"] - math.log(104)) < 0.2
+    assert log[-1]["loss"] < log[0]["loss"] - 1.0
+    assert set(curve(out, "val_loss")) == {*range(5, 60, 5), 60}
+    assert {"loss", "lr", "grad_norm", "ms", "tokens_per_s", "mfu"} <= set(log[0])
+    assert json.loads((out / "config.json").read_text())["n_embd"] == 32
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "samples.txt").read_text().count("steps\n") == 10
+    assert [path.name for path in sorted((out / "checkpoints").glob("*.pt"))] == [
+        f"step_{step:06d}.pt" for step in (52, 56, 60)
+    ]
+    printed = capsys.readouterr().out
+    assert "validation loss" in printed and "256 tokens a step" in printed
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(dataset, tmp_path):
+    for name, seed in [("a", 1), ("b", 1), ("c", 2)]:
+        assert train(dataset, tmp_path / name, seed=seed, dropout=0.1) == 0
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    assert curve(tmp_path / "a") != curve(tmp_path / "c")
+
+
+def test_two_micro_batches_are_one_big_batch(dataset, tmp_path):
+    for micro_batch in (8, 4, 1):
+        assert train(dataset, tmp_path / str(micro_batch), micro_batch=micro_batch, optimizer="adamw") == 0
+    for micro_batch in (4, 1):
+        for name in ("loss", "val_loss", "grad_norm"):
+            small, big = curve(tmp_path / str(micro_batch), name), curve(tmp_path / "8", name)
+            assert small == pytest.approx(big, abs=1e-6 if name != "grad_norm" else 1e-5), name
+
+
+def test_validation_takes_the_same_tokens_whatever_the_batch(dataset, tmp_path):
+    batches = {"a": {}, "b": {"batch_tokens": 32, "micro_batch": 1}, "c": {"batch_tokens": 96 * 32}}
+    for name, options in batches.items():
+        assert train(dataset, tmp_path / name, max_steps=1, lr=1e-12, warmup_steps=0, **options) == 0
+    a, b, c = (curve(tmp_path / name, "val_loss")[1] for name in "abc")
+    assert a == pytest.approx(b, abs=1e-6) and a == pytest.approx(c, abs=1e-6)
+
+
+def test_two_processes_give_the_losses_of_one(dataset, tmp_path):
+    assert train(dataset, tmp_path / "one", max_steps=6, optimizer="adamw") == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    arguments = command(dataset, tmp_path / "two", max_steps=6, micro_batch=2, optimizer="adamw")
+    done = subprocess.run(
+        [*torchrun, str(ROOT / "train_gpt2.py"), *arguments], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("loss", "val_loss", "grad_norm"):
+        assert curve(tmp_path / "two", name) == pytest.approx(curve(tmp_path / "one", name), abs=1e-5), name
+
+
+def test_muon_trains_the_matrices_and_adamw_the_rest(dataset, tmp_path):
+    assert train(dataset, tmp_path / "adamw", optimizer="adamw") == 0
+    assert train(dataset, tmp_path / "muon", optimizer="muon") == 0
+    kept = newest_checkpoint(tmp_path / "muon")[1]["optimizers"]
+    assert [len(state["state"]) for state in kept] == [8, 2 + 16 + 2]  # 4 matrices a block; wte, wpe, the vectors
+    assert curve(tmp_path / "muon")[12] != curve(tmp_path / "adamw")[12]
+
+
+def test_shuffle_changes_the_order_only(dataset, tmp_path):
+    assert train(dataset, tmp_path / "a") == 0
+    assert train(dataset, tmp_path / "b", "--no-shuffle") == 0
+    assert curve(tmp_path / "a") != curve(tmp_path / "b")
+
+
+# ----------------------------------------------------------------------------------------------------- pure functions
+
+
+def test_learning_rate_warms_up_from_above_zero_and_ends_at_a_tenth():
+    config = train_gpt2.Config(lr=1.0, warmup_steps=10, max_steps=110)
+    rates = [train_gpt2.learning_rate(step, config) for step in range(1, 111)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0
+    assert rates[:10] == sorted(rates[:10]) and rates[9:] == sorted(rates[9:], reverse=True)
+    assert rates[59] == pytest.approx(0.55)  # half way down the cosine
+    assert rates[-1] == pytest.approx(0.1)
+    flat = train_gpt2.Config(lr=1.0, min_lr=1.0, warmup_steps=0, max_steps=3)
+    assert [train_gpt2.learning_rate(step, flat) for step in (1, 2, 3)] == [1.0, 1.0, 1.0]
+
+
+def test_presets_are_the_published_ones():
+    presets = {name: config for name, (_, config) in train_gpt2.PRESETS.items()}
+    c = presets["gpt2-124m"]
+    assert (c.batch_tokens, c.block_size, c.max_steps, c.warmup_steps) == (524_288, 1024, 19_073, 715)
+    assert (c.lr, c.weight_decay, train_gpt2.BETAS, c.grad_clip) == (6e-4, 0.1, (0.9, 0.95), 1.0)
+    c = presets["shakespeare-char"]
+    assert (c.n_layer, c.n_head, c.n_embd, c.block_size, c.dropout) == (6, 6, 384, 256, 0.2)
+    assert c.batch_tokens == 64 * 256
+    for name, shape in zip(
+        ("gpt2-124m", "gpt2-350m", "gpt2-774m", "gpt2-1558m"), train_gpt2.gpt.PRETRAINED.values(), strict=False
+    ):
+        assert (presets[name].n_layer, presets[name].n_head, presets[name].n_embd) == shape
+
+
+def test_auto_micro_batch_goes_down_until_memory_holds_it():
+    tried = []
+
+    def attempt(n):
+        tried.append(n)
+        if n > 3:
+            raise torch.OutOfMemoryError("out of memory")
+
+    assert train_gpt2.devices.largest_that_fits([12, 6, 4, 3, 2, 1], attempt) == 3
+    assert tried == [12, 6, 4, 3]
+    assert train_gpt2.devices.largest_that_fits([8, 4], attempt) == 0
+
+
+def test_auto_micro_batch_divides_the_batch_on_a_cpu(dataset, tmp_path, capsys):
+    assert train(dataset, tmp_path / "run", batch_tokens=256 * 5, micro_batch="auto", max_steps=2) == 0
+    assert "40 sequences a micro-step" in capsys.readouterr().out
+    assert train(dataset, tmp_path / "big", batch_tokens=20_000 * 32, micro_batch="auto", max_steps=1) == 0
+    assert "500 sequences a micro-step" in capsys.readouterr().out  # 16,000 tokens
+
+
+# ------------------------------------------------------------------------------------------------------- interruptions
+
+
+@pytest.fixture(scope="module")
+def straight(dataset, tmp_path_factory):
+    """Forty steps without interruption, with dropout, so that randomness is part of the bargain."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    assert train(dataset, out, max_steps=40, dropout=0.1, checkpoint_every=10, keep=5) == 0
+    return out
+
+
+def interrupted(dataset, out, **options):
+    return command(dataset, out, **{"max_steps": 40, "dropout": 0.1, "checkpoint_every": 10, "keep": 5} | options)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on_bit_for_bit(dataset, tmp_path, straight, number):
+    out = tmp_path / "run"
+    process = start(interrupted(dataset, out))
+    wait_for_step(process, out, 20)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    stopped_at = newest_checkpoint(out)[1]["step"]
+    assert stopped_at == read_log(out)[-1]["step"] and 20 <= stopped_at < 40
+    assert train(dataset, out, max_steps=40, dropout=0.1, checkpoint_every=10, keep=5) == 0
+    assert_same_run(straight, out)
+
+
+def test_a_second_signal_exits_at_once(dataset, tmp_path):
+    out = tmp_path / "run"
+    process = start(command(dataset, out, max_steps=5000, batch_tokens=64 * 256 * 32, micro_batch=512))  # slow steps
+    deadline = time.monotonic() + 60
+    while not (out / "log.jsonl").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    sent = time.monotonic()
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and time.monotonic() - sent < 1.0
+    assert not list((out / "checkpoints").glob("*.pt"))
+
+
+def test_kill_9_loses_only_the_steps_since_the_last_checkpoint(dataset, tmp_path, straight):
+    out = tmp_path / "run"
+    process = start(interrupted(dataset, out))
+    wait_for_step(process, out, 25)
+    process.kill()
+    process.communicate()
+    assert newest_checkpoint(out)[1]["step"] >= 20
+    with (out / "log.jsonl").open("a") as log:
+        log.write('{"step": 26, "lo')  # as a kill in the middle of a line leaves it
+    (out / "checkpoints" / ".step_000030.pt.0a1b2c3d.tmp").write_bytes(b"half a checkpoint")
+    assert train(dataset, out, max_steps=40, dropout=0.1, checkpoint_every=10, keep=5) == 0
+    assert_same_run(straight, out)
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(dataset, tmp_path, straight, capsys):
+    out = tmp_path / "run"
+    assert train(dataset, out, max_steps=40, dropout=0.1, checkpoint_every=10, keep=5) == 0
+    newest, before = sorted((out / "checkpoints").glob("*.pt"), reverse=True)[:2]
+    damaged = bytearray(newest.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    newest.write_bytes(damaged)
+    before.write_bytes(before.read_bytes()[:-100])
+    assert train(dataset, out, max_steps=40, dropout=0.1, checkpoint_every=10, keep=5) == 0
+    warnings = capsys.readouterr().err
+    assert f"{newest} is damaged" in warnings and f"{before} is damaged" in warnings and "the one before" in warnings
+    assert_same_run(straight, out)
+
+
+def test_a_finished_run_says_so_and_can_go_on_longer(dataset, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(dataset, out, max_steps=4) == 0
+    assert train(dataset, out, max_steps=4) == 0
+    assert "has done its 4 steps: raise --max-steps, or start afresh with --resume never" in capsys.readouterr().out
+    assert train(dataset, out, max_steps=6) == 0
+    assert [record["step"] for record in read_log(out)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_resume_never_moves_the_old_run_aside(dataset, tmp_path):
+    out = tmp_path / "run"
+    assert train(dataset, out, max_steps=4) == 0
+    old = (out / "log.jsonl").read_bytes()
+    for number in (1, 2):
+        assert train(dataset, out, max_steps=2, resume="never") == 0
+        assert len(read_log(out)) == 2
+        assert (tmp_path / f"run.{number}").is_dir()
+    assert (tmp_path / "run.1" / "log.jsonl").read_bytes() == old
+
+
+def test_resume_from_a_named_checkpoint(dataset, tmp_path, straight):
+    checkpoint = straight / "checkpoints" / "step_000020.pt"
+    assert train(dataset, tmp_path / "run", max_steps=22, dropout=0.1, resume=checkpoint) == 0
+    assert [record["step"] for record in read_log(tmp_path / "run")] == [21, 22]
+    assert curve(tmp_path / "run")[21] == curve(straight)[21]
+
+
+def test_init_from_takes_the_weights_of_a_run_also_at_a_shorter_block(dataset, tmp_path, straight):
+    assert train(dataset, tmp_path / "a", init_from=straight, max_steps=1, lr=1e-9, block_size=16) == 0
+    assert curve(tmp_path / "a")[1] < curve(straight)[1] - 0.5
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+
+def refused(capsys, *args, **options) -> str:
+    """The one line that a refused command prints."""
+    capsys.readouterr()
+    assert train(*args, **options) == 2
+    errors = capsys.readouterr().err
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and errors.rstrip().endswith(lines[0]) and "Traceback" not in errors, errors
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"n_embd": 33}, "--n-embd 33 is not divisible by --n-head 2"),
+        ({"batch_tokens": 250}, "--batch-tokens 250 cannot be cut evenly .* must be a multiple of 256"),
+        ({"micro_batch": 3}, "--micro-batch 3 .* must be a multiple of 96"),
+        ({"micro_batch": 0}, "--micro-batch is 0, but must be above 0"),
+        ({"micro_batch": "many"}, "--micro-batch"),
+        ({"max_steps": 0}, "--max-steps is 0, but must be above 0"),
+        ({"lr": -1}, "--lr is -1.0, but must be above 0"),
+        ({"lr": "fast"}, "--lr.*'fast'"),
+        ({"lr": "nan"}, "--lr is nan, but must be above 0"),
+        ({"dropout": 1.5}, "--dropout is 1.5"),
+        ({"no_such_option": 1}, "--no-such-option"),
+        (
+            {"kernels": "layernorm,gelo"},
+            "'layernorm,gelo': use all, none, or a comma-separated list of layernorm, gelu",
+        ),
+        ({"kernels": "all", "dropout": 0.1}, "the Triton attention has no dropout"),
+        ({"device": "bogus"}, "--device bogus cannot be used"),
+        ({"data": "no/such/folder"}, "there is no dataset in no/such/folder"),
+        ({"block_size": 65536, "batch_tokens": 65536, "micro_batch": 1}, "lower --block-size or give more text"),
+        ({"resume": "no/such.pt"}, "no/such.pt cannot be read"),
+        ({"init_from": "no/such/model"}, "no weights for 'no/such/model'"),
+        ({"init_from": "gpt3"}, "gpt2, gpt2-medium, gpt2-large, gpt2-xl"),
+    ],
+)
+def test_a_wrong_option_is_named(dataset, tmp_path, capsys, options, expected):
+    assert re.search(expected, refused(capsys, dataset, tmp_path / "run", **options))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_preset_and_no_preset_are_named(capsys):
+    for arguments in (["gpt5"], []):
+        with pytest.raises(SystemExit) as end:
+            train_gpt2.main(arguments)
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and "laptop" in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_triton_without_a_gpu_names_the_way_out(dataset, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    process = start(command(dataset, tmp_path / "run", kernels="all"), env=environment)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and errors.startswith("error: ") and errors.count("\n") == 1
+    assert "--kernels none" in errors and "TRITON_INTERPRET=1" in errors
+
+
+def test_a_damaged_shard_is_named(tmp_path, capsys):
+    folder = tmp_path / "dataset"
+    pydocs.prepare(folder)
+    shard = folder / "train_000000.npy"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1000])
+    assert "train_000000.npy" in refused(capsys, folder, tmp_path / "run")
+    shard.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
+    assert "checksum" in refused(capsys, folder, tmp_path / "run")
+    shard.write_bytes(whole)
+    assert train(folder, tmp_path / "run", max_steps=1) == 0
+
+
+def test_a_token_past_the_vocabulary_is_named(tmp_path, capsys):
+    folder = tmp_path / "dataset"
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, 2000
+    for split in ("train", "val"):
+        tokens = np.arange(2000, dtype="<u2")
+        tokens[1234] = 50257
+        folder.mkdir(exist_ok=True)
+        (folder / f"x_{split}_000000.bin").write_bytes(header.tobytes() + tokens.tobytes())
+    assert "token id 50257, past the vocabulary of 50257" in refused(capsys, folder, tmp_path / "run")
+
+
+def test_a_validation_split_shorter_than_a_block_is_named(tmp_path, capsys):
+    folder = tmp_path / "dataset"
+    tokens = tokenizer.CharTokenizer.train("abc", documents=False)
+    shards.write_dataset(folder, tokens, {"train": [tokens.encode("abc" * 100)], "val": [tokens.encode("abc" * 10)]})
+    assert re.search(r"val split .* 30 tokens.* --block-size 32", refused(capsys, folder, tmp_path / "run"))
+
+
+def test_a_dataset_that_needs_a_network_is_named_without_one(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for proxy in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(proxy, "http://127.0.0.1:9")  # where nothing listens
+    monkeypatch.delenv("no_proxy", raising=False)
+    message = refused(capsys, "shakespeare-char", tmp_path / "run")
+    assert "--input" in message
+    assert not list(tmp_path.rglob("*.npy"))
+
+
+def test_an_output_folder_that_cannot_be_written_is_named(dataset, tmp_path, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    assert str(tmp_path / "file") in refused(capsys, dataset, tmp_path / "file" / "run")
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_half_written(dataset, tmp_path):
+    import resource
+
+    out = tmp_path / "run"
+    assert train(dataset, out, max_steps=4) == 0
+
+    def small_files_only():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    process = start(command(dataset, out, max_steps=8), preexec_fn=small_files_only)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2, errors
+    assert "Traceback" not in errors and re.search(r"^error: .*(too large|space)", errors, re.MULTILINE), errors
+    assert [path.name for path in (out / "checkpoints").glob("*.pt")] == ["step_000004.pt"]
+    assert not list(out.rglob("*.tmp")) and not list(out.rglob(".*.tmp"))
+    assert train(dataset, out, max_steps=8) == 0
+
+
+def test_a_checkpoint_of_another_shape_is_refused(dataset, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(dataset, out, max_steps=1) == 0
+    before = (out / "log.jsonl").read_bytes()
+    message = refused(capsys, dataset, out, n_layer=3, max_steps=2)
+    assert "--n-layer 2 there, 3 here" in message and "--resume never" in message
+    assert "another --optimizer" in refused(capsys, dataset, out, optimizer="adamw", max_steps=2)
+    assert (out / "log.jsonl").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(dataset, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(dataset, out, max_steps=4) == 0
+    good = (out / "checkpoints" / "step_000004.pt").read_bytes()
+    message = refused(capsys, dataset, out, max_steps=30, lr=1e30, optimizer="muon", grad_clip=0)
+    assert re.search(r"step \d+ has loss .*(nan|inf).*keeps its last checkpoint", message)
+    assert (out / "checkpoints" / "step_000004.pt").read_bytes() == good
+    assert newest_checkpoint(out)[1]["step"] < int(re.search(r"step (\d+)", message)[1])
+    for tensor in weights(out).values():
+        assert tensor.isfinite().all()
+
+
+def test_services_that_are_not_installed_are_named(dataset, tmp_path, capsys):
+    if not importlib.util.find_spec("wandb"):
+        assert "pip install wandb" in refused(capsys, dataset, tmp_path / "run", "--wandb")
+    if not importlib.util.find_spec("tensorboard"):
+        assert "pip install tensorboard" in refused(capsys, dataset, tmp_path / "run", "--tensorboard")
+
+
+def test_profile_writes_a_trace(dataset, tmp_path):
+    assert train(dataset, tmp_path / "run", "--profile", max_steps=8) == 0
+    trace = json.loads((tmp_path / "run" / "trace.json").read_text())
+    assert any("aten::" in event.get("name", "") for event in trace["traceEvents"])
+
+
+def test_a_first_loss_far_from_the_logarithm_of_the_vocabulary_is_a_warning(capsys):
+    train_gpt2.check_first_loss(math.log(50257) + 0.1, 50257)
+    assert capsys.readouterr().err == ""
+    train_gpt2.check_first_loss(3.0, 50257)
+    assert "warning: the first loss is 3.000, far from ln(50257) = 10.825" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ sampling from a run
+
+
+def test_model_py_writes_text_with_a_run(straight, capsys):
+    def write(*options):
+        train_gpt2.gpt.main([str(straight), *options])
+        return capsys.readouterr()
+
+    streamed = write("--prompt", "The ", "--max-new-tokens", "40").out
+    assert streamed.startswith("The ") and len(streamed) == 4 + 40 + 1
+    assert write("--prompt", "The ", "--max-new-tokens", "40").out == streamed
+    assert write("--prompt", "The ", "--max-new-tokens", "40", "--seed", "2").out != streamed
+    several = write("--prompt", "The ", "--max-new-tokens", "10", "--num-samples", "3").out
+    assert several.count("The ") == 3
+    assert len(write("--max-new-tokens", "50", "--top-k", "5", "--top-p", "0.9").out) == 51
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (["--prompt", "caf\u00e9 \u2603"], "lacks"),
+        (["--temperature", "-1"], "--temperature is -1.0"),
+        (["--top-k", "0"], "--top-k is 0"),
+        (["--no-such"], "--no-such"),
+    ],
+)
+def test_model_py_names_what_is_wrong(straight, capsys, options, expected):
+    with pytest.raises(SystemExit) as end:
+        train_gpt2.gpt.main([str(straight), *options])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and expected in error and error.count("\n") == 1
+
+
+def test_model_py_names_a_run_without_checkpoints(tmp_path, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(SystemExit) as end:
+        train_gpt2.gpt.main([str(tmp_path)])
+    assert end.value.code == 2 and "holds no whole checkpoint" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------- tiny shakespeare
+
+
+@pytest.mark.skipif(not SHAKESPEARE.exists(), reason="tiny shakespeare is not here")
+def test_shakespeare_char_starts_as_it_should(tmp_path):
+    from data import shakespeare
+
+    shakespeare.prepare(folder=tmp_path / "data", input=SHAKESPEARE)
+    split = shards.open_split(tmp_path / "data", "train")
+    assert (split.vocab_size, split.n_tokens) == (65, 1_003_854)
+    inputs, targets = shards.Loader(split, 256, 64, seed=1337).batch(0)
+    assert inputs.shape == (64, 256) and torch.equal(inputs[:, 1:], targets[:, :-1])
+    words = tokenizer.from_spec(split.tokenizer_spec).decode(inputs[0].tolist())
+    assert words in SHAKESPEARE.read_text()
+    arguments = ["shakespeare-char", "--data", str(tmp_path / "data"), "--out-dir", str(tmp_path / "run")]
+    arguments += [
+        "--max-steps",
+        "4",
+        "--batch-tokens",
+        "2048",
+        "--eval-tokens",
+        "2048",
+        "--no-compile",
+        "--dropout",
+        "0",
+    ]
+    with pytest.raises(SystemExit) as end:
+        train_gpt2.main(arguments)
+    losses = curve(tmp_path / "run")
+    assert end.value.code == 0 and losses[1] == pytest.approx(math.log(65), abs=0.15) and losses[4] < losses[1]
+
+
+def test_names_one_a_line_train_too(tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("".join(f"{a}{b}{c}\n" for a in "bdfgklm" for b in "aeiou" for c in "nrstx"))
+    text.prepare([names], tmp_path / "data", lines=True)
+    assert train(tmp_path / "data", tmp_path / "run", block_size=8, eval_tokens=64, max_steps=5) == 0
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "step_000005.pt")["step"] == 5
+
+
+@pytest.mark.skipif(not shutil.which("gcc"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_training_also_validates_samples_and_saves_under_the_plain_names(dataset, tmp_path):
+    options = {"max_steps": 3, "n_layer": 1, "eval_every": 1, "sample_every": 1}
+    assert train(dataset, tmp_path / "plain", **options) == 0
+    assert train(dataset, tmp_path / "compiled", "--compile", **options) == 0
+    for name in ("loss", "val_loss"):
+        compiled, plain = curve(tmp_path / "compiled", name), curve(tmp_path / "plain", name)
+        assert compiled == pytest.approx(plain, abs=1e-3), name
+    assert list(weights(tmp_path / "compiled")) == list(weights(tmp_path / "plain"))

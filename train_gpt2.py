@@ -1,0 +1,510 @@
+"""
+Train a GPT-2: one script from a laptop's two cores to several machines of eight GPUs.
+
+    python train_gpt2.py laptop                                              minutes on two CPU cores, no download
+    python train_gpt2.py shakespeare-char                                    the 10.8M-parameter character GPT
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py gpt2-124m         GPT-2 (124M)
+    python train_gpt2.py laptop --help                                       every option, with its default
+
+A run is a folder, --out-dir: config.json, log.jsonl (a line a step), loss.png, samples.txt, checkpoints/. The same
+command goes on where an interrupted run stopped, with the same bits as if it had never been interrupted.
+
+The file reads in the order of a run: options, presets, pure functions, one step, validation, what is written, main.
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import tyro
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+import kernels
+import model as gpt
+from data import shards, tokenizer
+from data.run import Run, load_checkpoint, newest_checkpoint
+from kernels import devices
+
+BETAS = (0.9, 0.95)  # of AdamW, GPT-3's
+
+
+class RunError(Exception):
+    """Something that the person at the command line can mend; the text says how."""
+
+
+# ------------------------------------------------------------------------------------------------------------ options
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Train a GPT-2."""
+
+    data: str = "datasets/fineweb-edu-10B"  # pydocs, shakespeare-char, shakespeare-gpt2, or a folder of shards
+    out_dir: str = "runs/gpt2-124m"  # folder of the run
+    n_layer: int = 12  # blocks; 0 leaves a bigram model
+    n_head: int = 12  # attention heads a block
+    n_embd: int = 768  # channels
+    block_size: int = 1024  # tokens a sequence
+    dropout: float = 0.0  # share of activations dropped in training
+    batch_tokens: int = 524_288  # tokens an optimizer step, over all processes and micro-steps
+    micro_batch: int | Literal["auto"] = "auto"  # sequences a process holds at once; auto: the most that memory holds
+    max_steps: int = 19_073  # optimizer steps
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, AdamW for the rest, both at --lr
+    lr: float = 6e-4  # peak learning rate
+    min_lr: float | None = None  # learning rate of the last step; a tenth of --lr when not given
+    warmup_steps: int = 715  # steps over which the learning rate rises
+    weight_decay: float = 0.1  # on matrices; biases and layer norms never decay
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
+    seed: int = 1337  # of initialisation, order of the data, dropout and samples
+    shuffle: bool = True  # a new order of the sequences in every epoch; without it, the order on disk
+    eval_every: int = 250  # steps between validations; 0: only at the end
+    eval_tokens: int = 10_485_760  # validation tokens, the same every time; all there are where they are fewer
+    sample_every: int = 1000  # steps between samples; 0: only at the end
+    checkpoint_every: int = 1000  # steps between checkpoints; one is always written at the end
+    keep: int = 3  # checkpoints kept, the newest
+    resume: str = "auto"  # auto: go on with --out-dir; never: start afresh, its old run moved aside; or a checkpoint
+    init_from: str = ""  # weights to start from: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a run, a Hugging Face folder
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 where it is fast
+    kernels: str = "auto"  # all, none, or a list of layernorm,gelu,attention,cross_entropy; auto: what runs on a GPU
+    compile: bool = True  # torch.compile the model
+    profile: bool = False  # write a torch.profiler trace of steps 6 to 8 to trace.json
+    wandb: bool = False  # log to Weights & Biases too
+    tensorboard: bool = False  # log to TensorBoard too
+
+    def __post_init__(self):
+        self.shape(vocab_size=1)
+        positive = ["block_size", "batch_tokens", "max_steps", "lr", "eval_tokens", "checkpoint_every", "keep"]
+        for name in positive + ["micro_batch"] * (self.micro_batch != "auto"):
+            if not getattr(self, name) > 0:
+                raise RunError(f"{flag(name)} is {getattr(self, name)}, but must be above 0")
+        for name in ["warmup_steps", "eval_every", "sample_every", "weight_decay", "grad_clip", "seed"]:
+            if not getattr(self, name) >= 0:
+                raise RunError(f"{flag(name)} is {getattr(self, name)}, but must be 0 or more")
+        self.sequences_of_one(processes=1)
+        if self.dropout and "attention" in (kernels.FAMILIES if self.kernels == "all" else self.kernels.split(",")):
+            raise RunError("the Triton attention has no dropout: use --dropout 0, or --kernels without attention")
+
+    def sequences_of_one(self, processes: int) -> int:
+        """Sequences in one process's share of a step's batch; RunError where the batch cannot be shared evenly."""
+        multiple = self.block_size * processes * (1 if self.micro_batch == "auto" else self.micro_batch)
+        if self.batch_tokens % multiple:
+            raise RunError(
+                f"--batch-tokens {self.batch_tokens} cannot be cut evenly into {processes} process(es), --micro-batch "
+                f"{self.micro_batch} and sequences of {self.block_size}: it must be a multiple of {multiple}"
+            )
+        return self.batch_tokens // self.block_size // processes
+
+    def shape(self, vocab_size: int) -> gpt.GPTConfig:
+        return gpt.GPTConfig(self.n_layer, self.n_head, self.n_embd, self.block_size, vocab_size, self.dropout)
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+# ------------------------------------------------------------------------------------------------------------ presets
+
+# fmt: off
+LAPTOP = Config(
+    data="pydocs", out_dir="runs/laptop", n_layer=4, n_head=4, n_embd=128, block_size=128, batch_tokens=16 * 128,
+    micro_batch=16, max_steps=2000, optimizer="muon", lr=3e-3, warmup_steps=100, eval_tokens=32_768, sample_every=500,
+    checkpoint_every=500, compile=False,
+)
+CHARACTERS = Config(
+    data="shakespeare-char", out_dir="runs/shakespeare-char", n_layer=6, n_head=6, n_embd=384, block_size=256,
+    dropout=0.2, batch_tokens=64 * 256, max_steps=5000, lr=1e-3, warmup_steps=100, eval_tokens=111_360,
+)
+# fmt: on
+
+
+PRESETS = {  # learning rates of the GPT-2 sizes: GPT-3's table 2.1, https://arxiv.org/abs/2005.14165
+    "laptop": ("a small GPT in minutes on two CPU cores, no download", LAPTOP),
+    "shakespeare-char": ("the 10.8M-parameter character GPT on tiny shakespeare", CHARACTERS),
+    "gpt2-124m": ("GPT-2, 10 billion tokens", Config()),
+    "gpt2-350m": ("GPT-2 medium", Config(out_dir="runs/gpt2-350m", n_layer=24, n_head=16, n_embd=1024, lr=3e-4)),
+    "gpt2-774m": ("GPT-2 large", Config(out_dir="runs/gpt2-774m", n_layer=36, n_head=20, n_embd=1280, lr=2.5e-4)),
+    "gpt2-1558m": ("GPT-2 XL", Config(out_dir="runs/gpt2-1558m", n_layer=48, n_head=25, n_embd=1600, lr=2e-4)),
+}
+
+# ----------------------------------------------------------------------------------------------------- pure functions
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """Of step 1 to max_steps: linear up to --lr over the warmup, then a cosine down to --min-lr at the last step."""
+    low = config.lr / 10 if config.min_lr is None else config.min_lr
+    if step <= config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    return low + (config.lr - low) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+
+
+def make_optimizers(model: gpt.GPT, config: Config) -> list[torch.optim.Optimizer]:
+    """AdamW for everything; with --optimizer muon, Muon for the blocks' matrices and AdamW for the rest."""
+    groups = model.parameter_groups(config.weight_decay)
+    adamw = {"lr": config.lr, "betas": BETAS, "fused": next(model.parameters()).device.type in ("cpu", "cuda")}
+    if config.optimizer == "adamw":
+        return [torch.optim.AdamW(groups, **adamw)]
+    hidden = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+    if not hidden:
+        raise RunError("--optimizer muon needs blocks, whose matrices it trains: use --n-layer 1 or more, or adamw")
+    chosen = {id(p) for p in hidden}
+    rest = [{**group, "params": [p for p in group["params"] if id(p) not in chosen]} for group in groups]
+    # match_rms_adamw scales Muon's updates to the size of AdamW's, so that one learning rate serves both
+    muon = torch.optim.Muon(hidden, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(rest, **adamw)]
+
+
+def seed_dropout(*numbers: int) -> None:
+    """Make torch's randomness depend on these numbers alone: a resumed run needs no saved random state."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+
+def due(step: int, every: int, last: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)
+
+
+# ------------------------------------------------------------------------------------------------- one step, validated
+
+
+@dataclasses.dataclass
+class Trainer:
+    """What a step works with. `model` is what trains (compiled, DDP); `raw` is the same weights, plain."""
+
+    config: Config
+    raw: gpt.GPT
+    model: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    device: torch.device
+    dtype: torch.dtype
+    micro_batch: int  # sequences
+    rank: int = 0
+    world_size: int = 1
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def over_ranks(self, value: Tensor, how=dist.ReduceOp.SUM) -> Tensor:
+        """The sum, or the maximum, of a tensor over all processes."""
+        if self.world_size > 1:
+            dist.all_reduce(value, how)
+        return value
+
+
+def train_step(trainer: Trainer, inputs: Tensor, targets: Tensor, step: int) -> tuple[float, float]:
+    """
+    One optimizer step over this process's share of the batch, in micro-steps.
+
+    inputs, targets: (sequences, block_size) int64
+    Returns the mean loss over processes and micro-steps, in nats per token, and the gradient's norm before clipping.
+    Raises RunError, with the weights as they were, when either is not finite.
+    """
+    config = trainer.config
+    seed_dropout(config.seed, step, trainer.rank)
+    micro_batches = list(zip(inputs.split(trainer.micro_batch), targets.split(trainer.micro_batch), strict=True))
+    loss_sum = torch.zeros((), device=trainer.device)
+    for micro_step, (x, y) in enumerate(micro_batches, start=1):
+        if trainer.world_size > 1:  # before the forward: DDP reads it there too
+            trainer.model.require_backward_grad_sync = micro_step == len(micro_batches)
+        with trainer.autocast():
+            loss = trainer.model(x, y) / len(micro_batches)
+        loss.backward()
+        loss_sum += loss.detach()
+    mean_loss = (trainer.over_ranks(loss_sum) / trainer.world_size).item()
+    grad_norm = nn.utils.clip_grad_norm_(trainer.raw.parameters(), config.grad_clip or math.inf).item()
+    if not math.isfinite(mean_loss + grad_norm):
+        raise RunError(
+            f"step {step} has loss {mean_loss} and gradient norm {grad_norm}: stopped before the update, and "
+            f"{config.out_dir} keeps its last checkpoint; lower --lr, or raise --warmup-steps"
+        )
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return mean_loss, grad_norm
+
+
+@torch.no_grad()
+def validate(trainer: Trainer, split: shards.Split) -> float:
+    """Mean loss in nats per token over --eval-tokens of the split: the same tokens whatever the batch or world size."""
+    block_size = trainer.config.block_size
+    starts = shards.evaluation_windows(split, block_size, trainer.config.eval_tokens)
+    mine = starts[trainer.rank :: trainer.world_size]
+    trainer.raw.eval()
+    loss_sum = torch.zeros((), dtype=torch.float64)
+    for first in range(0, len(mine), trainer.micro_batch):
+        windows = mine[first : first + trainer.micro_batch]
+        inputs, targets = (t.to(trainer.device) for t in shards.read_windows(split, windows, block_size))
+        with trainer.autocast():
+            loss_sum += trainer.raw(inputs, targets).item() * len(windows)
+    trainer.raw.train()
+    return trainer.over_ranks(loss_sum.to(trainer.device, torch.float32)).item() / len(starts)
+
+
+# -------------------------------------------------------------------------------------------------------- beginning
+
+
+def choose_kernels(config: Config, device: torch.device) -> kernels.Ops:
+    """The operations for --kernels; auto: Triton on a GPU, except for attention when there is dropout."""
+    names = config.kernels
+    if names == "auto":
+        runs, _ = kernels.available(device)
+        on_gpu = runs and device.type == "cuda"
+        names = ",".join(f for f in kernels.FAMILIES if f != "attention" or not config.dropout) if on_gpu else "none"
+    return kernels.select(names, device)
+
+
+def choose_micro_batch(trainer: Trainer, sequences: int) -> int:
+    """--micro-batch auto: the largest divisor of `sequences`, a process's share of the batch, that memory holds."""
+    divisors = [n for n in range(sequences, 0, -1) if sequences % n == 0]
+    if trainer.device.type != "cuda":  # 16,384 tokens: more gain a CPU nothing
+        return next((n for n in divisors if n * trainer.config.block_size <= 16_384), 1)
+
+    def attempt(n: int) -> None:
+        moments = [torch.empty_like(p) for p in trainer.raw.parameters() for _ in range(2)]  # AdamW will want as much
+        tokens = torch.zeros(n, trainer.config.block_size, dtype=torch.int64, device=trainer.device)
+        with trainer.autocast():
+            trainer.raw(tokens, tokens).backward()
+        del moments
+
+    largest = devices.largest_that_fits(divisors, attempt)
+    trainer.raw.zero_grad(set_to_none=True)
+    least = -trainer.over_ranks(torch.tensor(-largest, device=trainer.device), dist.ReduceOp.MAX).item()
+    if least == 0:
+        raise RunError("not even one sequence fits in the GPU's memory: lower --block-size, or take a smaller model")
+    return least
+
+
+def starting_point(config: Config, vocab_size: int) -> dict | None:
+    """The checkpoint to go on from, if there is one; RunError where it is of another shape."""
+    if config.resume == "auto":
+        path, checkpoint = newest_checkpoint(Path(config.out_dir))
+    elif config.resume != "never":
+        path, checkpoint = config.resume, load_checkpoint(Path(config.resume))
+    if config.resume == "never" or checkpoint is None:
+        return None
+    wanted = dataclasses.asdict(config.shape(vocab_size))
+    theirs = checkpoint["config"]
+    differs = [f"{flag(k)} {theirs[k]} there, {v} here" for k, v in wanted.items() if theirs[k] != v and k != "dropout"]
+    if differs or len(checkpoint["optimizers"]) != (2 if config.optimizer == "muon" else 1):
+        raise RunError(
+            f"{path} is of another run ({'; '.join(differs) or 'another --optimizer'}): give the options that it was "
+            "made with, another --out-dir, or --resume never"
+        )
+    return checkpoint
+
+
+def initialise_from(raw: gpt.GPT, name: str) -> None:
+    """Copy the weights of a released GPT-2 or of a run; it may have a longer block size than this model."""
+    source, _ = gpt.load(name)
+    weights = source.state_dict()
+    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: raw.config.block_size]
+    theirs = dataclasses.replace(source.config, block_size=raw.config.block_size, dropout=raw.config.dropout)
+    if theirs != raw.config or source.config.block_size < raw.config.block_size:
+        raise RunError(f"--init-from {name} has another shape: {source.config} there, {raw.config} here")
+    raw.load_state_dict(weights)
+
+
+def set_up(config: Config, rank: int, local_rank: int, world_size: int):
+    """What the loop needs: trainer, loader, validation split, tokenizer, and the checkpoint to go on from or None."""
+    sequences = config.sequences_of_one(world_size)
+    device = devices.choose_device(config.device, local_rank)
+    dtype, ops = devices.choose_dtype(config.dtype, device), choose_kernels(config, device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32
+    if rank == 0:
+        data.prepare_if_missing(config.data)
+    if world_size > 1:
+        dist.barrier()
+    train_split, val_split = (shards.open_split(data.folder_of(config.data), name) for name in ("train", "val"))
+    train_split.verify(rank, world_size)
+    val_split.verify(rank, world_size)
+    shards.evaluation_windows(val_split, config.block_size, config.eval_tokens)  # too short a split fails here, early
+    order = {"seed": config.seed, "shuffle": config.shuffle, "rank": rank, "world_size": world_size}
+    loader = shards.Loader(train_split, config.block_size, sequences * world_size, device=device, **order)
+    checkpoint = starting_point(config, train_split.vocab_size)
+
+    torch.manual_seed(config.seed)
+    raw = gpt.GPT(config.shape(train_split.vocab_size), ops)
+    if checkpoint:
+        raw.load_state_dict(checkpoint["model"])
+    elif config.init_from:
+        initialise_from(raw, config.init_from)
+    raw.to(device)
+    trainer = Trainer(
+        config, raw, raw, make_optimizers(raw, config), device, dtype, config.micro_batch, rank, world_size
+    )
+    for optimizer, state in zip(trainer.optimizers, checkpoint["optimizers"] if checkpoint else (), strict=False):
+        optimizer.load_state_dict(state)
+    if config.micro_batch == "auto":
+        trainer.micro_batch = choose_micro_batch(trainer, sequences)
+    trainer.model = torch.compile(raw) if config.compile else raw
+    if world_size > 1:
+        trainer.model = DistributedDataParallel(trainer.model, gradient_as_bucket_view=True)
+    return trainer, loader, val_split, tokenizer.from_spec(train_split.tokenizer_spec), checkpoint
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+
+
+class StopRequest:
+    """SIGINT or SIGTERM: the loop finishes its step, saves and ends; a second one exits at once."""
+
+    def __enter__(self):
+        self.signal = 0
+        self.before = [(n, signal.signal(n, self._receive)) for n in (signal.SIGINT, signal.SIGTERM)]
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before:
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame) -> None:
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+
+    def agreed(self, trainer: Trainer) -> int:
+        """The signal that any process has received, or 0: all of them stop after the same step."""
+        return int(trainer.over_ranks(torch.tensor(self.signal, device=trainer.device), dist.ReduceOp.MAX))
+
+
+def measured(trainer: Trainer, step: int, loss: float, grad_norm: float, seconds: float) -> dict:
+    """The line of log.jsonl for a step: loss in nats per token, ms and tokens_per_s of the step without validation."""
+    config, peak = trainer.config, devices.peak_flops(trainer.device)
+    tokens_per_s = config.batch_tokens / seconds
+    return {
+        "step": step,
+        "tokens": step * config.batch_tokens,
+        "loss": loss,
+        "lr": learning_rate(step, config),
+        "grad_norm": grad_norm,
+        "ms": round(seconds * 1000, 3),
+        "tokens_per_s": round(tokens_per_s, 1),
+        "mfu": tokens_per_s * trainer.raw.flops_per_token() / (peak * trainer.world_size) if peak else None,
+    }
+
+
+def check_first_loss(loss: float, vocab_size: int) -> None:
+    """Untrained, every token is as likely as any other: a first loss far from ln V means broken data or weights."""
+    if abs(loss - math.log(vocab_size)) > 0.5:
+        expected = f"ln({vocab_size}) = {math.log(vocab_size):.3f}"
+        tqdm.write(f"warning: the first loss is {loss:.3f}, far from {expected}: look at the data", file=sys.stderr)
+
+
+def profiler(config: Config):
+    """With --profile, records steps 6 to 8 of this process into trace.json, for ui.perfetto.dev."""
+    if not config.profile:
+        return contextlib.nullcontext()
+    return torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=4, warmup=1, active=3, repeat=1),
+        on_trace_ready=lambda done: done.export_chrome_trace(f"{config.out_dir}/trace.json"),
+    )
+
+
+def sample_text(trainer: Trainer, tokens: tokenizer.Tokenizer, length: int = 300) -> str:
+    """A sample of `length` tokens that starts as a document does, or after a line break; the same seed every time."""
+    start = tokens.encode("\n").tolist() if tokens.eot is None else [tokens.eot]
+    generator = torch.Generator(trainer.device).manual_seed(trainer.config.seed)
+    trainer.raw.eval()
+    context = torch.tensor([start], device=trainer.device)
+    with trainer.autocast():
+        ids = trainer.raw.generate(context, length, temperature=0.8, generator=generator)
+    trainer.raw.train()
+    return tokens.decode(ids[0, len(start) :].tolist())
+
+
+def save(trainer: Trainer, run: Run, tokens: tokenizer.Tokenizer, step: int) -> None:
+    """A checkpoint and the picture of the loss. What is random depends on seed and step alone: no state to save."""
+    checkpoint = {
+        "step": step,
+        "model": trainer.raw.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
+        "config": dataclasses.asdict(trainer.raw.config),
+        "tokenizer": tokens.spec(),
+        "run": dataclasses.asdict(trainer.config),
+    }
+    run.save(checkpoint, trainer.config.keep)
+    run.draw(trainer.raw.config.vocab_size)
+
+
+def start_run(trainer: Trainer, step: int) -> Run:
+    """The run's folder, behind a few lines in the terminal that say what is about to be trained."""
+    config, shape, device = trainer.config, trainer.raw.config, trainer.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"{trainer.raw.parameter_count() / 1e6:.2f}M parameters, vocabulary of {shape.vocab_size:,} tokens")
+    print(f"{trainer.world_size} x {device.type} ({name}), {str(trainer.dtype).removeprefix('torch.')}")
+    print(f"{config.batch_tokens:,} tokens a step, {trainer.micro_batch} sequences a micro-step; into {config.out_dir}")
+    folder, afresh = Path(config.out_dir), config.resume == "never"
+    return Run(folder, dataclasses.asdict(config), step, config.max_steps, afresh, config.wandb, config.tensorboard)
+
+
+def train(config: Config, rank: int, local_rank: int, world_size: int) -> int:
+    """A run, or the rest of one. Returns the exit status: 0, or 128 + the signal that ended it early."""
+    trainer, loader, val_split, tokens, checkpoint = set_up(config, rank, local_rank, world_size)
+    first, last = checkpoint["step"] if checkpoint else 0, config.max_steps
+    if first >= last:
+        print(f"{config.out_dir} has done its {first} steps: raise --max-steps, or start afresh with --resume never")
+        return 0
+    stopping = 0
+    running = start_run(trainer, first) if rank == 0 else contextlib.nullcontext()
+    with running as run, StopRequest() as stop, profiler(config) as profiling:
+        for step in range(first + 1, last + 1):
+            began = time.perf_counter()
+            inputs, targets = loader.batch(step - 1)
+            loss, grad_norm = train_step(trainer, inputs, targets, step)
+            record = measured(trainer, step, loss, grad_norm, time.perf_counter() - began)
+            if step == 1 and not config.init_from:
+                check_first_loss(loss, trainer.raw.config.vocab_size)
+            if due(step, config.eval_every, last):
+                record["val_loss"] = validate(trainer, val_split)
+            stopping = stop.agreed(trainer)
+            if run:
+                run.log(record)
+            if run and due(step, config.sample_every, last):
+                run.sample(step, sample_text(trainer, tokens))
+            if run and (stopping or due(step, config.checkpoint_every, last)):
+                save(trainer, run, tokens, step)
+            if profiling:
+                profiling.step()
+            if stopping:
+                break
+    if run:
+        run.finish()
+    return 128 + stopping if stopping else 0
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line, sys.argv by default; under torchrun, one process of several. Ends with SystemExit."""
+    rank, local_rank, world_size = (int(os.environ.get(n, "0")) for n in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    world_size = max(1, world_size)
+    with data.clear_errors(RunError, gpt.ModelError, kernels.KernelError, devices.DeviceError):
+        config = data.parse_options(
+            lambda: tyro.extras.overridable_config_cli(PRESETS, prog="train_gpt2.py", args=arguments)
+        )
+        if world_size > 1:
+            dist.init_process_group("nccl" if torch.cuda.is_available() and config.device != "cpu" else "gloo")
+        try:
+            status = train(config, rank, local_rank, world_size)
+        except torch.OutOfMemoryError as error:
+            raise RunError("out of memory: lower --micro-batch (the result stays the same) or --block-size") from error
+        if world_size > 1:
+            dist.destroy_process_group()
+    raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main()
