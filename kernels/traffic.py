@@ -1,0 +1,282 @@
+"""
+What the kernels are launched with, and the bytes and FLOPs that each launch moves, counted without a GPU.
+
+    python -m kernels.traffic '{"B": 64, "T": 1024, ...}'      in a process with TRITON_INTERPRET=1; JSON comes back
+
+Launches: every operation runs as in training, forward and backward under bfloat16 autocast, at the full shape. A torch
+function returns memory that nobody wrote, and a kernel is noted down instead of run: the types and alignment of its
+arguments, its constants, warps and grid. So nothing here repeats what the operators know.
+
+Traffic: the same operations run for real, at a few rows, in Triton's interpreter, whose loads, stores and dots are
+observed. Per kernel, in bytes: `loaded` and `stored` as issued, lanes under a mask left out; `touched`, each different
+byte counted once for reading and once for writing; `minimum`, that without partial sums (pointers named *_parts_ptr),
+which belong to the algorithm, not to the operation. `flops` are those of tl.dot.
+
+Rule of scaling: a kernel's figures are a * units + b * programs + c * launches, exactly: what it does for each row (or,
+in attention, each head of a sequence, T and D being the real ones), each program and each launch. Small runs give a, b
+and c; the grid at the full shape, which is known, gives the rest.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import triton.language as tl
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
+
+import kernels
+from kernels.shapes import Shape, arguments, calls_per_step, forward_and_backward
+
+ROWS = (16, 24, 40)  # of the small runs: programs are not proportional to them where a program takes up to 16 rows
+HEADS = (1, 2)  # of the small runs of attention
+FIGURES = ("loaded", "stored", "touched", "minimum", "flops", "atomics")
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+}
+
+
+@dataclasses.dataclass
+class Launch:
+    """One launch of a kernel: all that compiling it needs, and the grid."""
+
+    module: str
+    kernel: str
+    arguments: dict  # name -> ["*bf16", aligned to 16 bytes], an int, a float, or None
+    constants: dict  # name -> value, of tl.constexpr parameters
+    options: dict  # num_warps, num_stages where given
+    programs: int
+
+
+# --------------------------------------------------------------------------- launches
+
+
+class Unwritten(TorchDispatchMode):
+    """Torch functions give memory of the right shape and dtype that nobody wrote, so that any size costs nothing."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.namespace == "gpt2":  # our operators run, and what they call comes back here
+            with self:
+                return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
+        written = [a for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
+        if written:
+            return kwargs[written[0].name] if written[0].kwarg_only else args[0]
+        if any(result.alias_info for result in func._schema.returns) or "empty" in func.__name__:
+            return func(*args, **kwargs)  # views, and memory that is unwritten already
+        like = lambda device: lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)  # noqa: E731
+        args, kwargs = tree_map_only(torch.Tensor, like("meta"), (args, kwargs))
+        if "device" in kwargs:
+            kwargs["device"] = torch.device("meta")
+        return tree_map_only(torch.Tensor, like("cpu"), func(*args, **kwargs))
+
+
+@contextlib.contextmanager
+def replaced(cls: type, **methods):
+    """Other methods on a class for a while; each gets the one it replaces as its first argument."""
+    originals = {name: getattr(cls, name) for name in methods}
+    for name, method in methods.items():
+        setattr(cls, name, functools.partialmethod(method, originals[name]))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(cls, name, original)
+
+
+def describe(kernel: InterpretedFunction, args: tuple, grid: tuple, keywords: dict) -> Launch:
+    """A launch in words that another process can compile."""
+    signature = inspect.signature(kernel.fn)
+    bound = signature.bind(*args, **{k: v for k, v in keywords.items() if k in signature.parameters}).arguments
+    constant = {name for name, p in signature.parameters.items() if p.annotation is tl.constexpr}
+    described = {}
+    for name, value in bound.items():
+        if name not in constant:
+            pointer = isinstance(value, torch.Tensor)
+            described[name] = [POINTERS[value.dtype], value.data_ptr() % 16 == 0] if pointer else value
+    return Launch(
+        module=kernel.fn.__module__,
+        kernel=kernel.fn.__name__,
+        arguments=described,
+        constants={name: value for name, value in bound.items() if name in constant},
+        options={name: value for name, value in keywords.items() if name not in signature.parameters},
+        programs=math.prod(grid),
+    )
+
+
+def launches_of(operation: str, shape: Shape) -> list[Launch]:
+    """Every launch of one operation at this shape, in order, without running any."""
+    launches = []
+
+    def note(kernel, original, *args, grid, warmup, **keywords):
+        launches.append(describe(kernel, args, grid, keywords))
+
+    with Unwritten(), replaced(InterpretedFunction, run=note):
+        run_operation(operation, shape)
+    return launches
+
+
+def run_operation(operation: str, shape: Shape) -> None:
+    function = getattr(kernels.select("all"), operation)
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    forward_and_backward(function, *arguments(operation, shape, torch.bfloat16, "cpu"), autocast)
+
+
+# --------------------------------------------------------------------------- traffic
+
+
+class Count:
+    """What one launch moves. The tensors of its arguments each keep two maps: the items read, the items written."""
+
+    def __init__(self, arguments: dict):
+        self.figures = dict.fromkeys(FIGURES, 0)
+        self.sites = {}  # line of the kernel file -> the most bytes that one access there spans
+        self.tensors = []
+        for name, tensor in arguments.items():
+            if isinstance(tensor, torch.Tensor) and tensor.numel():
+                items = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+                maps = (np.zeros(items, dtype=bool), np.zeros(items, dtype=bool))
+                self.tensors.append((name, tensor.data_ptr(), tensor.element_size(), maps))
+
+    def access(self, pointers, mask, stored: bool) -> None:
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        line = line_of_kernel()
+        self.sites[line] = max(self.sites.get(line, 0), pointers.data.size * size)
+        touched = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)]
+        if touched.size == 0:
+            return
+        self.figures["stored" if stored else "loaded"] += touched.size * size
+        for _, start, item, maps in self.tensors:
+            if start <= touched[0] < start + item * len(maps[0]):
+                maps[stored][(touched - start) // item] = True
+                return
+        raise LookupError(f"line {line} reads or writes outside every argument")
+
+    def totals(self) -> dict[str, int]:
+        for name, _, item, maps in self.tensors:
+            touched = item * sum(int(used.sum()) for used in maps)
+            self.figures["touched"] += touched
+            self.figures["minimum"] += 0 if "_parts" in name else touched
+        return self.figures
+
+
+def line_of_kernel() -> int:
+    """Where in a kernel file the running access is written."""
+    frame = sys._getframe(1)
+    while Path(frame.f_code.co_filename).stem not in kernels.FAMILIES:
+        frame = frame.f_back
+    return frame.f_lineno
+
+
+def measure(operation: str, shape: Shape) -> dict[str, dict]:
+    """Run one operation in the interpreter. Returns, by kernel: programs, launches, sites, and FIGURES."""
+    found, current = {}, []
+
+    def run(kernel, original, *args, grid, warmup, **keywords):
+        launch = describe(kernel, args, grid, keywords)
+        names = list(launch.arguments | launch.constants)
+        current.append(Count(dict(zip(names, args, strict=False))))
+        original(kernel, *args, grid=grid, warmup=warmup, **keywords)
+        count = current.pop()
+        total = found.setdefault(launch.kernel, {"programs": 0, "launches": 0, "sites": {}, **dict.fromkeys(FIGURES, 0)})
+        total["programs"] += launch.programs
+        total["launches"] += 1
+        total["sites"] |= count.sites
+        for name, value in count.totals().items():
+            total[name] += value
+
+    def load(builder, original, pointers, mask, *rest):
+        current[-1].access(pointers, mask, stored=False)
+        return original(builder, pointers, mask, *rest)
+
+    def store(builder, original, pointers, value, mask, *rest):
+        current[-1].access(pointers, mask, stored=True)
+        return original(builder, pointers, value, mask, *rest)
+
+    def dot(builder, original, a, b, *rest):
+        current[-1].figures["flops"] += 2 * a.data.size * b.data.shape[-1]
+        return original(builder, a, b, *rest)
+
+    def atomic(builder, original, *rest):
+        current[-1].figures["atomics"] += 1
+        return original(builder, *rest)
+
+    observed = {"create_masked_load": load, "create_masked_store": store, "create_dot": dot}
+    observed |= {"create_atomic_rmw": atomic, "create_atomic_cas": atomic}
+    with replaced(InterpretedFunction, run=run), replaced(InterpreterBuilder, **observed), np.errstate(all="ignore"):
+        run_operation(operation, shape)  # bfloat16 dots give nonsense in the interpreter: counted all the same
+    return found
+
+
+# --------------------------------------------------------------------------- scaling
+
+
+def units(operation: str, shape: Shape) -> int:
+    return shape.B * shape.H if operation == "causal_attention" else shape.N
+
+
+def small_shapes(operation: str, shape: Shape) -> list[Shape]:
+    """Those to run: the real T, D, C and V, and few rows or heads."""
+    if operation == "causal_attention":
+        return [dataclasses.replace(shape, B=1, H=heads, C=heads * (shape.C // shape.H)) for heads in HEADS]
+    return [dataclasses.replace(shape, B=1, T=rows) for rows in ROWS]
+
+
+def scaled(operation: str, shape: Shape, launches: list[Launch]) -> dict[str, dict]:
+    """By kernel, FIGURES at this shape and the sites, from the small runs by the rule of scaling."""
+    runs = [(units(operation, small), measure(operation, small)) for small in small_shapes(operation, shape)]
+    result = {}
+    for kernel in runs[0][1]:
+        own = [launch for launch in launches if launch.kernel == kernel]
+        full = [units(operation, shape), sum(launch.programs for launch in own), len(own)]
+        small = np.array([[n, run[kernel]["programs"], run[kernel]["launches"]] for n, run in runs], dtype=np.float64)
+        counted = np.array([[run[kernel][name] for name in FIGURES] for _, run in runs], dtype=np.float64)
+        coefficients = np.linalg.lstsq(small, counted, rcond=None)[0]
+        if not np.allclose(small @ coefficients, counted, rtol=1e-9, atol=1e-3):
+            raise ArithmeticError(f"{operation}: the traffic of {kernel} is not linear in rows, programs and launches")
+        predicted = [round(float(value)) for value in np.array(full) @ coefficients]
+        result[kernel] = dict(zip(FIGURES, predicted, strict=True)) | {"sites": runs[0][1][kernel]["sites"]}
+    return result
+
+
+def report(shape: Shape) -> list[dict]:
+    """Every kernel of every operation: name, calls a step, its first launch, how many a call, FIGURES, sites."""
+    rows = []
+    for operation, calls in calls_per_step(shape).items():
+        launches = launches_of(operation, shape)
+        for kernel, figures in scaled(operation, shape, launches).items():
+            own = [launch for launch in launches if launch.kernel == kernel]
+            name = f"{operation}.{kernel.strip('_').removesuffix('_kernel')}"
+            row = {"name": name, "operation": operation, "calls": calls, "launches": len(own)}
+            rows.append(row | {"launch": dataclasses.asdict(own[0])} | figures)
+    return rows
+
+
+def count(shape: Shape) -> list[dict]:
+    """report() in a process of its own, with the interpreter on whatever this one has."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "kernels.traffic", json.dumps(dataclasses.asdict(shape))]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, encoding="utf-8")
+    if done.returncode:
+        raise ChildProcessError(f"counting the traffic failed:\n{done.stderr}")
+    return json.loads(done.stdout)
+
+
+if __name__ == "__main__":
+    print(json.dumps(report(Shape(**json.loads(sys.argv[1])))))
