@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from accuracy import DEVICE, check_all, far_rows, new_memory_is_nan, results
+from accuracy import DEVICE, before_a_wall, check_all, far_rows, new_memory_is_nan, plain_memory, results
 
 from kernels import gelu
 from kernels.gelu import linear_gelu, linear_gelu_reference, linear_gelu_torch
@@ -104,7 +104,15 @@ def test_under_autocast_it_follows_the_product_and_gradients_follow_the_paramete
     assert all(found[f"d{name}"].dtype == torch.float32 for name in tensors)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="needs memory that is mapped and not there")
+@plain_memory
+def test_nothing_is_read_past_the_end_of_a_tensor():
+    tensors = {name: before_a_wall(t) for name, t in {"z": torch.randn(5, 100), "bias": torch.randn(100)}.items()}
+    tensors = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    upstream = (before_a_wall(torch.randn(5, 100)),)
+    check_all(bias_gelu, bias_gelu_torch, bias_gelu_reference, tensors, upstream)
+
+
+@plain_memory
 def test_offsets_pass_two_to_the_31():
     """Rows 2^29 columns long, of which one program looks at 16. Were the offset an int32, this would crash."""
     W, cols = 2**29 + 16, 16

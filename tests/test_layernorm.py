@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from accuracy import DEVICE, check_all, far_rows, new_memory_is_nan, results
+from accuracy import DEVICE, before_a_wall, check_all, far_rows, new_memory_is_nan, plain_memory, results
 
 from kernels import layernorm
 from kernels.layernorm import (
@@ -134,7 +134,15 @@ def test_under_autocast_y_has_the_dtype_of_the_next_product_and_the_stream_stays
     assert y.dtype == torch.float32
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="needs memory that is mapped and not there")
+@plain_memory
+def test_nothing_is_read_past_the_end_of_a_tensor():
+    tensors, dy, dsummed = inputs((3, 100), torch.float32, residual_dtype=torch.float32)
+    tensors = {name: before_a_wall(tensor) for name, tensor in tensors.items()}
+    upstream = (before_a_wall(dy), before_a_wall(dsummed))
+    check_all(add_layer_norm, add_layer_norm_torch, add_layer_norm_reference, tensors, upstream, eps=EPS)
+
+
+@plain_memory
 def test_offsets_pass_two_to_the_31():
     """Three rows 2^30 columns long, of which the kernels look at 16. Were the offset an int32, this would crash."""
     C, cols = 2**30 + 16, 16
