@@ -1,11 +1,11 @@
 """
 Kernels compiled ahead of time for a GPU that need not be there, and what their machine code says.
 
-    python -m kernels.machine_code sm_80 < launches.json       in a process without TRITON_INTERPRET; JSON comes back
+    python -m kernels.machine_code sm_80 < kernels.json      in a process without TRITON_INTERPRET; prints JSON
 
 A launch is compiled as kernels.traffic noted it down, specialised as Triton's launcher would: pointers aligned to 16
-bytes and integers divisible by 16 are marked so, an integer 1 and a None become constants. ptxas, cuobjdump and nvdisasm
-come with the triton package. For AMD the assembly text is read.
+bytes and integers divisible by 16 are marked so, an integer 1 and a None become constants. ptxas, cuobjdump and
+nvdisasm come with the triton package. For AMD the assembly text is read.
 
 Bulk accesses are those in lines of the kernel where one access spans 16 bytes for each thread of the program or more:
 only there can a thread read and write 128 bits at a time, and only there does it matter.
@@ -14,11 +14,9 @@ Occupancy: programs that fit on a multiprocessor at once, limited by warps, regi
 """
 
 import collections
-import concurrent.futures
 import dataclasses
 import importlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -204,31 +202,6 @@ def figures(launch: dict, sites: dict[str, int], architecture: str) -> dict:
     return result
 
 
-# --------------------------------------------------------------------------- processes
-
-
-def compile_all(kernels: list[dict], architectures: list[str]) -> dict[str, list[dict]]:
-    """
-    figures() of every kernel for every architecture, in the order given.
-
-    kernels: dictionaries with "launch" and "sites", as kernels.traffic.count returns them
-    Each architecture is a process, as many at a time as there are cores; a kernel that does not compile is an error.
-    """
-    work = json.dumps([{"launch": kernel["launch"], "sites": kernel["sites"]} for kernel in kernels])
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    paths = [str(Path(__file__).parents[1]), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-
-    def one(architecture: str) -> list[dict]:
-        command = [sys.executable, "-m", "kernels.machine_code", architecture]
-        done = subprocess.run(command, input=work, env=environment, capture_output=True, text=True, encoding="utf-8")
-        if done.returncode:
-            raise ChildProcessError(f"compiling for {architecture} failed:\n{done.stderr}")
-        return json.loads(done.stdout)
-
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(architectures, pool.map(one, architectures), strict=True))
-
-
 if __name__ == "__main__":
-    print(json.dumps([figures(kernel["launch"], kernel["sites"], sys.argv[1]) for kernel in json.load(sys.stdin)]))
+    found = [figures(kernel["launch"], kernel["sites"], sys.argv[1]) for kernel in json.load(sys.stdin)]
+    print(json.dumps(found))

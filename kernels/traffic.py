@@ -1,7 +1,7 @@
 """
 What the kernels are launched with, and the bytes and FLOPs that each launch moves, counted without a GPU.
 
-    python -m kernels.traffic '{"B": 64, "T": 1024, ...}'      in a process with TRITON_INTERPRET=1; JSON comes back
+    python -m kernels.traffic < shape.json      in a process with TRITON_INTERPRET=1; prints report() as JSON
 
 Launches: every operation runs as in training, forward and backward under bfloat16 autocast, at the full shape. A torch
 function returns memory that nobody wrote, and a kernel is noted down instead of run: the types and alignment of its
@@ -10,11 +10,13 @@ arguments, its constants, warps and grid. So nothing here repeats what the opera
 Traffic: the same operations run for real, at a few rows, in Triton's interpreter, whose loads, stores and dots are
 observed. Per kernel, in bytes: `loaded` and `stored` as issued, lanes under a mask left out; `touched`, each different
 byte counted once for reading and once for writing; `minimum`, that without partial sums (pointers named *_parts_ptr),
-which belong to the algorithm, not to the operation. `flops` are those of tl.dot.
+which belong to the algorithm, not to the operation. `flops` are those of tl.dot; `arithmetic` is every other float
+operation, a lane and an operation each, masked lanes too. A loop that runs to a row's end does so at the real length.
 
 Rule of scaling: a kernel's figures are a * units + b * programs + c * launches, exactly: what it does for each row (or,
 in attention, each head of a sequence, T and D being the real ones), each program and each launch. Small runs give a, b
-and c; the grid at the full shape, which is known, gives the rest.
+and c; the grid at the full shape, which is known, gives the rest. (Arithmetic alone, which counts lanes under
+a mask, is inexact where rows do not fill the last tile.)
 """
 
 import contextlib
@@ -23,8 +25,6 @@ import functools
 import inspect
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -34,14 +34,14 @@ import triton.language as tl
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, ReduceOps
 
 import kernels
 from kernels.shapes import Shape, arguments, calls_per_step, forward_and_backward
 
-ROWS = (16, 24, 40)  # of the small runs: programs are not proportional to them where a program takes up to 16 rows
+ROWS = (16, 24, 42)  # of the small runs: programs are not proportional to them where a program takes up to 16 rows
 HEADS = (1, 2)  # of the small runs of attention
-FIGURES = ("loaded", "stored", "touched", "minimum", "flops", "atomics")
+FIGURES = ("loaded", "stored", "touched", "minimum", "flops", "arithmetic", "atomics")
 POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -193,7 +193,9 @@ def measure(operation: str, shape: Shape) -> dict[str, dict]:
         current.append(Count(dict(zip(names, args, strict=False))))
         original(kernel, *args, grid=grid, warmup=warmup, **keywords)
         count = current.pop()
-        total = found.setdefault(launch.kernel, {"programs": 0, "launches": 0, "sites": {}, **dict.fromkeys(FIGURES, 0)})
+        total = found.setdefault(
+            launch.kernel, {"programs": 0, "launches": 0, "sites": {}, **dict.fromkeys(FIGURES, 0)}
+        )
         total["programs"] += launch.programs
         total["launches"] += 1
         total["sites"] |= count.sites
@@ -212,13 +214,28 @@ def measure(operation: str, shape: Shape) -> dict[str, dict]:
         current[-1].figures["flops"] += 2 * a.data.size * b.data.shape[-1]
         return original(builder, a, b, *rest)
 
+    def arithmetic(builder, original, *operands):
+        result = original(builder, *operands)
+        current[-1].figures["arithmetic"] += result.data.size if result.data.dtype.kind == "f" else 0
+        return result
+
+    def reduction(reduce, original, tensors):
+        current[-1].figures["arithmetic"] += tensors[0].handle.data.size
+        return original(reduce, tensors)
+
     def atomic(builder, original, *rest):
         current[-1].figures["atomics"] += 1
         return original(builder, *rest)
 
     observed = {"create_masked_load": load, "create_masked_store": store, "create_dot": dot}
     observed |= {"create_atomic_rmw": atomic, "create_atomic_cas": atomic}
-    with replaced(InterpretedFunction, run=run), replaced(InterpreterBuilder, **observed), np.errstate(all="ignore"):
+    observed |= {"binary_op": arithmetic, "unary_op": arithmetic, "create_fma": arithmetic}
+    with (
+        replaced(InterpretedFunction, run=run),
+        replaced(InterpreterBuilder, **observed),
+        replaced(ReduceOps, apply_impl=reduction),
+        np.errstate(all="ignore"),
+    ):
         run_operation(operation, shape)  # bfloat16 dots give nonsense in the interpreter: counted all the same
     return found
 
@@ -234,6 +251,8 @@ def small_shapes(operation: str, shape: Shape) -> list[Shape]:
     """Those to run: the real T, D, C and V, and few rows or heads."""
     if operation == "causal_attention":
         return [dataclasses.replace(shape, B=1, H=heads, C=heads * (shape.C // shape.H)) for heads in HEADS]
+    if operation == "linear_cross_entropy":  # C belongs to its matrix products, which are PyTorch's
+        shape = dataclasses.replace(shape, C=16, H=1)
     return [dataclasses.replace(shape, B=1, T=rows) for rows in ROWS]
 
 
@@ -267,16 +286,5 @@ def report(shape: Shape) -> list[dict]:
     return rows
 
 
-def count(shape: Shape) -> list[dict]:
-    """report() in a process of its own, with the interpreter on whatever this one has."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "kernels.traffic", json.dumps(dataclasses.asdict(shape))]
-    root = Path(__file__).parents[1]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, encoding="utf-8")
-    if done.returncode:
-        raise ChildProcessError(f"counting the traffic failed:\n{done.stderr}")
-    return json.loads(done.stdout)
-
-
 if __name__ == "__main__":
-    print(json.dumps(report(Shape(**json.loads(sys.argv[1])))))
+    print(json.dumps(report(Shape(**json.load(sys.stdin)))))
