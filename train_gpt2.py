@@ -36,6 +36,7 @@ import model as gpt
 from data import shards, tokenizer
 from data.run import Run, load_checkpoint, newest_checkpoint
 from kernels import devices
+from kernels.cross_entropy import check_targets
 
 BETAS = (0.9, 0.95)  # of AdamW, GPT-3's
 
@@ -80,6 +81,7 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 where it is fast
     kernels: str = "auto"  # all, none, or a list of layernorm,gelu,attention,cross_entropy; auto: what runs on a GPU
     compile: bool = True  # torch.compile the model
+    check: bool = False  # check the token ids of every batch before they are used: slower, for debugging
     profile: bool = False  # write a torch.profiler trace of steps 6 to 8 to trace.json
     wandb: bool = False  # log to Weights & Biases too
     tensorboard: bool = False  # log to TensorBoard too
@@ -398,6 +400,15 @@ def measured(trainer: Trainer, step: int, loss: float, grad_norm: float, seconds
     }
 
 
+def check_batch(inputs: Tensor, targets: Tensor, vocab_size: int) -> None:
+    """RunError where a token id is past the vocabulary."""
+    try:
+        check_targets(inputs, vocab_size)
+        check_targets(targets, vocab_size)
+    except ValueError as error:
+        raise RunError(f"{error}; the dataset is not of this vocabulary") from error
+
+
 def check_first_loss(loss: float, vocab_size: int) -> None:
     """Untrained, every token is as likely as any other: a first loss far from ln V means broken data or weights."""
     if abs(loss - math.log(vocab_size)) > 0.5:
@@ -465,6 +476,8 @@ def train(config: Config, rank: int, local_rank: int, world_size: int) -> int:
         for step in range(first + 1, last + 1):
             began = time.perf_counter()
             inputs, targets = loader.batch(step - 1)
+            if config.check:
+                check_batch(inputs, targets, trainer.raw.config.vocab_size)
             loss, grad_norm = train_step(trainer, inputs, targets, step)
             record = measured(trainer, step, loss, grad_norm, time.perf_counter() - began)
             if step == 1 and not config.init_from:

@@ -105,6 +105,7 @@ class Run:
     def draw(self, vocab_size: int) -> None:
         """loss.png: training and validation loss against tokens seen, and where guessing at random stands."""
         from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter
 
         axes = (figure := Figure(figsize=(8, 5), layout="constrained")).add_subplot()
         axes.set(xlabel="tokens", ylabel="loss, nats per token", title=self.folder.name)
@@ -113,6 +114,7 @@ class Run:
         if losses:
             axes.plot(tokens, losses, "o-", markersize=4, label=f"validation: {losses[-1]:.3f} at the end")
         axes.axhline(math.log(vocab_size), linestyle=":", color="grey", label=f"ln {vocab_size:,}: guessing at random")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 5M and not 5 with a 1e6 in the corner
         axes.grid(alpha=0.3)
         axes.legend()
         write_whole(self.folder / "loss.png", lambda file: figure.savefig(file, format="png", dpi=120))

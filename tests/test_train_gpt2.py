@@ -479,6 +479,14 @@ def test_profile_writes_a_trace(dataset, tmp_path):
     assert any("aten::" in event.get("name", "") for event in trace["traceEvents"])
 
 
+def test_check_names_a_token_past_the_vocabulary(dataset, tmp_path):
+    assert train(dataset, tmp_path / "run", "--check", max_steps=2) == 0
+    good, bad = torch.zeros(2, 4, dtype=torch.int64), torch.full((2, 4), 65)
+    for inputs, targets in [(good, bad), (bad, good), (good, -bad)]:
+        with pytest.raises(train_gpt2.RunError, match="65 .*out of range"):
+            train_gpt2.check_batch(inputs, targets, 65)
+
+
 def test_a_first_loss_far_from_the_logarithm_of_the_vocabulary_is_a_warning(capsys):
     train_gpt2.check_first_loss(math.log(50257) + 0.1, 50257)
     assert capsys.readouterr().err == ""
