@@ -189,9 +189,10 @@ def useful_choices(triton: bool) -> list[str]:
     return ["all", "none", *families, *(",".join(f for f in families if f != left) for left in families)]
 
 
-RUN = """
-import json, resource, runpy, sys
+PEAK = """
+import os, resource, runpy, sys
 sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 except SystemExit as stop:
@@ -208,9 +209,10 @@ finally:
 def train(choice: str, compiled: bool, chosen: argparse.Namespace, device: torch.device, folder: Path) -> dict:
     """One run of train_gpt2.py. Returns its choice, tokens_per_s, mfu, peak_gb and the loss of its last step."""
     script = Path(__file__).parents[1] / "train_gpt2.py"
-    command = [sys.executable, "-c", RUN, str(script), chosen.preset, "--kernels", choice, "--out-dir", str(folder)]
+    command = [sys.executable, "-c", PEAK, str(script), chosen.preset, "--kernels", choice, "--out-dir", str(folder)]
     command += ["--max-steps", str(chosen.steps), "--compile" if compiled else "--no-compile", "--device", str(device)]
-    command += ["--resume", "never", "--eval-every", "0", "--sample-every", "0", *chosen.train_options]
+    command += ["--resume", "never", "--eval-every", "0", "--sample-every", "0"]
+    command += ["--eval-tokens", "65536", *chosen.train_options]  # a validation at the end there always is
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]

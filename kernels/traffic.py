@@ -71,9 +71,11 @@ class Unwritten(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func.namespace == "gpt2":  # our operators run, and what they call comes back here
-            with self:
+        with self:  # our operators run, and so do functions made of others: what they call comes back here
+            if func.namespace == "gpt2":
                 return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
+            if (parts := func.decompose(*args, **kwargs)) is not NotImplemented:
+                return parts
         written = [a for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
         if written:
             return kwargs[written[0].name] if written[0].kwarg_only else args[0]
