@@ -37,9 +37,9 @@ LIMITS = {  # of --check, for each kernel and target; AMD code is compiled only,
     "compile_seconds": 30,
 }
 NARROWEST_BITS = 128  # of bulk accesses to global memory: the widest there is
-TOUCHED_OVER_MINIMUM = 1.02  # partial sums
+TOUCHED_OVER_MINIMUM = 1.06  # partial sums, which weigh more where rows are few
 TENSOR_CORE = {"sm_90": "HGMMA"}  # where tl.dot is; elsewhere any tensor-core instruction will do
-ISSUED_OVER_MINIMUM = 1.05  # bytes read again, most of them from a cache; but for these:
+ISSUED_OVER_MINIMUM = 1.1  # bytes read again, most of them from a cache; but for these:
 ISSUED_OVER_MINIMUM_OF = {
     "layer_norm.forward": 2.4,  # weight and bias again for every row: 14 bytes a number instead of 6
     "add_layer_norm.forward": 1.7,  # likewise, 20 instead of 12
@@ -170,7 +170,7 @@ def traffic_table(kernels: list[dict]) -> str:
             mb(k["minimum"]),
         ]
         rows.append([*row, f"{over:.2f}", f"{k['flops'] / 1e9:,.1f}", f"{k['arithmetic'] / 1e9:,.1f}"])
-    title = "Traffic of one call: counted (MB, 10^9 operations; calls a step)"
+    title = "Traffic of one call: counted. MB; over: issued / minimum; 10^9 operations of tl.dot, others"
     header = ["kernel", "calls", "launches", "loaded", "stored", "touched", "minimum", "over", "dot", "other"]
     return table(title, header, rows)
 

@@ -81,16 +81,19 @@ class Unwritten(TorchDispatchMode):
             return kwargs[written[0].name] if written[0].kwarg_only else args[0]
         if any(result.alias_info for result in func._schema.returns) or "empty" in func.__name__:
             return func(*args, **kwargs)  # views, and memory that is unwritten already
-        like = lambda device: lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)  # noqa: E731
-        args, kwargs = tree_map_only(torch.Tensor, like("meta"), (args, kwargs))
+        args, kwargs = tree_map_only(torch.Tensor, functools.partial(unwritten, device="meta"), (args, kwargs))
         if "device" in kwargs:
             kwargs["device"] = torch.device("meta")
-        return tree_map_only(torch.Tensor, like("cpu"), func(*args, **kwargs))
+        return tree_map_only(torch.Tensor, functools.partial(unwritten, device="cpu"), func(*args, **kwargs))
+
+
+def unwritten(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
 
 
 @contextlib.contextmanager
 def replaced(cls: type, **methods):
-    """Other methods on a class for a while; each gets the one it replaces as its first argument."""
+    """Other methods on a class for a while; each gets the one that it replaces, behind self."""
     originals = {name: getattr(cls, name) for name in methods}
     for name, method in methods.items():
         setattr(cls, name, functools.partialmethod(method, originals[name]))
@@ -101,11 +104,16 @@ def replaced(cls: type, **methods):
             setattr(cls, name, original)
 
 
+def named_arguments(kernel: InterpretedFunction, args: tuple, keywords: dict) -> dict:
+    """The arguments of a launch by the names in the kernel's definition, without num_warps and its like."""
+    signature = inspect.signature(kernel.fn)
+    return signature.bind(*args, **{k: v for k, v in keywords.items() if k in signature.parameters}).arguments
+
+
 def describe(kernel: InterpretedFunction, args: tuple, grid: tuple, keywords: dict) -> Launch:
     """A launch in words that another process can compile."""
-    signature = inspect.signature(kernel.fn)
-    bound = signature.bind(*args, **{k: v for k, v in keywords.items() if k in signature.parameters}).arguments
-    constant = {name for name, p in signature.parameters.items() if p.annotation is tl.constexpr}
+    bound, parameters = named_arguments(kernel, args, keywords), inspect.signature(kernel.fn).parameters
+    constant = {name for name, parameter in parameters.items() if parameter.annotation is tl.constexpr}
     described = {}
     for name, value in bound.items():
         if name not in constant:
@@ -116,7 +124,7 @@ def describe(kernel: InterpretedFunction, args: tuple, grid: tuple, keywords: di
         kernel=kernel.fn.__name__,
         arguments=described,
         constants={name: value for name, value in bound.items() if name in constant},
-        options={name: value for name, value in keywords.items() if name not in signature.parameters},
+        options={name: value for name, value in keywords.items() if name not in parameters},
         programs=math.prod(grid),
     )
 
@@ -185,59 +193,59 @@ def line_of_kernel() -> int:
     return frame.f_lineno
 
 
-def measure(operation: str, shape: Shape) -> dict[str, dict]:
-    """Run one operation in the interpreter. Returns, by kernel: programs, launches, sites, and FIGURES."""
-    found, current = {}, []
-
-    def run(kernel, original, *args, grid, warmup, **keywords):
-        launch = describe(kernel, args, grid, keywords)
-        names = list(launch.arguments | launch.constants)
-        current.append(Count(dict(zip(names, args, strict=False))))
-        original(kernel, *args, grid=grid, warmup=warmup, **keywords)
-        count = current.pop()
-        total = found.setdefault(
-            launch.kernel, {"programs": 0, "launches": 0, "sites": {}, **dict.fromkeys(FIGURES, 0)}
-        )
-        total["programs"] += launch.programs
-        total["launches"] += 1
-        total["sites"] |= count.sites
-        for name, value in count.totals().items():
-            total[name] += value
+@contextlib.contextmanager
+def observing(counts: list[Count]):
+    """What the interpreter does is added to the last of the counts."""
 
     def load(builder, original, pointers, mask, *rest):
-        current[-1].access(pointers, mask, stored=False)
+        counts[-1].access(pointers, mask, stored=False)
         return original(builder, pointers, mask, *rest)
 
     def store(builder, original, pointers, value, mask, *rest):
-        current[-1].access(pointers, mask, stored=True)
+        counts[-1].access(pointers, mask, stored=True)
         return original(builder, pointers, value, mask, *rest)
 
     def dot(builder, original, a, b, *rest):
-        current[-1].figures["flops"] += 2 * a.data.size * b.data.shape[-1]
+        counts[-1].figures["flops"] += 2 * a.data.size * b.data.shape[-1]
         return original(builder, a, b, *rest)
 
     def arithmetic(builder, original, *operands):
         result = original(builder, *operands)
-        current[-1].figures["arithmetic"] += result.data.size if result.data.dtype.kind == "f" else 0
+        counts[-1].figures["arithmetic"] += result.data.size if result.data.dtype.kind == "f" else 0
         return result
 
     def reduction(reduce, original, tensors):
-        current[-1].figures["arithmetic"] += tensors[0].handle.data.size
+        counts[-1].figures["arithmetic"] += tensors[0].handle.data.size
         return original(reduce, tensors)
 
     def atomic(builder, original, *rest):
-        current[-1].figures["atomics"] += 1
+        counts[-1].figures["atomics"] += 1
         return original(builder, *rest)
 
     observed = {"create_masked_load": load, "create_masked_store": store, "create_dot": dot}
     observed |= {"create_atomic_rmw": atomic, "create_atomic_cas": atomic}
     observed |= {"binary_op": arithmetic, "unary_op": arithmetic, "create_fma": arithmetic}
-    with (
-        replaced(InterpretedFunction, run=run),
-        replaced(InterpreterBuilder, **observed),
-        replaced(ReduceOps, apply_impl=reduction),
-        np.errstate(all="ignore"),
-    ):
+    with replaced(InterpreterBuilder, **observed), replaced(ReduceOps, apply_impl=reduction):
+        yield
+
+
+def measure(operation: str, shape: Shape) -> dict[str, dict]:
+    """Run one operation in the interpreter. Returns, by kernel: programs, launches, sites, and FIGURES."""
+    found, counts = {}, []
+
+    def run(kernel, original, *args, grid, warmup, **keywords):
+        launch = describe(kernel, args, grid, keywords)
+        counts.append(Count(named_arguments(kernel, args, keywords)))
+        original(kernel, *args, grid=grid, warmup=warmup, **keywords)
+        none = {"programs": 0, "launches": 0, "sites": {}} | dict.fromkeys(FIGURES, 0)
+        total = found.setdefault(launch.kernel, none)
+        total["programs"] += launch.programs
+        total["launches"] += 1
+        total["sites"] |= counts[-1].sites
+        for name, value in counts[-1].totals().items():
+            total[name] += value
+
+    with replaced(InterpretedFunction, run=run), observing(counts), np.errstate(all="ignore"):
         run_operation(operation, shape)  # bfloat16 dots give nonsense in the interpreter: counted all the same
     return found
 
