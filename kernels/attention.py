@@ -1,8 +1,52 @@
 """
 Causal self-attention from the packed projection; forward and backward.
 
+For one head with queries, keys and values q, k, v, each (T, D):
+
     s = q @ k.T / sqrt(D)                  D channels a head; keys after the query are left out
     y = softmax(s) @ v
+    lse = log(sum(exp(s)))                 of each row
+
+The forward walks along the keys in blocks. It keeps, of each row, the largest s so far, the sum of exp(s - largest) and
+the sum of exp(s - largest) * v, and rescales both when a larger s comes along; no (T, T) tensor ever exists.
+Given dy = dL/dy, with p = exp(s - lse) computed anew:
+
+    dv    = p.T @ dy
+    dp    = dy @ v.T
+    delta = sum over columns of p * dp  =  sum over channels of dy * y
+    ds    = p * (dp - delta)
+    dq    = ds @ k / sqrt(D)
+    dk    = ds.T @ q / sqrt(D)
+
+Two kernels: one sums dq over the keys and writes delta, one sums dk and dv over the queries. That is seven matrix
+products where one kernel with atomic additions would need five, and the same bits every time. Blocks above the diagonal
+are skipped; only those on it are masked. q, k and v are read out of the packed projection, and their gradients written
+into a packed one: nothing is transposed, copied or concatenated.
+
+Saved: qkv, y and lse.
+Bytes at least, numbers a token: forward 3C in and C out; dq 5C in and C out; dk and dv 4C in and 2C out. What is read
+again, k and v by each block of queries and q and dy by each block of keys, comes mostly from the L2 cache.
+
+Compiled, not timed: bfloat16; blocks of queries x keys, warps; sm_80: registers, bytes of spill, blocks at a time on a
+multiprocessor, instructions per tensor-core instruction in the inner loop; sm_90: registers, bytes of spill.
+
+    kernel, D, T                 blocks            sm_80                            sm_90
+    forward, 64, 1024            128 x 64, 4       242    0    2    4.78           213    0    kept
+    forward, 64, 1024             64 x 64, 4       166    0    3    5.36           120    0
+    forward, 64, 1000            128 x 64, 4       255   48    2    4.88           255    0    with masks: it spills
+    forward, 64, 1000             64 x 64, 4       165    0    3    5.36           120    0    kept
+    dq, 64, 1024                 128 x 32, 4       245    0    2    3.26           180    0    kept
+    dq, 64, 1000                 128 x 32, 4       255   24    2    3.29           194    0
+    dq, 64, 1000                  64 x 32, 4       167    0    3    3.79            99    0    kept
+    dk and dv, 64, 1024           32 x 128, 4      255    0    2    3.34           253    0    kept
+    dk and dv, 64, 1024           64 x 64, 4       255    0    2    3.59           190    0
+    dk and dv, 64, 1000           32 x 128, 4      255    0    2    3.32           255   32
+    dk and dv, 64, 1000           32 x 64, 4       179    0    2    4.09           142    0    kept
+    forward, 128, 1024           128 x 64, 8       236    0    1    3.82           166    0    kept
+    dq, 128, 1024                128 x 32, 8       232    0    1    2.76           148    0    kept
+    dk and dv, 128, 1024          32 x 128, 8      255    0    1    2.88           215    0    kept
+    forward, 64, 1024, float32    64 x 32, 4       255  104    2       -           255  112
+    forward, 64, 1024, float32    32 x 16, 4        80    0    6       -            71    0    kept
 
 Source: Dao, "FlashAttention-2", 2023, https://arxiv.org/abs/2307.08691
 """
@@ -12,6 +56,40 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels import check_tensors, first_derivative_only, matmul_dtype, on_device_of, tl, triton
+
+LOG2E = tl.constexpr(math.log2(math.e))
+MAX_HEADS = 65535  # sequences times heads: CUDA's limit on the second dimension of a grid
+STAGES = 2  # blocks of keys or queries in flight: a third costs shared memory, and with it a block at a time
+LAUNCH = {  # kernel -> (bits, BLOCK_D up to) -> (BLOCK_Q, BLOCK_K, warps) where the blocks divide T, and where not
+    "forward": {
+        (16, 64): ((128, 64, 4), (64, 64, 4)),
+        (16, 128): ((128, 64, 8), (128, 32, 8)),
+        (32, 128): ((32, 16, 4), (32, 16, 4)),
+    },
+    "backward_dq": {
+        (16, 64): ((128, 32, 4), (64, 32, 4)),
+        (16, 128): ((128, 32, 8), (64, 32, 8)),
+        (32, 128): ((32, 16, 8), (32, 16, 8)),
+    },
+    "backward_dkdv": {
+        (16, 64): ((32, 128, 4), (32, 64, 4)),
+        (16, 128): ((32, 128, 8), (32, 64, 8)),
+        (32, 128): ((16, 32, 4), (16, 32, 4)),
+    },
+}
+
+
+def launch_parameters(kernel: str, T: int, D: int, dtype: torch.dtype) -> dict[str, int]:
+    """For one kernel of LAUNCH: the blocks, whether they divide T, the width of a head in registers, the warps."""
+    BLOCK_D = max(16, triton.next_power_of_2(D))  # 16 is the least that tl.dot takes
+    bits = 8 * dtype.itemsize
+    whole, parts = next(row for (b, width), row in LAUNCH[kernel].items() if b == bits and width >= BLOCK_D)
+    BLOCK_Q, BLOCK_K, num_warps = whole if T % max(whole[:2]) == 0 else parts
+    blocks = {"BLOCK_Q": BLOCK_Q, "BLOCK_K": BLOCK_K, "BLOCK_D": BLOCK_D, "EVEN": T % max(BLOCK_Q, BLOCK_K) == 0}
+    return blocks | {"num_warps": num_warps, "num_stages": STAGES}
+
 
 # ------------------------------------------------------------------------------ PyTorch
 
@@ -33,3 +111,318 @@ def _written_out(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
     future = torch.full((T, T), float("-inf"), dtype=q.dtype).triu(1)
     scores = torch.baddbmm(future.expand(len(q), T, T), q, k.transpose(1, 2), alpha=1 / math.sqrt(D))
     return F.dropout(scores.softmax(dim=-1), dropout_p) @ v
+
+
+def causal_attention_reference(qkv: Tensor, n_head: int, dropout_p: float) -> Tensor:
+    """The forward maths above, in the dtype it is given: in float64, the exact answer of the tests. No dropout."""
+    B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    q, k, v = qkv.view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)
+    s = q @ k.transpose(-2, -1) / math.sqrt(C // n_head)
+    future = torch.ones(T, T, dtype=torch.bool, device=qkv.device).triu(1)
+    return (s.masked_fill(future, float("-inf")).softmax(dim=-1) @ v).transpose(1, 2).reshape(B, T, C)
+
+
+# ------------------------------------------------------------------------------ kernels
+#
+# In each, program_id(1) is the sequence b and the head h; from row to row of a head it is 3 * C numbers in qkv, C in y.
+# A tile is addressed as (int64 base of its block) + (offsets that do not change from block to block).
+# "(x < limit) | EVEN" is a constant where no mask is needed, and the compiler drops it: likewise for D == BLOCK_D.
+
+
+@triton.jit
+def _add_keys(q, k, v, causal, largest_log2, total, y, scale_log2):
+    """Running maximum, sum and output of BLOCK_Q queries with a block of keys added; causal: None where all count."""
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if causal is not None:
+        s = tl.where(causal, s, -1e30)  # finite: every row has a key in the first block of the diagonal
+    new_largest_log2 = tl.maximum(largest_log2, tl.max(s, axis=1) * scale_log2)
+    p = tl.math.exp2(s * scale_log2 - new_largest_log2[:, None])
+    shrink = tl.math.exp2(largest_log2 - new_largest_log2)
+    y = tl.dot(p.to(v.dtype), v, y * shrink[:, None], input_precision="ieee")
+    return new_largest_log2, total * shrink + tl.sum(p, axis=1), y
+
+
+@triton.jit
+def _forward_kernel(
+    qkv_ptr,  # in  (B, T, 3, H, D)
+    y_ptr,  # out (B, T, H, D)
+    lse_ptr,  # out (B, H, T) float32
+    scale,  # 1 / sqrt(D)
+    T,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """One program: BLOCK_Q rows of y and lse, of one head of one sequence."""
+    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q  # the longest rows first
+    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    queries, keys, channels = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
+    real_query = (queries < T - start) | EVEN
+    real_channel = (channels < D) | (D == BLOCK_D)
+    inside = real_query[:, None] & real_channel[None, :]
+
+    qkv_base = qkv_ptr + b * T * (3 * H * D) + h * D
+    q_tile = qkv_base + start.to(tl.int64) * (3 * H * D) + (queries[:, None] * (3 * H * D) + channels[None, :])
+    q = tl.load(q_tile, mask=inside, other=0.0)
+    k_base, v_base = qkv_base + H * D, qkv_base + 2 * H * D
+    key_offsets = keys[:, None] * (3 * H * D) + channels[None, :]
+    scale_log2 = scale * LOG2E
+
+    largest_log2 = tl.full((BLOCK_Q,), -1e30, dtype=tl.float32)  # finite: largest - largest must be 0
+    total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+    y = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
+    for _ in range(0, start, BLOCK_K):  # keys before the first query: all real, all seen
+        k = tl.load(k_base + key_offsets, mask=real_channel[None, :], other=0.0)
+        v = tl.load(v_base + key_offsets, mask=real_channel[None, :], other=0.0)
+        largest_log2, total, y = _add_keys(q, k, v, None, largest_log2, total, y, scale_log2)
+        k_base += BLOCK_K * 3 * H * D
+        v_base += BLOCK_K * 3 * H * D
+    for ahead in range(0, BLOCK_Q, BLOCK_K):  # the diagonal: keys start + ahead ...
+        real_key = ((keys < T - start - ahead) | EVEN)[:, None] & real_channel[None, :]
+        k = tl.load(k_base + key_offsets, mask=real_key, other=0.0)
+        v = tl.load(v_base + key_offsets, mask=real_key, other=0.0)
+        causal = queries[:, None] >= (ahead + keys)[None, :]
+        largest_log2, total, y = _add_keys(q, k, v, causal, largest_log2, total, y, scale_log2)
+        k_base += BLOCK_K * 3 * H * D
+        v_base += BLOCK_K * 3 * H * D
+
+    lse = (largest_log2 + tl.math.log2(total)) / LOG2E
+    tl.store(lse_ptr + tl.program_id(1).to(tl.int64) * T + start + queries, lse, mask=real_query)
+    y_tile = y_ptr + (b * T + start) * (H * D) + h * D + (queries[:, None] * (H * D) + channels[None, :])
+    tl.store(y_tile, y / total[:, None], mask=inside)
+
+
+@triton.jit
+def _add_dq(q, dy, k, v, causal, lse_log2, delta, dq, scale_log2):
+    """dq of BLOCK_Q queries with a block of keys added; causal: None where all count."""
+    p = tl.math.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - lse_log2[:, None])
+    if causal is not None:
+        p = tl.where(causal, p, 0.0)
+    ds = p * (tl.dot(dy, tl.trans(v), input_precision="ieee") - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+
+
+@triton.jit
+def _backward_dq_kernel(
+    qkv_ptr,  # in  (B, T, 3, H, D)
+    y_ptr,  # in  (B, T, H, D)
+    dy_ptr,  # in  (B, T, H, D)
+    lse_ptr,  # in  (B, H, T)
+    delta_ptr,  # out (B, H, T) float32
+    dqkv_ptr,  # out (B, T, 3, H, D), its first third
+    scale,
+    T,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """One program: BLOCK_Q rows of dq and delta, of one head of one sequence."""
+    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q  # the longest rows first
+    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    queries, keys, channels = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
+    real_query = (queries < T - start) | EVEN
+    real_channel = (channels < D) | (D == BLOCK_D)
+    inside = real_query[:, None] & real_channel[None, :]
+
+    qkv_base = qkv_ptr + b * T * (3 * H * D) + h * D
+    q_offsets = start.to(tl.int64) * (3 * H * D) + (queries[:, None] * (3 * H * D) + channels[None, :])
+    y_offsets = (b * T + start) * (H * D) + h * D + (queries[:, None] * (H * D) + channels[None, :])
+    rows = tl.program_id(1).to(tl.int64) * T + start + queries
+    q = tl.load(qkv_base + q_offsets, mask=inside, other=0.0)
+    dy = tl.load(dy_ptr + y_offsets, mask=inside, other=0.0)
+    y = tl.load(y_ptr + y_offsets, mask=inside, other=0.0)
+    lse_log2 = tl.load(lse_ptr + rows, mask=real_query, other=0.0) * LOG2E
+    delta = tl.sum(dy.to(tl.float32) * y.to(tl.float32), axis=1)
+    tl.store(delta_ptr + rows, delta, mask=real_query)
+    k_base, v_base = qkv_base + H * D, qkv_base + 2 * H * D
+    key_offsets = keys[:, None] * (3 * H * D) + channels[None, :]
+    scale_log2 = scale * LOG2E
+
+    dq = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
+    for _ in range(0, start, BLOCK_K):  # keys before the first query: all real, all seen
+        k = tl.load(k_base + key_offsets, mask=real_channel[None, :], other=0.0)
+        v = tl.load(v_base + key_offsets, mask=real_channel[None, :], other=0.0)
+        dq = _add_dq(q, dy, k, v, None, lse_log2, delta, dq, scale_log2)
+        k_base += BLOCK_K * 3 * H * D
+        v_base += BLOCK_K * 3 * H * D
+    for ahead in range(0, BLOCK_Q, BLOCK_K):  # the diagonal: keys start + ahead ...
+        real_key = ((keys < T - start - ahead) | EVEN)[:, None] & real_channel[None, :]
+        k = tl.load(k_base + key_offsets, mask=real_key, other=0.0)
+        v = tl.load(v_base + key_offsets, mask=real_key, other=0.0)
+        causal = queries[:, None] >= (ahead + keys)[None, :]
+        dq = _add_dq(q, dy, k, v, causal, lse_log2, delta, dq, scale_log2)
+        k_base += BLOCK_K * 3 * H * D
+        v_base += BLOCK_K * 3 * H * D
+
+    tl.store(dqkv_ptr + b * T * (3 * H * D) + h * D + q_offsets, dq * scale, mask=inside)
+
+
+@triton.jit
+def _add_dkdv(q, dy, k, v, causal, lse_log2, delta, dk, dv, scale_log2):
+    """dk and dv of BLOCK_K keys with a block of queries added; p and ds are transposed, (BLOCK_K, BLOCK_Q)."""
+    p = tl.math.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - lse_log2[None, :])
+    if causal is not None:
+        p = tl.where(causal, p, 0.0)
+    dv = tl.dot(p.to(dy.dtype), dy, dv, input_precision="ieee")
+    ds = p * (tl.dot(v, tl.trans(dy), input_precision="ieee") - delta[None, :])
+    return tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee"), dv
+
+
+@triton.jit
+def _backward_dkdv_kernel(
+    qkv_ptr,  # in  (B, T, 3, H, D)
+    dy_ptr,  # in  (B, T, H, D)
+    lse_ptr,  # in  (B, H, T)
+    delta_ptr,  # in  (B, H, T)
+    dqkv_ptr,  # out (B, T, 3, H, D), its second and last third
+    scale,
+    T,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """One program: BLOCK_K rows of dk and dv, of one head of one sequence."""
+    start = tl.program_id(0) * BLOCK_K  # the first key, and the first query that sees it
+    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    queries, keys, channels = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
+    real_channel = (channels < D) | (D == BLOCK_D)
+    inside = ((keys < T - start) | EVEN)[:, None] & real_channel[None, :]
+
+    q_base = qkv_ptr + (b * T + start) * (3 * H * D) + h * D
+    dy_base = dy_ptr + (b * T + start) * (H * D) + h * D
+    row_base = tl.program_id(1).to(tl.int64) * T + start
+    lse_base, delta_base = lse_ptr + row_base, delta_ptr + row_base
+    key_offsets = keys[:, None] * (3 * H * D) + channels[None, :]
+    q_offsets = queries[:, None] * (3 * H * D) + channels[None, :]
+    dy_offsets = queries[:, None] * (H * D) + channels[None, :]
+    k = tl.load(q_base + H * D + key_offsets, mask=inside, other=0.0)
+    v = tl.load(q_base + 2 * H * D + key_offsets, mask=inside, other=0.0)
+    scale_log2 = scale * LOG2E
+
+    dk = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
+    dv = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
+    for ahead in range(0, BLOCK_K, BLOCK_Q):  # the diagonal: queries start + ahead ...
+        real_query = (queries < T - start - ahead) | EVEN
+        real = real_query[:, None] & real_channel[None, :]
+        q = tl.load(q_base + q_offsets, mask=real, other=0.0)
+        dy = tl.load(dy_base + dy_offsets, mask=real, other=0.0)
+        # a query past T has q = dy = delta = 0, and so adds p * 0 to dv and p * (0 - 0) to dk
+        lse_log2 = tl.load(lse_base + queries, mask=real_query, other=0.0) * LOG2E
+        delta = tl.load(delta_base + queries, mask=real_query, other=0.0)
+        causal = (ahead + queries)[None, :] >= keys[:, None]
+        dk, dv = _add_dkdv(q, dy, k, v, causal, lse_log2, delta, dk, dv, scale_log2)
+        q_base += BLOCK_Q * 3 * H * D
+        dy_base += BLOCK_Q * H * D
+        lse_base += BLOCK_Q
+        delta_base += BLOCK_Q
+    for first in range(start + BLOCK_K, T, BLOCK_Q):  # queries after the last key: all see all of them
+        real_query = (queries < T - first) | EVEN
+        real = real_query[:, None] & real_channel[None, :]
+        q = tl.load(q_base + q_offsets, mask=real, other=0.0)
+        dy = tl.load(dy_base + dy_offsets, mask=real, other=0.0)
+        lse_log2 = tl.load(lse_base + queries, mask=real_query, other=0.0) * LOG2E
+        delta = tl.load(delta_base + queries, mask=real_query, other=0.0)
+        dk, dv = _add_dkdv(q, dy, k, v, None, lse_log2, delta, dk, dv, scale_log2)
+        q_base += BLOCK_Q * 3 * H * D
+        dy_base += BLOCK_Q * H * D
+        lse_base += BLOCK_Q
+        delta_base += BLOCK_Q
+
+    dk_base = dqkv_ptr + (b * T + start) * (3 * H * D) + H * D + h * D
+    tl.store(dk_base + key_offsets, dk * scale, mask=inside)
+    tl.store(dk_base + H * D + key_offsets, dv, mask=inside)
+
+
+# ---------------------------------------------------------------------------- operators
+
+
+@torch.library.custom_op("gpt2::causal_attention", mutates_args=())
+def _causal_attention(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor]:
+    y, lse = _causal_attention_outputs(qkv, n_head)
+    _launch(_forward_kernel, "forward", (qkv, y, lse), qkv, n_head)
+    return y, lse
+
+
+@_causal_attention.register_fake
+def _causal_attention_outputs(qkv, n_head):
+    B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    return qkv.new_empty(B, T, C), qkv.new_empty(B, n_head, T, dtype=torch.float32)
+
+
+@torch.library.custom_op("gpt2::causal_attention_backward", mutates_args=())
+def _backward(dy: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, n_head: int) -> Tensor:
+    dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
+    _launch(_backward_dq_kernel, "backward_dq", (qkv, y, dy, lse, delta, dqkv), qkv, n_head)  # first: it makes delta
+    _launch(_backward_dkdv_kernel, "backward_dkdv", (qkv, dy, lse, delta, dqkv), qkv, n_head)
+    return dqkv
+
+
+@_backward.register_fake
+def _backward_outputs(dy, qkv, y, lse, n_head):
+    return torch.empty_like(qkv)
+
+
+def _launch(kernel, name: str, tensors: tuple[Tensor, ...], qkv: Tensor, n_head: int) -> None:
+    B, T, D = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3 // n_head
+    if qkv.numel() == 0:
+        return
+    launch = launch_parameters(name, T, D, qkv.dtype)
+    rows = launch["BLOCK_K" if name == "backward_dkdv" else "BLOCK_Q"]
+    with on_device_of(qkv):
+        kernel[(triton.cdiv(T, rows), B * n_head)](*tensors, 1 / math.sqrt(D), T, H=n_head, D=D, **launch)
+
+
+first_derivative_only(_backward)
+
+
+def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # lse has no gradient: no zeros for it
+    qkv, ctx.n_head = inputs
+    ctx.save_for_backward(qkv, *output)
+
+
+def _gradient(ctx, dy, _dlse):
+    return _backward(dy.contiguous(), *ctx.saved_tensors, ctx.n_head), None
+
+
+_causal_attention.register_autograd(_gradient, setup_context=_save)
+
+
+# ------------------------------------------------------------------------------- public
+
+
+def causal_attention(qkv: Tensor, n_head: int, dropout_p: float) -> Tensor:
+    """
+    softmax(q @ k.T / sqrt(D)) @ v, each query with the keys up to its own; differentiable in qkv.
+
+    qkv:       (B, T, 3C), queries, keys and values side by side; float32, float16 or bfloat16, or the dtype of autocast
+               where it is on; copied if not contiguous
+    n_head:    C = n_head * D, with 16 to 128 channels D a head
+    dropout_p: 0: the kernel has no dropout
+    Returns y: (B, T, C), dtype of qkv or of autocast; sums and softmax are in float32.
+    Raises ValueError for any other dropout_p, head size, shape or dtype.
+    """
+    if dropout_p > 0:
+        raise ValueError(
+            f"the attention kernel has no dropout, and dropout is {dropout_p}: "
+            "use --dropout 0, or leave attention to PyTorch: --kernels layernorm,gelu,cross_entropy"
+        )
+    check_tensors(qkv=qkv)
+    if qkv.dim() != 3 or qkv.shape[2] % (3 * n_head) != 0:
+        raise ValueError(f"qkv must be (B, T, 3C) with C a multiple of n_head {n_head}, got {tuple(qkv.shape)}")
+    D = qkv.shape[2] // (3 * n_head)
+    if not 16 <= D <= 128:
+        raise ValueError(f"a head has {D} channels: the attention kernel takes 16 to 128")
+    if qkv.shape[0] * n_head > MAX_HEADS:
+        raise ValueError(f"{qkv.shape[0]} sequences of {n_head} heads: the attention kernel takes {MAX_HEADS} in all")
+    y, _ = _causal_attention(qkv.to(matmul_dtype(qkv)).contiguous(), n_head)
+    return y

@@ -4,8 +4,17 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # also in the processes that tests start, so that all give the same bits
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it as each kernel is defined
+
+
+def pytest_collection_modifyitems(items):
+    """Skip, where no GPU is present, the tests marked with it."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))

@@ -1,0 +1,159 @@
+"""kernels/__init__.py: the switchboard, and what the kernel files promise together."""
+
+import subprocess
+import sys
+from itertools import chain, combinations
+from pathlib import Path
+
+import pytest
+import torch
+from accuracy import DEVICE
+
+from kernels import FAMILIES, KernelError, Ops, families, select
+
+
+def test_every_subset_of_families_is_triton_there_and_pytorch_elsewhere():
+    subsets = chain.from_iterable(combinations(FAMILIES, size) for size in range(len(FAMILIES) + 1))
+    for subset in subsets:
+        ops = select(",".join(subset) or "none", DEVICE)
+        for family, functions in FAMILIES.items():
+            for name in functions:
+                function = getattr(ops, name)
+                assert function.__name__ == (name if family in subset else f"{name}_torch")
+                assert function.__module__ == f"kernels.{family}"
+
+
+def test_names_are_all_none_or_a_list_in_any_order():
+    assert families("all") == tuple(FAMILIES)
+    assert families("none") == ()
+    assert families(" gelu, layernorm ") == ("layernorm", "gelu")
+    for wrong in ("", "gelu,relu", "All", "none,gelu"):
+        with pytest.raises(KernelError, match="use all, none, or a comma-separated list of layernorm, gelu, attention"):
+            families(wrong)
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess:
+    root = Path(__file__).parents[1]
+    command, environment = [sys.executable, "-c", code], {"PATH": "", **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root, timeout=120)
+
+
+def test_without_a_gpu_or_the_interpreter_the_way_out_is_named():
+    code = "import kernels; print(kernels.available(kernels.torch.device('cpu'))); kernels.select('gelu', 'cpu')"
+    done = run(code)
+    assert "(False, 'they need a GPU and this run is on cpu')" in done.stdout
+    assert "use --kernels none to train, or set TRITON_INTERPRET=1 to study the kernels on a CPU" in done.stderr
+    assert run(code, TRITON_INTERPRET="1").returncode == 0
+
+
+def test_without_the_package_triton_pytorch_does_the_work():
+    """As on macOS: the kernel files must still import, and their PyTorch versions run."""
+    code = """
+import sys
+sys.modules["triton"] = None  # an import of it fails as if it were not installed
+import torch, kernels
+ops = kernels.select("none", "cpu")
+x, w, b = torch.randn(2, 3, 32), torch.ones(32), torch.zeros(32)
+y, s = ops.add_layer_norm(x, x, w, b, 1e-5)
+assert ops.linear_gelu(ops.layer_norm(y, w, b, 1e-5), torch.ones(128, 32), torch.zeros(128)).shape == (2, 3, 128)
+assert ops.causal_attention(torch.randn(2, 3, 96), 2, 0.0).shape == (2, 3, 32)
+loss = ops.linear_cross_entropy(torch.randn(4, 32), torch.randn(9, 32), torch.arange(4), 7)
+assert loss.isfinite() and ops.cross_entropy(torch.randn(4, 9), torch.arange(4), 7).isfinite()
+assert kernels.available(torch.device("cuda")) == (False, "the package triton is not installed")
+try:
+    kernels.select("all", "cuda")
+except kernels.KernelError as error:
+    print(error)
+"""
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+    assert "the package triton is not installed: use --kernels none to train" in done.stdout
+
+
+def test_importing_the_kernels_does_nothing_else():
+    code = """
+import os, sys
+before = dict(os.environ)
+from kernels import attention, cross_entropy, gelu, layernorm
+import torch
+assert dict(os.environ) == before and not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
+"""
+    done = run(code)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+def block(x, parameters, ops: Ops, n_head: int):
+    """One transformer block, as the model calls the operations; the layer norm of the next one ends it."""
+    linear, p = torch.nn.functional.linear, parameters
+    y = ops.layer_norm(x, p["ln_1"], p["bias"], 1e-5)
+    y = linear(ops.causal_attention(linear(y, p["c_attn"]), n_head, 0.0), p["attn_c_proj"])
+    y, x = ops.add_layer_norm(y, x, p["ln_2"], p["bias"], 1e-5)
+    y = linear(ops.linear_gelu(y, p["c_fc"], p["fc_bias"]), p["mlp_c_proj"])
+    return y, x
+
+
+def block_loss(x, parameters, targets, ops: Ops, n_head: int):
+    y, x = block(x, parameters, ops, n_head)
+    y, _ = ops.add_layer_norm(y, x, parameters["ln_2"], parameters["bias"], 1e-5)
+    return ops.linear_cross_entropy(y.flatten(0, 1), parameters["wte"], targets, 65)
+
+
+def make_block(B, T, C):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"ln_1": (C,), "ln_2": (C,), "bias": (C,), "fc_bias": (4 * C,), "c_attn": (3 * C, C), "wte": (128, C)}
+    shapes |= {"attn_c_proj": (C, C), "c_fc": (4 * C, C), "mlp_c_proj": (C, 4 * C)}
+    parameters = {name: torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for name, shape in shapes.items()}
+    parameters = {name: tensor.to(DEVICE).requires_grad_() for name, tensor in parameters.items()}
+    x = torch.randn(B, T, C, generator=generator).to(DEVICE).requires_grad_()
+    return x, parameters, torch.randint(0, 65, (B * T,), generator=generator).to(DEVICE)
+
+
+@pytest.mark.parametrize("names", [*FAMILIES, "all"])
+def test_in_a_block_the_kernels_agree_with_pytorch(names):
+    x, parameters, targets = make_block(2, 9, 32)
+    found = []
+    for choice in (names, "none"):
+        loss = block_loss(x, parameters, targets, select(choice, DEVICE), 2)
+        found.append([loss, *torch.autograd.grad(loss, [x, *parameters.values()])])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("names", ["none", *FAMILIES, "all"])
+def test_a_block_with_its_head_compiles_as_one_graph(names):
+    x, parameters, targets = make_block(2, 9, 32)
+    ops = select(names, DEVICE)
+    compiled = torch.compile(block_loss, fullgraph=True, backend="aot_eager")
+    losses = [function(x, parameters, targets, ops, 2) for function in (block_loss, compiled)]
+    gradients = [torch.autograd.grad(loss, parameters.values()) for loss in losses]
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def saved_bytes(names, dtype, T, C=128):
+    """The bytes that autograd keeps for the backward of a block, parameters and casts of them aside."""
+    x, parameters, _ = make_block(1, T, C)
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast(DEVICE, dtype):
+        block(x, parameters, select(names, DEVICE), n_head=2)
+    sizes = {parameter.numel() for parameter in parameters.values()}
+    return sum(t.untyped_storage().nbytes() for t in kept.values() if t.numel() not in sizes)
+
+
+def test_a_block_keeps_no_more_for_its_backward_than_the_operations_need():
+    """
+    A token and channel: the stream twice, in 4 bytes; in 2, two normalised rows, q, k and v, y, z four and gelu(z) four
+    times: 36, and a few numbers a row. PyTorch's fused operations keep the same; in bfloat16 on a CPU its attention
+    keeps (T, T) tensors besides.
+    """
+    T = 500
+    ours = saved_bytes("all", torch.bfloat16, T)
+    assert 36 <= ours / (T * 128) < 36.5
+    if DEVICE == "cpu":
+        assert ours <= saved_bytes("none", torch.float16, T)
+        assert ours < 0.75 * saved_bytes("none", torch.bfloat16, T)
