@@ -31,6 +31,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import kernels
@@ -99,7 +100,7 @@ def time_operation(
         copies_needed = 4 * torch.cuda.get_device_properties(device).L2_cache_size // size
         copies += [arguments(operation, shape, dtype, str(device))[0] for _ in range(copies_needed)]
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    times = []
+    runs = []
     for repeat in range(-3, repeats):  # the first three compile and warm up
         given = copies[repeat % len(copies)]
         marks = [mark(device)]
@@ -114,7 +115,9 @@ def time_operation(
         torch.autograd.grad(outputs, leaves, upstream)
         marks.append(mark(device))
         if repeat >= 0:
-            times.append([between(marks[0], marks[1]), between(marks[1], marks[2]), between(marks[0], marks[2])])
+            runs.append(marks)
+    # read at the end: to wait for the GPU after every run would let its next launch be part of the time
+    times = [(between(a, b), between(b, c), between(a, c)) for a, b, c in runs]
     medians = [statistics.median(column) for column in zip(*times, strict=True)]
     return dict(zip(("forward_ms", "backward_ms", "both_ms"), medians, strict=True))
 
@@ -162,8 +165,11 @@ def time_operations(chosen: argparse.Namespace, device: torch.device, shape: Sha
         least = needed(operation, shape, counted, gpu)
         for version, function in versions(operation, chosen.compile, triton=on_gpu).items():
             row = {"operation": operation, "version": version}
-            row |= time_operation(function, operation, shape, device, dtype, chosen.repeats)
-            if least:
+            try:
+                row |= time_operation(function, operation, shape, device, dtype, chosen.repeats)
+            except torch.OutOfMemoryError:
+                row["version"] += ": out of memory"
+            if least and "both_ms" in row:
                 row |= {
                     "gb_per_s": least["bytes"] / row["both_ms"] / 1e6,
                     "tflops": least["flops"] / row["both_ms"] / 1e9,
@@ -172,7 +178,8 @@ def time_operations(chosen: argparse.Namespace, device: torch.device, shape: Sha
             rows.append(row)
         if interpreted:
             function = getattr(kernels.select("all"), operation)
-            times = time_operation(function, operation, TINY, device, torch.float32, repeats=1)
+            with np.errstate(all="ignore"):
+                times = time_operation(function, operation, TINY, device, torch.float32, repeats=1)
             rows.append({"operation": operation, "version": "triton, interpreted, tiny: not a speed", **times})
         torch._dynamo.reset()
     return rows
@@ -190,7 +197,7 @@ def useful_choices(triton: bool) -> list[str]:
 
 
 PEAK = """
-import os, resource, runpy, sys
+import os, runpy, sys
 sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 try:
@@ -200,8 +207,13 @@ except SystemExit as stop:
         raise
 finally:
     import torch
-    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-    peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        peak = torch.cuda.max_memory_allocated()
+    elif os.name == "posix":
+        import resource
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    else:
+        peak = 0
     print("peak bytes", peak)
 """
 
@@ -263,7 +275,7 @@ def plot(rows: list[dict], path: str, title: str) -> None:
     import matplotlib.pyplot as plt
 
     training = "tokens_per_s" in rows[0]
-    rows = [row for row in rows if "not a speed" not in row.get("version", "")]
+    rows = [row for row in rows if "not a speed" not in row.get("version", "") and (training or "both_ms" in row)]
     if training:
         labels = [f"{row['kernels']}{', compiled' if row['compile'] else ''}" for row in rows]
         values = [row["tokens_per_s"] for row in rows]

@@ -40,7 +40,7 @@ NARROWEST_BITS = 128  # of bulk accesses to global memory: the widest there is
 TOUCHED_OVER_MINIMUM = 1.06  # partial sums, which weigh more where rows are few
 TENSOR_CORE = {"sm_90": "HGMMA"}  # where tl.dot is; elsewhere any tensor-core instruction will do
 ISSUED_OVER_MINIMUM = 1.1  # bytes read again, most of them from a cache; but for these:
-ISSUED_OVER_MINIMUM_OF = {
+ISSUED_OVER_MINIMUM_OF = {  # attention: at T = 1,024; it grows with T
     "layer_norm.forward": 2.4,  # weight and bias again for every row: 14 bytes a number instead of 6
     "add_layer_norm.forward": 1.7,  # likewise, 20 instead of 12
     "linear_gelu.forward": 1.15,  # the bias again for every 8 rows

@@ -90,7 +90,7 @@ def arguments(operation: str, shape: Shape, branch: torch.dtype, device: str) ->
     B, T, C, H, N = shape.B, shape.T, shape.C, shape.H, shape.N
 
     def normal(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(*size, device=device).to(dtype).requires_grad_()
+        return torch.randn(*size, dtype=dtype, device=device, requires_grad=True)
 
     if operation == "layer_norm":
         return [normal(B, T, C), normal(C), normal(C), 1e-5], [True]
