@@ -35,6 +35,14 @@ from kernels import devices
 EPS = 1e-5  # of every layer norm: part of GPT-2, so not an option
 VOCAB_MULTIPLE = 128  # rows of wte are padded to it: tensor cores and 128-bit loads want even shapes
 
+ONLY_GPT2 = {  # fields of Hugging Face's config.json that change the arithmetic -> the values that GPT-2 has
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (EPS,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "tie_word_embeddings": (True,),
+}
+
 PRETRAINED = {  # Hugging Face's names -> (n_layer, n_head, n_embd)
     "gpt2": (12, 12, 768),
     "gpt2-medium": (24, 16, 1024),
@@ -221,8 +229,8 @@ class GPT(nn.Module):
         The logits, or the loss, or both.
 
         tokens, targets: (B, T) int64; a target of -100 is left out of the loss
-        Returns logits (B, T, V) without targets; with them the mean loss, a scalar in nats per token, for which no
-        logits are kept; with return_logits (loss, logits). Raises ModelError when T exceeds block_size.
+        Returns logits (B, T, V) without targets; with them the mean loss, a scalar in nats per token, for which the
+        Triton version keeps no logits; with return_logits (loss, logits). ModelError when T exceeds block_size.
         """
         x, V = self.hidden(tokens), self.config.vocab_size
         if targets is not None and not return_logits:
@@ -296,7 +304,7 @@ def sample(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
 ) -> Tensor:
     """One token for every row of logits (B, V), float32. Returns (B,) int64. See GPT.stream for the rest."""
-    if temperature == 0:
+    if temperature < 1e-6:  # 0, or so small that dividing by it would overflow
         return logits.argmax(dim=-1)
     logits, order = (logits / temperature).sort(dim=-1, descending=True, stable=True)
     if top_k is not None:
@@ -339,12 +347,15 @@ def from_pretrained(name_or_folder: str, ops: kernels.Ops | None = None) -> GPT:
             "or a folder with config.json and model.safetensors"
         ) from error
     try:
+        other = {name: theirs[name] for name, ours in ONLY_GPT2.items() if theirs.get(name, ours[0]) not in ours}
+        if other or theirs.get("n_inner") not in (None, 4 * theirs["n_embd"]):
+            raise ModelError(f"{name_or_folder!r} is a variant of GPT-2 that this model is not: {other or 'n_inner'}")
         config = GPTConfig(
             theirs["n_layer"], theirs["n_head"], theirs["n_embd"], theirs["n_positions"], theirs["vocab_size"]
         )
         model = GPT(config, ops)
         model.load_state_dict(_from_hugging_face(weights, config))
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ModelError(f"{name_or_folder!r} is not a GPT-2: {_one_line(error)}") from error
     return model
 
@@ -359,6 +370,8 @@ def _from_hugging_face(weights: dict[str, Tensor], config: GPTConfig) -> dict[st
         transposed = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
         ours[name] = tensor.t().contiguous() if transposed else tensor
     wte = ours["transformer.wte.weight"]
+    if wte.shape[0] != config.vocab_size:
+        raise RuntimeError(f"wte has {wte.shape[0]} rows, the vocabulary {config.vocab_size} tokens")
     ours["transformer.wte.weight"] = F.pad(wte, (0, 0, 0, config.padded_vocab_size - wte.shape[0]))
     return ours
 
@@ -382,10 +395,20 @@ def load(name: str, ops: kernels.Ops | None = None) -> tuple[GPT, dict]:
         if checkpoint is None:
             raise ModelError(f"{path} holds no whole checkpoint: train_gpt2.py writes one there")
     if checkpoint is None:
-        return from_pretrained(name, ops), {"type": "gpt2"}
+        model = from_pretrained(name, ops)
+        if model.config.vocab_size != 50257:
+            raise ModelError(f"{name!r} has {model.config.vocab_size} tokens, GPT-2's tokenizer 50257: it is another's")
+        return model, {"type": "gpt2"}
     model = GPT(GPTConfig(**checkpoint["config"]), ops)
     model.load_state_dict(checkpoint["model"])
     return model, checkpoint["tokenizer"]
+
+
+def start_tokens(tokenizer) -> list[int]:
+    """What stands before the first token of a text: end-of-text, else a line break, else the first token there is."""
+    if tokenizer.eot is not None:
+        return [tokenizer.eot]
+    return next(ids for ids in ([i for i in range(tokenizer.vocab_size) if tokenizer.decode([i]) == "\n"], [0]) if ids)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -416,10 +439,10 @@ class SampleOptions:
     """keep keys and values; the text is the same without, and the time is not"""
 
     def __post_init__(self):
-        bounds = {"max_new_tokens": 1, "num_samples": 1, "temperature": 0, "top_k": 1, "top_p": 0, "seed": 0}
+        bounds = {"max_new_tokens": 1, "num_samples": 1, "temperature": 0, "top_k": 1, "top_p": 1e-6, "seed": 0}
         for name, least in bounds.items():
             value = getattr(self, name)
-            if value is not None and not value >= least:
+            if value is not None and not least <= value < 2**63:
                 raise ModelError(f"--{name.replace('_', '-')} is {value}, but must be at least {least}")
 
 
@@ -431,8 +454,8 @@ def continue_prompt(options: SampleOptions) -> None:
     model, spec = load(options.model, kernels.select(options.kernels, device))
     model.to(device).eval()
     tokenizer = from_spec(spec)
-    start = [] if tokenizer.eot is None else [tokenizer.eot]
-    prompt = [*start, *tokenizer.encode(options.prompt).tolist()] or tokenizer.encode("\n").tolist()
+    start = start_tokens(tokenizer) if tokenizer.eot is not None or not options.prompt else []
+    prompt = [*start, *tokenizer.encode(options.prompt).tolist()]
     tokens = torch.tensor([prompt] * options.num_samples, device=device)
     steps = model.stream(
         tokens,
@@ -460,6 +483,7 @@ def continue_prompt(options: SampleOptions) -> None:
 def main(arguments: list[str] | None = None) -> None:
     from data import clear_errors, parse_options
 
+    sys.stdout.reconfigure(errors="replace")  # where a terminal lacks a character of the text
     with clear_errors(ModelError, kernels.KernelError, devices.DeviceError):
         continue_prompt(parse_options(lambda: tyro.cli(SampleOptions, args=arguments)))
 

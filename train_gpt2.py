@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -34,7 +33,7 @@ import data
 import kernels
 import model as gpt
 from data import shards, tokenizer
-from data.run import Run, load_checkpoint, newest_checkpoint
+from data.run import Run, StopRequest, load_checkpoint, newest_checkpoint
 from kernels import devices
 from kernels.cross_entropy import check_targets
 
@@ -92,11 +91,14 @@ class Config:
         for name in positive + ["micro_batch"] * (self.micro_batch != "auto"):
             if not getattr(self, name) > 0:
                 raise RunError(f"{flag(name)} is {getattr(self, name)}, but must be above 0")
-        for name in ["warmup_steps", "eval_every", "sample_every", "weight_decay", "grad_clip", "seed"]:
-            if not getattr(self, name) >= 0:
+        for name in ["warmup_steps", "eval_every", "sample_every", "weight_decay", "grad_clip", "seed", "min_lr"]:
+            if (getattr(self, name) or 0) < 0:
                 raise RunError(f"{flag(name)} is {getattr(self, name)}, but must be 0 or more")
+        for name, value in dataclasses.asdict(self).items():
+            if isinstance(value, int | float) and not value < 2**63:
+                raise RunError(f"{flag(name)} is {value}, but must be an ordinary number")
         self.sequences_of_one(processes=1)
-        if self.dropout and "attention" in (kernels.FAMILIES if self.kernels == "all" else self.kernels.split(",")):
+        if self.dropout and self.kernels != "auto" and "attention" in kernels.families(self.kernels):
             raise RunError("the Triton attention has no dropout: use --dropout 0, or --kernels without attention")
 
     def sequences_of_one(self, processes: int) -> int:
@@ -122,8 +124,8 @@ def flag(name: str) -> str:
 # fmt: off
 LAPTOP = Config(
     data="pydocs", out_dir="runs/laptop", n_layer=4, n_head=4, n_embd=128, block_size=128, batch_tokens=16 * 128,
-    micro_batch=16, max_steps=2000, optimizer="muon", lr=3e-3, warmup_steps=100, eval_tokens=32_768, sample_every=500,
-    checkpoint_every=500, compile=False,
+    micro_batch=16, max_steps=2200, optimizer="muon", lr=6e-3, warmup_steps=100, eval_every=200, eval_tokens=32_768,
+    sample_every=500, checkpoint_every=500, compile=False,
 )
 CHARACTERS = Config(
     data="shakespeare-char", out_dir="runs/shakespeare-char", n_layer=6, n_head=6, n_embd=384, block_size=256,
@@ -198,11 +200,17 @@ class Trainer:
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def over_ranks(self, value: Tensor, how=dist.ReduceOp.SUM) -> Tensor:
-        """The sum, or the maximum, of a tensor over all processes."""
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
         if self.world_size > 1:
-            dist.all_reduce(value, how)
+            dist.all_reduce(value)  # a sum: gloo has no mean
         return value
+
+    def greatest(self, number: int) -> int:
+        """The greatest of the processes' numbers."""
+        value = torch.tensor(number, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(value, dist.ReduceOp.MAX)
+        return value.item()
 
 
 def train_step(trainer: Trainer, inputs: Tensor, targets: Tensor, step: int) -> tuple[float, float]:
@@ -224,12 +232,12 @@ def train_step(trainer: Trainer, inputs: Tensor, targets: Tensor, step: int) -> 
             loss = trainer.model(x, y) / len(micro_batches)
         loss.backward()
         loss_sum += loss.detach()
-    mean_loss = (trainer.over_ranks(loss_sum) / trainer.world_size).item()
+    mean_loss = (trainer.sum_over_ranks(loss_sum) / trainer.world_size).item()
     grad_norm = nn.utils.clip_grad_norm_(trainer.raw.parameters(), config.grad_clip or math.inf).item()
     if not math.isfinite(mean_loss + grad_norm):
         raise RunError(
-            f"step {step} has loss {mean_loss} and gradient norm {grad_norm}: stopped before the update, and "
-            f"{config.out_dir} keeps its last checkpoint; lower --lr, or raise --warmup-steps"
+            f"step {step} has loss {mean_loss} and gradient norm {grad_norm}: stopped before the update, and the "
+            f"checkpoints in {config.out_dir} stay as they are; lower --lr, or raise --warmup-steps"
         )
     for optimizer in trainer.optimizers:
         for group in optimizer.param_groups:
@@ -253,7 +261,7 @@ def validate(trainer: Trainer, split: shards.Split) -> float:
         with trainer.autocast():
             loss_sum += trainer.raw(inputs, targets).item() * len(windows)
     trainer.raw.train()
-    return trainer.over_ranks(loss_sum.to(trainer.device, torch.float32)).item() / len(starts)
+    return trainer.sum_over_ranks(loss_sum.to(trainer.device, torch.float32)).item() / len(starts)
 
 
 # -------------------------------------------------------------------------------------------------------- beginning
@@ -276,47 +284,53 @@ def choose_micro_batch(trainer: Trainer, sequences: int) -> int:
         return next((n for n in divisors if n * trainer.config.block_size <= 16_384), 1)
 
     def attempt(n: int) -> None:
-        moments = [torch.empty_like(p) for p in trainer.raw.parameters() for _ in range(2)]  # AdamW will want as much
+        # held aside: AdamW's two moments, and under DDP a second copy of the gradients
+        copies = 2 if trainer.world_size == 1 else 3
+        held = [torch.empty_like(p) for p in trainer.raw.parameters() for _ in range(copies)]
         tokens = torch.zeros(n, trainer.config.block_size, dtype=torch.int64, device=trainer.device)
         with trainer.autocast():
             trainer.raw(tokens, tokens).backward()
-        del moments
+        del held
 
     largest = devices.largest_that_fits(divisors, attempt)
     trainer.raw.zero_grad(set_to_none=True)
-    least = -trainer.over_ranks(torch.tensor(-largest, device=trainer.device), dist.ReduceOp.MAX).item()
+    least = -trainer.greatest(-largest)
     if least == 0:
         raise RunError("not even one sequence fits in the GPU's memory: lower --block-size, or take a smaller model")
     return least
 
 
-def starting_point(config: Config, vocab_size: int) -> dict | None:
-    """The checkpoint to go on from, if there is one; RunError where it is of another shape."""
+def starting_point(config: Config, split: shards.Split) -> dict | None:
+    """The checkpoint to go on from, if there is one; RunError where it is of another model, text or batch order."""
     if config.resume == "auto":
         path, checkpoint = newest_checkpoint(Path(config.out_dir))
     elif config.resume != "never":
         path, checkpoint = config.resume, load_checkpoint(Path(config.resume))
     if config.resume == "never" or checkpoint is None:
         return None
-    wanted = dataclasses.asdict(config.shape(vocab_size))
-    theirs = checkpoint["config"]
-    differs = [f"{flag(k)} {theirs[k]} there, {v} here" for k, v in wanted.items() if theirs[k] != v and k != "dropout"]
-    if differs or len(checkpoint["optimizers"]) != (2 if config.optimizer == "muon" else 1):
+    there, here = checkpoint["run"], dataclasses.asdict(config)
+    fixed = ["n_layer", "n_head", "n_embd", "block_size", "optimizer", "batch_tokens", "seed", "shuffle"]
+    differs = [f"{flag(name)} {there[name]} there, {here[name]} here" for name in fixed if there[name] != here[name]]
+    if checkpoint["tokenizer"] != split.tokenizer_spec:
+        differs.append(f"--data {there['data']} there, {config.data} with another vocabulary here")
+    if differs:
         raise RunError(
-            f"{path} is of another run ({'; '.join(differs) or 'another --optimizer'}): give the options that it was "
-            "made with, another --out-dir, or --resume never"
+            f"{path} is of another run ({'; '.join(differs)}): give the options that it was made with, another "
+            "--out-dir, or --resume never"
         )
     return checkpoint
 
 
-def initialise_from(raw: gpt.GPT, name: str) -> None:
+def initialise_from(raw: gpt.GPT, name: str, split: shards.Split) -> None:
     """Copy the weights of a released GPT-2 or of a run; it may have a longer block size than this model."""
-    source, _ = gpt.load(name)
+    source, tokenizer_spec = gpt.load(name)
     weights = source.state_dict()
     weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: raw.config.block_size]
     theirs = dataclasses.replace(source.config, block_size=raw.config.block_size, dropout=raw.config.dropout)
     if theirs != raw.config or source.config.block_size < raw.config.block_size:
         raise RunError(f"--init-from {name} has another shape: {source.config} there, {raw.config} here")
+    if tokenizer_spec != split.tokenizer_spec:
+        raise RunError(f"--init-from {name} reads other tokens than {split.label}: prepare the text with its tokenizer")
     raw.load_state_dict(weights)
 
 
@@ -327,32 +341,39 @@ def set_up(config: Config, rank: int, local_rank: int, world_size: int):
     dtype, ops = devices.choose_dtype(config.dtype, device), choose_kernels(config, device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32
-    if rank == 0:
+    if local_rank == 0:  # once on every machine
         data.prepare_if_missing(config.data)
     if world_size > 1:
         dist.barrier()
     train_split, val_split = (shards.open_split(data.folder_of(config.data), name) for name in ("train", "val"))
-    train_split.verify(rank, world_size)
-    val_split.verify(rank, world_size)
+    for split in (train_split, val_split):
+        split.verify(rank, world_size)
     shards.evaluation_windows(val_split, config.block_size, config.eval_tokens)  # too short a split fails here, early
     order = {"seed": config.seed, "shuffle": config.shuffle, "rank": rank, "world_size": world_size}
     loader = shards.Loader(train_split, config.block_size, sequences * world_size, device=device, **order)
-    checkpoint = starting_point(config, train_split.vocab_size)
+    checkpoint = starting_point(config, train_split)
 
     torch.manual_seed(config.seed)
     raw = gpt.GPT(config.shape(train_split.vocab_size), ops)
     if checkpoint:
         raw.load_state_dict(checkpoint["model"])
     elif config.init_from:
-        initialise_from(raw, config.init_from)
+        initialise_from(raw, config.init_from, train_split)
     raw.to(device)
     trainer = Trainer(
         config, raw, raw, make_optimizers(raw, config), device, dtype, config.micro_batch, rank, world_size
     )
+    for what, number in [
+        ("--data", int(train_split.fingerprint[:12], 16)),
+        ("checkpoint", checkpoint["step"] if checkpoint else 0),
+    ]:
+        if trainer.greatest(number) != -trainer.greatest(-number):
+            raise RunError(f"the processes see different files for {what}: they must share it, or hold equal copies")
     for optimizer, state in zip(trainer.optimizers, checkpoint["optimizers"] if checkpoint else (), strict=False):
         optimizer.load_state_dict(state)
-    if config.micro_batch == "auto":
-        trainer.micro_batch = choose_micro_batch(trainer, sequences)
+    if config.micro_batch == "auto":  # a run that goes on keeps its size, and so its bits
+        before = checkpoint["micro_batch"] if checkpoint else sequences + 1
+        trainer.micro_batch = choose_micro_batch(trainer, sequences) if sequences % before else before
     trainer.model = torch.compile(raw) if config.compile else raw
     if world_size > 1:
         trainer.model = DistributedDataParallel(trainer.model, gradient_as_bucket_view=True)
@@ -360,28 +381,6 @@ def set_up(config: Config, rank: int, local_rank: int, world_size: int):
 
 
 # --------------------------------------------------------------------------------------------------------------- main
-
-
-class StopRequest:
-    """SIGINT or SIGTERM: the loop finishes its step, saves and ends; a second one exits at once."""
-
-    def __enter__(self):
-        self.signal = 0
-        self.before = [(n, signal.signal(n, self._receive)) for n in (signal.SIGINT, signal.SIGTERM)]
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before:
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, _frame) -> None:
-        if self.signal:
-            os._exit(128 + number)
-        self.signal = number
-
-    def agreed(self, trainer: Trainer) -> int:
-        """The signal that any process has received, or 0: all of them stop after the same step."""
-        return int(trainer.over_ranks(torch.tensor(self.signal, device=trainer.device), dist.ReduceOp.MAX))
 
 
 def measured(trainer: Trainer, step: int, loss: float, grad_norm: float, seconds: float) -> dict:
@@ -416,9 +415,9 @@ def check_first_loss(loss: float, vocab_size: int) -> None:
         tqdm.write(f"warning: the first loss is {loss:.3f}, far from {expected}: look at the data", file=sys.stderr)
 
 
-def profiler(config: Config):
-    """With --profile, records steps 6 to 8 of this process into trace.json, for ui.perfetto.dev."""
-    if not config.profile:
+def profiler(config: Config, rank: int):
+    """With --profile, records steps 6 to 8 of the first process into trace.json, for ui.perfetto.dev."""
+    if not config.profile or rank > 0:
         return contextlib.nullcontext()
     return torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=4, warmup=1, active=3, repeat=1),
@@ -427,8 +426,8 @@ def profiler(config: Config):
 
 
 def sample_text(trainer: Trainer, tokens: tokenizer.Tokenizer, length: int = 300) -> str:
-    """A sample of `length` tokens that starts as a document does, or after a line break; the same seed every time."""
-    start = tokens.encode("\n").tolist() if tokens.eot is None else [tokens.eot]
+    """A sample of `length` tokens that begins as a document does; the same seed every time."""
+    start = gpt.start_tokens(tokens)
     generator = torch.Generator(trainer.device).manual_seed(trainer.config.seed)
     trainer.raw.eval()
     context = torch.tensor([start], device=trainer.device)
@@ -447,6 +446,7 @@ def save(trainer: Trainer, run: Run, tokens: tokenizer.Tokenizer, step: int) -> 
         "config": dataclasses.asdict(trainer.raw.config),
         "tokenizer": tokens.spec(),
         "run": dataclasses.asdict(trainer.config),
+        "micro_batch": trainer.micro_batch,
     }
     run.save(checkpoint, trainer.config.keep)
     run.draw(trainer.raw.config.vocab_size)
@@ -472,7 +472,7 @@ def train(config: Config, rank: int, local_rank: int, world_size: int) -> int:
         return 0
     stopping = 0
     running = start_run(trainer, first) if rank == 0 else contextlib.nullcontext()
-    with running as run, StopRequest() as stop, profiler(config) as profiling:
+    with running as run, StopRequest() as stop, profiler(config, rank) as profiling:
         for step in range(first + 1, last + 1):
             began = time.perf_counter()
             inputs, targets = loader.batch(step - 1)
@@ -484,13 +484,13 @@ def train(config: Config, rank: int, local_rank: int, world_size: int) -> int:
                 check_first_loss(loss, trainer.raw.config.vocab_size)
             if due(step, config.eval_every, last):
                 record["val_loss"] = validate(trainer, val_split)
-            stopping = stop.agreed(trainer)
+            stopping = trainer.greatest(stop.signal)  # all processes stop after the same step
             if run:
                 run.log(record)
-            if run and due(step, config.sample_every, last):
-                run.sample(step, sample_text(trainer, tokens))
             if run and (stopping or due(step, config.checkpoint_every, last)):
                 save(trainer, run, tokens, step)
+            if run and due(step, config.sample_every, last):
+                run.sample(step, sample_text(trainer, tokens))
             if profiling:
                 profiling.step()
             if stopping:
@@ -504,6 +504,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line, sys.argv by default; under torchrun, one process of several. Ends with SystemExit."""
     rank, local_rank, world_size = (int(os.environ.get(n, "0")) for n in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     world_size = max(1, world_size)
+    sys.stdout.reconfigure(errors="replace")  # where a terminal lacks a character of a sample
     with data.clear_errors(RunError, gpt.ModelError, kernels.KernelError, devices.DeviceError):
         config = data.parse_options(
             lambda: tyro.extras.overridable_config_cli(PRESETS, prog="train_gpt2.py", args=arguments)
@@ -512,8 +513,10 @@ def main(arguments: list[str] | None = None) -> None:
             dist.init_process_group("nccl" if torch.cuda.is_available() and config.device != "cpu" else "gloo")
         try:
             status = train(config, rank, local_rank, world_size)
-        except torch.OutOfMemoryError as error:
-            raise RunError("out of memory: lower --micro-batch (the result stays the same) or --block-size") from error
+        except (RuntimeError, MemoryError) as error:
+            if devices.out_of_memory(error):
+                raise RunError("out of memory: lower --micro-batch, or take a smaller model") from error
+            raise
         if world_size > 1:
             dist.destroy_process_group()
     raise SystemExit(status)

@@ -17,7 +17,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, TextIO, TypeVar
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
 
 T = TypeVar("T")
 
@@ -56,11 +61,31 @@ def folder_of(name: str) -> Path:
 
 
 def prepare_if_missing(name: str) -> None:
-    """Prepare a dataset of DATASETS unless it is there; DataError when it cannot be, without network say."""
+    """Prepare a dataset of DATASETS unless it is there, one process at a time; DataError when it cannot be had."""
     folder = folder_of(name)
-    if name in DATASETS and not (folder / "meta.json").exists():
-        module, options = DATASETS[name]
-        print(importlib.import_module(module).prepare(folder=folder, **options))
+    if name not in DATASETS or (folder / "meta.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder / ".lock"):
+        if not (folder / "meta.json").exists():  # another process may have made it while this one waited
+            module, options = DATASETS[name]
+            print(importlib.import_module(module).prepare(folder=folder, **options))
+
+
+def lock(path: Path, refusal: str | None = None) -> TextIO:
+    """
+    An open file whose lock this process holds until it is closed or the process ends.
+
+    Where another process holds it: waits, or with a `refusal` raises DataError with that text. No lock on Windows.
+    """
+    file = path.open("w", encoding="utf-8")
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
+        except BlockingIOError:
+            file.close()
+            raise DataError(refusal) from None
+    return file
 
 
 def parse_options(command_line: Callable[[], T]) -> T:
@@ -72,9 +97,17 @@ def parse_options(command_line: Callable[[], T]) -> T:
     except SystemExit as stop:
         if stop.code in (None, 0):  # --help
             raise
-    lines = [line.strip("│╭╮╰╯─ ") for line in shown.getvalue().splitlines()]
-    first_part = lines[1 : lines.index("", 1) if "" in lines[1:] else None]
-    print("error:", " ".join(first_part), "(--help shows every option)", file=sys.stderr)
+    sections = [[]]  # of the box: lines that only draw stand between them
+    for line in shown.getvalue().splitlines()[1:]:
+        line = line.strip("│|╰╯ ")
+        if any(map(str.isalnum, line)):
+            sections[-1].append(line)
+        elif sections[-1]:
+            sections.append([])
+    message = sections[0] + [
+        line for part in sections[1:] if part[:1] and part[0].startswith("Available") for line in part
+    ]
+    print("error:", message, "(--help shows every option)", file=sys.stderr)
     raise SystemExit(2)
 
 

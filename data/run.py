@@ -1,5 +1,5 @@
 """
-A run's folder: what training leaves on disk, and how it is read back.
+A run's folder: what training leaves on disk, and how it is read back; and the signals that end a run early.
 
     config.json                    the options of the run
     log.jsonl                      a line a step: step, tokens, loss, lr, grad_norm, ms, tokens_per_s, mfu, and
@@ -10,14 +10,17 @@ A run's folder: what training leaves on disk, and how it is read back.
     checkpoints/step_NNNNNN.pt.sha256
 
 Every file appears whole or not at all, but for log.jsonl and samples.txt, which only grow. A checkpoint whose sha256 is
-not the one beside it is damaged, and the one before it serves.
+not the one beside it is damaged, and the one before it serves. One process at a time writes to the folder: it holds a
+lock on `.lock`, which goes with the process however that ends.
 """
 
 import hashlib
 import importlib
 import json
 import math
+import os
 import pickle
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +29,9 @@ from typing import BinaryIO
 import torch
 from tqdm import tqdm
 
-from data import DataError, write_whole
+from data import DataError, lock, write_whole
 
+CHECKPOINT_KEYS = {"step", "model", "optimizers", "config", "tokenizer", "run"}  # what a checkpoint holds at least
 SAMPLE_LINE = "-" * 40  # begins each sample in samples.txt
 
 
@@ -43,20 +47,22 @@ class Run:
         self, folder: Path, config: dict, step: int, max_steps: int, afresh=False, wandb=False, tensorboard=False
     ):
         self.folder, self.services = folder, []
+        wandb = wandb and _optional("wandb", "wandb")
+        tensorboard = tensorboard and _optional("torch.utils.tensorboard", "tensorboard")
         if afresh and folder.exists():
-            aside = next(path for i in range(1, 10**6) if not (path := Path(f"{folder}.{i}")).exists())
-            folder.rename(aside)
-            print(f"the run in {folder} is now {aside}")
-        if wandb:
-            self.services.append(_wandb(config, folder))
-        if tensorboard:
-            self.services.append(_tensorboard(folder))
+            _move_aside(folder)
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        self._lock = lock(folder / ".lock", f"another process is writing to {folder}: wait for it, or use --out-dir")
+        _clean(folder, step)
         self.records = [record for record in read_log(folder) if record["step"] <= step]
         _write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
         _write_text(folder / "log.jsonl", "".join(json.dumps(record) + "\n" for record in self.records))
         if step == 0:
             (folder / "samples.txt").unlink(missing_ok=True)
+        if wandb:
+            self.services.append(_wandb(wandb, config, folder))
+        if tensorboard:
+            self.services.append(_tensorboard(tensorboard, folder))
         self._log = (folder / "log.jsonl").open("a", encoding="utf-8")
         self._val = next((f" val {r['val_loss']:.3f}" for r in reversed(self.records) if "val_loss" in r), "")
         seconds = 0.1 if sys.stderr.isatty() else 10.0  # between refreshes: a log file needs few
@@ -82,6 +88,7 @@ class Run:
     def __exit__(self, *_) -> None:
         self._bar.close()  # ends its line, so that what follows, an error say, begins a new one
         self._log.close()
+        self._lock.close()
 
     def finish(self) -> None:
         """The end in the terminal: what the model writes, the figures, and where the files are."""
@@ -92,7 +99,7 @@ class Run:
             )
         if "val_loss" in last:
             loss = last["val_loss"]
-            print(f"validation loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}")
+            print(f"validation loss {loss:.4f} nats per token, perplexity {math.exp(min(loss, 700.0)):.2f}")
         print(f"{last['step']:,} steps, {last['tokens']:,} tokens, median {rates[len(rates) // 2]:,.0f} tokens/s")
         print(f"{self.folder} holds loss.png, log.jsonl, samples.txt and checkpoints")
         print(f'python model.py {self.folder} --prompt "..." writes more')
@@ -124,7 +131,9 @@ class Run:
         return [record["tokens"] for record in records], [record[name] for record in records]
 
     def save(self, checkpoint: dict, keep: int) -> None:
-        """Write a checkpoint, named by its "step"; then remove all but the newest `keep`."""
+        """Write a checkpoint, named by its "step", its weights finite; then remove all but the newest `keep`."""
+        if not all(tensor.isfinite().all() for tensor in checkpoint["model"].values()):
+            raise DataError(f"the weights after step {checkpoint['step']} are not finite: no checkpoint; lower --lr")
         path = self.folder / "checkpoints" / f"step_{checkpoint['step']:06d}.pt"
 
         def write(file: BinaryIO) -> None:
@@ -167,50 +176,101 @@ def _write_text(path: Path, text: str) -> None:
     write_whole(path, lambda file: file.write(text.encode()))
 
 
+def _move_aside(folder: Path) -> None:
+    aside = next(path for i in range(1, 10**6) if not (path := Path(f"{folder}.{i}")).exists())
+    try:
+        folder.rename(aside)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be moved to {aside} ({error.strerror}): use another --out-dir") from error
+    print(f"the run in {folder} is now {aside}")
+
+
+def _clean(folder: Path, step: int) -> None:
+    """Remove what a kill left half-written; set checkpoints past `step` aside, which this run will write anew."""
+    for path in [*folder.glob(".*.tmp"), *(folder / "checkpoints").glob(".*.tmp")]:
+        path.unlink()
+    for path in checkpoints(folder):
+        if _step_of(path) > step:
+            path.rename(f"{path}.old")
+
+
 def read_log(folder: Path) -> list[dict]:
     """The lines of a run's log.jsonl; the last is left out where a kill cut it short."""
     path = folder / "log.jsonl"
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
+        records = [json.loads(line) for line in lines]
+        [record["step"] + 0 for record in records]
+        return records
+    except (ValueError, TypeError, KeyError) as error:
         raise DataError(f"{path} is damaged ({error}): move it away, the checkpoints do not need it") from error
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, newest first."""
-    return sorted((folder / "checkpoints").glob("step_*.pt"), reverse=True)
+    paths = (folder / "checkpoints").glob("step_*.pt")
+    return sorted((path for path in paths if path.stem[5:].isdecimal()), key=_step_of, reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step_"))
 
 
 def load_checkpoint(path: Path) -> dict:
-    """A checkpoint, its tensors on the CPU; DataError where the file is missing or damaged."""
+    """A checkpoint, its tensors on the CPU; DataError where the file is missing, damaged, or something else."""
     try:
         expected = Path(f"{path}.sha256").read_text(encoding="utf-8").strip()
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != expected:
                 raise DataError(f"{path} is damaged: its sha256 is not the one written beside it")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise DataError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(checkpoint, dict) or not set(checkpoint) >= CHECKPOINT_KEYS:
+        raise DataError(
+            f"{path} is no checkpoint of train_gpt2.py: it lacks some of {', '.join(sorted(CHECKPOINT_KEYS))}"
+        )
+    return checkpoint
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, dict] | tuple[None, None]:
-    """The newest whole checkpoint of a run behind its path; damaged ones are passed over with a warning."""
-    for path in checkpoints(folder):
+    """The newest whole checkpoint of a run behind its path, or two None; DataError where all there are are damaged."""
+    paths = checkpoints(folder)
+    for path in paths:
         try:
             return path, load_checkpoint(path)
         except DataError as error:
-            print(f"warning: {error}; trying the one before it", file=sys.stderr)
+            print(f"warning: {error}", file=sys.stderr)
+    if paths:
+        raise DataError(f"no checkpoint in {folder} can be read: --resume never starts afresh and moves the run aside")
     return None, None
 
 
-def _wandb(config: dict, folder: Path) -> Callable[[dict], None]:
-    run = _optional("wandb", "wandb").init(project="gpt2-triton", dir=folder, config=config)
+class StopRequest:
+    """Takes SIGINT and SIGTERM: `signal` holds it, for the loop to save and end; a second one exits at once."""
+
+    def __enter__(self) -> "StopRequest":
+        self.signal = 0
+        self._before = [(number, signal.signal(number, self._receive)) for number in (signal.SIGINT, signal.SIGTERM)]
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before:
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame) -> None:
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+
+
+def _wandb(wandb, config: dict, folder: Path) -> Callable[[dict], None]:
+    run = wandb.init(project="gpt2-triton", dir=folder, config=config)
     return lambda record: run.log(record, step=record["step"])
 
 
-def _tensorboard(folder: Path) -> Callable[[dict], None]:
-    writer = _optional("torch.utils.tensorboard", "tensorboard").SummaryWriter(folder)
+def _tensorboard(tensorboard, folder: Path) -> Callable[[dict], None]:
+    writer = tensorboard.SummaryWriter(folder)
 
     def write(record: dict) -> None:
         for name, value in record.items():

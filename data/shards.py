@@ -195,7 +195,8 @@ def open_split(folder: str | Path, split: str) -> Split:
     if not paths:
         example = f"`python -m data.pydocs --out {folder}`"
         raise DataError(f"there is no dataset in {folder}: prepare one there, for example with {example}")
-    shards = [_map_bin(path) for path in paths if split in path.name]
+    named = re.compile(rf"(?<![a-z]){split}(?![a-z])")  # "medieval_train_0.bin" is none of val's
+    shards = [_map_bin(path) for path in paths if named.search(path.name)]
     if not shards:
         raise DataError(f"no .bin file in {folder} has {split!r} in its name: download those of that split too")
     return Split(f"the {split} split of {folder}", GPT2_SPEC, GPT2_VOCAB_SIZE, shards, "download it again")

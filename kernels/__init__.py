@@ -11,7 +11,7 @@ B sequences, T tokens, C channels, N = B * T rows, V vocabulary (weight and logi
     linear_gelu(x, weight, bias)                            x (..., C), (4C, C)     -> gelu_tanh(x @ weight.T + bias)
     causal_attention(qkv, n_head, dropout_p)                qkv (B, T, 3C) packed   -> y (B, T, C)
     cross_entropy(logits, targets, vocab_size)              logits (N, >= V), (N,)  -> scalar mean loss, nats per token
-    linear_cross_entropy(x, weight, targets, vocab_size)    x (N, C), (>= V, C)     -> the same, no (N, V) tensor kept
+    linear_cross_entropy(x, weight, targets, vocab_size)    x (N, C), (>= V, C)     -> the same, without logits
 
 The model receives the bundle and never asks what is in it.
 """

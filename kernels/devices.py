@@ -1,6 +1,7 @@
 """The hardware at hand: which device a run takes, which dtype it multiplies fast, and how fast at best."""
 
 import dataclasses
+import gc
 from collections.abc import Callable
 
 import torch
@@ -18,8 +19,9 @@ class GPU:
 
 GPUS = {  # words of a GPU's name; sources: NVIDIA's and AMD's data sheets and architecture whitepapers
     "B200": GPU(2250e12, 8000e9, 75e12, "sm_100"),
+    "H200 NVL": GPU(835e12, 4800e9, 60e12, "sm_90"),  # ahead of the plain name, which is the SXM module's
     "H200": GPU(989e12, 4800e9, 67e12, "sm_90"),
-    "H100 PCIe": GPU(756e12, 2000e9, 51e12, "sm_90"),  # ahead of the plain name, which is the SXM module's
+    "H100 PCIe": GPU(756e12, 2000e9, 51e12, "sm_90"),  # likewise
     "H100 NVL": GPU(835e12, 3900e9, 60e12, "sm_90"),
     "H100": GPU(989e12, 3350e9, 67e12, "sm_90"),
     "A100 SXM4 40GB": GPU(312e12, 1555e9, 19.5e12, "sm_80"),
@@ -48,6 +50,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("training runs on cpu, cuda and mps")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0][:150]
@@ -86,12 +90,22 @@ def named_gpu(gpu: str) -> GPU | None:
     return next((found for name, found in GPUS.items() if f" {name} " in words), None)
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether an exception says that memory ran out, in any of the ways that PyTorch has for it."""
+    texts = ("out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+
+
 def largest_that_fits(candidates: list[int], attempt: Callable[[int], None]) -> int:
     """The first of the candidates for which attempt() does not run out of memory; 0 when there is none."""
     for n in candidates:
         try:
             attempt(n)
             return n
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        gc.collect()  # here, not above: while the error is handled it holds on to the attempt's tensors
+        if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return 0

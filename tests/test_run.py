@@ -1,5 +1,6 @@
 """A run's folder: the log, the picture, the checkpoints and what is wrong with them; and the shared command line."""
 
+import hashlib
 import json
 
 import pytest
@@ -12,6 +13,10 @@ from data.run import Run, checkpoints, load_checkpoint, newest_checkpoint, read_
 
 def record(step, **more):
     return {"step": step, "tokens": 10 * step, "loss": 1 / step, "mfu": None, "tokens_per_s": 5.0} | more
+
+
+def checkpoint(step, weight):
+    return {"step": step, "model": {"weight": weight}, "optimizers": [], "config": {}, "tokenizer": {}, "run": {}}
 
 
 @pytest.fixture
@@ -34,9 +39,10 @@ def test_a_line_that_a_kill_cut_short_is_left_out_and_a_damaged_one_is_named(fol
     folder.mkdir(parents=True)
     (folder / "log.jsonl").write_text('{"step": 1}\n{"ste', encoding="utf-8")
     assert read_log(folder) == [{"step": 1}]
-    (folder / "log.jsonl").write_text('{"step": 1\n{"step": 2}\n', encoding="utf-8")
-    with pytest.raises(DataError, match="log.jsonl is damaged"):
-        read_log(folder)
+    for damaged in ('{"step": 1\n{"step": 2}\n', "[]\n", "{}\n"):
+        (folder / "log.jsonl").write_text(damaged, encoding="utf-8")
+        with pytest.raises(DataError, match="log.jsonl is damaged"):
+            read_log(folder)
 
 
 def test_samples_of_a_run_that_starts_afresh_replace_the_old_ones(folder):
@@ -51,34 +57,56 @@ def test_samples_of_a_run_that_starts_afresh_replace_the_old_ones(folder):
 
 def test_checkpoints_come_back_and_only_the_newest_are_kept(folder):
     with Run(folder, {}, 0, 9) as run:
-        for step in (1, 2, 30, 1_000_000):
-            run.save({"step": step, "model": {"weight": torch.full((3,), float(step))}}, keep=2)
-    assert [path.name for path in checkpoints(folder)] == ["step_1000000.pt", "step_000030.pt"]
-    path, checkpoint = newest_checkpoint(folder)
-    assert path == checkpoints(folder)[0] and checkpoint["model"]["weight"].tolist() == [1e6] * 3
+        for step in (1, 2, 999_000, 1_000_000):
+            run.save(checkpoint(step, torch.full((3,), float(step))), keep=2)
+    assert [path.name for path in checkpoints(folder)] == ["step_1000000.pt", "step_999000.pt"]
+    path, newest = newest_checkpoint(folder)
+    assert path == checkpoints(folder)[0] and newest["model"]["weight"].tolist() == [1e6] * 3
     assert len(list((folder / "checkpoints").iterdir())) == 4  # two files and their sha256
 
 
 def test_every_kind_of_damage_to_a_checkpoint_is_found(folder):
     with Run(folder, {}, 0, 9) as run:
-        run.save({"step": 1, "model": {"weight": torch.randn(1000)}}, keep=2)
+        run.save(checkpoint(1, torch.randn(1000)), keep=2)
     path = checkpoints(folder)[0]
     whole = path.read_bytes()
     for damaged in (whole[:-1], whole + b"x", b"", whole[:2000] + bytes([whole[2000] ^ 4]) + whole[2001:]):
         path.write_bytes(damaged)
         with pytest.raises(DataError, match="is damaged: its sha256"):
             load_checkpoint(path)
-        assert newest_checkpoint(folder) == (None, None)
+        with pytest.raises(DataError, match="--resume never"):
+            newest_checkpoint(folder)
     path.write_bytes(whole)
     assert load_checkpoint(path)["step"] == 1
-    path.with_name(path.name + ".sha256").unlink()
+    sha256 = path.with_name(path.name + ".sha256")
+    sha256.write_bytes(b"\xff")
+    with pytest.raises(DataError, match="cannot be read"):
+        load_checkpoint(path)
+    for other in ({"weight": torch.zeros(1)}, [1]):
+        torch.save(other, path)
+        sha256.write_text(hashlib.sha256(path.read_bytes()).hexdigest(), encoding="utf-8")
+        with pytest.raises(DataError, match="is no checkpoint of train_gpt2.py"):
+            load_checkpoint(path)
+    sha256.unlink()
     with pytest.raises(DataError, match="cannot be read"):
         load_checkpoint(path)
 
 
-def test_a_checkpoint_runs_no_code_when_it_is_read(folder):
-    import hashlib
+def test_weights_that_are_not_finite_are_not_saved(folder):
+    with Run(folder, {}, 0, 9) as run, pytest.raises(DataError, match="after step 3 are not finite"):
+        run.save(checkpoint(3, torch.tensor([1.0, float("nan")])), keep=2)
+    assert newest_checkpoint(folder) == (None, None)
 
+
+def test_what_a_kill_left_half_written_goes_at_the_next_start(folder):
+    (folder / "checkpoints").mkdir(parents=True)
+    for path in (folder / "checkpoints" / ".step_000030.pt.0a1b2c3d.tmp", folder / ".loss.png.0a1b2c3d.tmp"):
+        path.write_bytes(b"half")
+    with Run(folder, {}, 0, 9):
+        assert not list(folder.rglob(".*.tmp"))
+
+
+def test_a_checkpoint_runs_no_code_when_it_is_read(folder):
     class Evil:
         def __reduce__(self):
             return (print, ("this must not run",))

@@ -281,7 +281,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(dataset, tmp_pat
     before.write_bytes(before.read_bytes()[:-100])
     assert train(dataset, out, max_steps=40, dropout=0.1, checkpoint_every=10, keep=5) == 0
     warnings = capsys.readouterr().err
-    assert f"{newest} is damaged" in warnings and f"{before} is damaged" in warnings and "the one before" in warnings
+    assert f"{newest} is damaged" in warnings and f"{before} is damaged" in warnings
     assert_same_run(straight, out)
 
 
@@ -303,6 +303,46 @@ def test_resume_never_moves_the_old_run_aside(dataset, tmp_path):
         assert len(read_log(out)) == 2
         assert (tmp_path / f"run.{number}").is_dir()
     assert (tmp_path / "run.1" / "log.jsonl").read_bytes() == old
+
+
+def test_a_run_that_goes_on_from_an_earlier_checkpoint_sets_the_later_ones_aside(dataset, tmp_path):
+    out = tmp_path / "run"
+    assert train(dataset, out, max_steps=8, checkpoint_every=2) == 0
+    assert train(dataset, out, max_steps=6, keep=1, resume=out / "checkpoints" / "step_000004.pt") == 0
+    assert [path.name for path in (out / "checkpoints").glob("*.pt")] == ["step_000006.pt"]
+    assert (out / "checkpoints" / "step_000008.pt.old").exists()
+    assert [record["step"] for record in read_log(out)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_checkpoints_that_are_all_damaged_end_the_run_and_keep_its_log(dataset, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(dataset, out, max_steps=8) == 0
+    for path in (out / "checkpoints").glob("*.pt"):
+        path.write_bytes(path.read_bytes() + b"x")
+    assert "--resume never starts afresh" in refused(capsys, dataset, out, max_steps=9)
+    assert len(read_log(out)) == 8
+
+
+def test_two_runs_cannot_write_to_one_folder(dataset, tmp_path, capsys):
+    out = tmp_path / "run"
+    process = start(command(dataset, out, max_steps=100_000))
+    wait_for_step(process, out, 2)
+    assert "another process is writing" in refused(capsys, dataset, out)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+def test_a_text_without_line_breaks_is_sampled_too(tmp_path):
+    (tmp_path / "text").write_text("abcdefgh " * 500, encoding="utf-8")
+    text.prepare([tmp_path / "text"], tmp_path / "data")
+    assert train(tmp_path / "data", tmp_path / "run", max_steps=2, eval_tokens=64) == 0
+    train_gpt2.gpt.main([str(tmp_path / "run"), "--max-new-tokens", "5"])
+
+
+def test_out_of_memory_is_an_error_line_on_a_cpu_too(dataset, tmp_path, capsys):
+    message = refused(capsys, dataset, tmp_path / "run", n_embd=4_000_000, n_head=1)
+    assert "out of memory: lower --micro-batch, or take a smaller model" in message
 
 
 def test_resume_from_a_named_checkpoint(dataset, tmp_path, straight):
@@ -343,6 +383,12 @@ def refused(capsys, *args, **options) -> str:
         ({"lr": "fast"}, "--lr.*'fast'"),
         ({"lr": "nan"}, "--lr is nan, but must be above 0"),
         ({"dropout": 1.5}, "--dropout is 1.5"),
+        ({"lr": "inf"}, "--lr is inf"),
+        ({"min_lr": -1}, "--min-lr is -1.0"),
+        ({"min_lr": "nan"}, "--min-lr is nan"),
+        ({"seed": 10**30}, "--seed is 10"),
+        ({"device": "meta"}, "--device meta cannot be used"),
+        ({"kernels": " attention", "dropout": 0.1}, "the Triton attention has no dropout"),
         ({"no_such_option": 1}, "--no-such-option"),
         (
             {"kernels": "layernorm,gelo"},
@@ -362,12 +408,13 @@ def test_a_wrong_option_is_named(dataset, tmp_path, capsys, options, expected):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_unknown_preset_and_no_preset_are_named(capsys):
+def test_an_unknown_preset_and_no_preset_are_named():
     for arguments in (["gpt5"], []):
-        with pytest.raises(SystemExit) as end:
-            train_gpt2.main(arguments)
-        error = capsys.readouterr().err
-        assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and "laptop" in error
+        for encoding in ("utf-8", "ascii"):  # tyro draws its boxes differently
+            process = start(arguments, env=os.environ | {"PYTHONIOENCODING": encoding})
+            _, error = process.communicate(timeout=60)
+            assert process.returncode == 2 and error.startswith("error: ") and error.count("\n") == 1
+            assert "laptop" in error and "gpt2-1558m" in error and "---" not in error and "\u2500" not in error
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
@@ -450,7 +497,17 @@ def test_a_checkpoint_of_another_shape_is_refused(dataset, tmp_path, capsys):
     before = (out / "log.jsonl").read_bytes()
     message = refused(capsys, dataset, out, n_layer=3, max_steps=2)
     assert "--n-layer 2 there, 3 here" in message and "--resume never" in message
-    assert "another --optimizer" in refused(capsys, dataset, out, optimizer="adamw", max_steps=2)
+    for name, value in [("optimizer", "adamw"), ("seed", 7), ("batch_tokens", 512), ("block_size", 16)]:
+        flag = train_gpt2.flag(name)
+        assert f"{flag} " in refused(capsys, dataset, out, max_steps=2, **{name: value})
+    other = tmp_path / "other"
+    (tmp_path / "text").write_text("another text, of fewer characters\n" * 100, encoding="utf-8")
+    text.prepare([tmp_path / "text"], other)
+    assert "another vocabulary" in refused(capsys, other, out, max_steps=2)
+    assert "has another shape" in refused(capsys, other, tmp_path / "new", init_from=out)
+    (tmp_path / "text").write_text("".join(map(chr, range(1000, 1104))) * 10, encoding="utf-8")  # 104 other characters
+    text.prepare([tmp_path / "text"], other)
+    assert "reads other tokens" in refused(capsys, other, tmp_path / "new", init_from=out)
     assert (out / "log.jsonl").read_bytes() == before
 
 
@@ -458,8 +515,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(datase
     out = tmp_path / "run"
     assert train(dataset, out, max_steps=4) == 0
     good = (out / "checkpoints" / "step_000004.pt").read_bytes()
-    message = refused(capsys, dataset, out, max_steps=30, lr=1e30, optimizer="muon", grad_clip=0)
-    assert re.search(r"step \d+ has loss .*(nan|inf).*keeps its last checkpoint", message)
+    message = refused(capsys, dataset, out, max_steps=30, lr=1e15, optimizer="muon", grad_clip=0)
+    assert re.search(r"step \d+ has loss .*(nan|inf).*stay as they are", message)
     assert (out / "checkpoints" / "step_000004.pt").read_bytes() == good
     assert newest_checkpoint(out)[1]["step"] < int(re.search(r"step (\d+)", message)[1])
     for tensor in weights(out).values():
@@ -517,6 +574,8 @@ def test_model_py_writes_text_with_a_run(straight, capsys):
         (["--prompt", "caf\u00e9 \u2603"], "lacks"),
         (["--temperature", "-1"], "--temperature is -1.0"),
         (["--top-k", "0"], "--top-k is 0"),
+        (["--top-p", "0"], "--top-p is 0"),
+        (["--seed", str(10**30)], "--seed is 10"),
         (["--no-such"], "--no-such"),
     ],
 )
@@ -529,6 +588,7 @@ def test_model_py_names_what_is_wrong(straight, capsys, options, expected):
 
 def test_model_py_names_a_run_without_checkpoints(tmp_path, capsys):
     (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step_x.pt").write_text("no checkpoint", encoding="utf-8")
     with pytest.raises(SystemExit) as end:
         train_gpt2.gpt.main([str(tmp_path)])
     assert end.value.code == 2 and "holds no whole checkpoint" in capsys.readouterr().err
