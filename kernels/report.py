@@ -22,6 +22,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from kernels import roofline
@@ -94,33 +95,39 @@ def compile_all(kernels: list[dict], architectures: list[str]) -> dict[str, list
 
 def broken_limits(kernels: list[dict], code: dict[str, list[dict]]) -> list[str]:
     """One sentence for each limit that is broken: kernel, target, figure."""
-    broken = []
-    for kernel in kernels:
-        minimum, issued = kernel["minimum"], kernel["loaded"] + kernel["stored"]
-        allowed = ISSUED_OVER_MINIMUM_OF.get(kernel["name"], ISSUED_OVER_MINIMUM)
-        for figure, ratio, limit in [
-            ("bytes issued", issued / minimum, allowed),
-            ("bytes touched", kernel["touched"] / minimum, TOUCHED_OVER_MINIMUM),
-        ]:
-            if ratio > limit:
-                broken.append(f"{kernel['name']}: {figure} are {ratio:.3f} of the minimum, the limit is {limit}")
-        if kernel["atomics"]:
-            broken.append(f"{kernel['name']}: {kernel['atomics']} atomic operations, the limit is 0")
-    for architecture, limits in MULTIPROCESSORS.items():
+    broken = [sentence for kernel in kernels for sentence in broken_by_traffic(kernel)]
+    for architecture in MULTIPROCESSORS:
         for kernel, found in zip(kernels, code.get(architecture, []), strict=False):
             where = f"{kernel['name']} on {architecture}"
-            for figure, limit in LIMITS.items():
-                if (found[figure] or 0) > limit:
-                    broken.append(f"{where}: {figure.replace('_', ' ')} {found[figure]}, the limit is {limit}")
-            if found["shared_bytes"] > limits.shared_bytes_of_program:
-                broken.append(f"{where}: shared bytes {found['shared_bytes']}, of {limits.shared_bytes_of_program}")
-            if (found["narrowest_bits"] or NARROWEST_BITS) < NARROWEST_BITS:
-                line = f"{kernel['launch']['module']} line {found['narrowest_line']}"
-                broken.append(f"{where}: accesses of {found['narrowest_bits']} bits at {line}, not {NARROWEST_BITS}")
-            wanted = TENSOR_CORE.get(architecture, "")
-            if kernel["flops"] and not any(name.startswith(wanted) for name in found["tensor_core"]):
-                broken.append(f"{where}: tl.dot, but no tensor-core instruction {wanted}".rstrip())
+            broken += [f"{where}: {sentence}" for sentence in broken_by_code(kernel, found, architecture)]
     return broken
+
+
+def broken_by_traffic(kernel: dict) -> Iterator[str]:
+    issued = (kernel["loaded"] + kernel["stored"]) / kernel["minimum"]
+    allowed = ISSUED_OVER_MINIMUM_OF.get(kernel["name"], ISSUED_OVER_MINIMUM)
+    if issued > allowed:
+        yield f"{kernel['name']}: bytes issued are {issued:.3f} of the minimum, the limit is {allowed}"
+    touched = kernel["touched"] / kernel["minimum"]
+    if touched > TOUCHED_OVER_MINIMUM:
+        yield f"{kernel['name']}: bytes touched are {touched:.3f} of the minimum, the limit is {TOUCHED_OVER_MINIMUM}"
+    if kernel["atomics"]:
+        yield f"{kernel['name']}: {kernel['atomics']} atomic operations, the limit is 0"
+
+
+def broken_by_code(kernel: dict, found: dict, architecture: str) -> Iterator[str]:
+    for figure, limit in LIMITS.items():
+        if (found[figure] or 0) > limit:
+            yield f"{figure.replace('_', ' ')} {found[figure]}, the limit is {limit}"
+    shared = MULTIPROCESSORS[architecture].shared_bytes_of_program
+    if found["shared_bytes"] > shared:
+        yield f"shared bytes {found['shared_bytes']}, the limit is {shared}"
+    if (found["narrowest_bits"] or NARROWEST_BITS) < NARROWEST_BITS:
+        where = f"{kernel['launch']['module']} line {found['narrowest_line']}"
+        yield f"accesses of {found['narrowest_bits']} bits at {where}, the limit is {NARROWEST_BITS}"
+    wanted = TENSOR_CORE.get(architecture, "")
+    if kernel["flops"] and not any(name.startswith(wanted) for name in found["tensor_core"]):
+        yield f"tl.dot, but no tensor-core instruction {wanted}".rstrip()
 
 
 # --------------------------------------------------------------------------- tables
