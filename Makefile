@@ -1,12 +1,15 @@
 PYTHON ?= python3
 
-.PHONY: laptop test lint
+.PHONY: laptop test gate lint
 
 laptop: .venv/ready  ## train a small GPT: minutes on two CPU cores, no download
 	.venv/bin/python train_gpt2.py laptop
 
 test: .venv/ready  ## prove everything: under six minutes on two CPU cores
 	.venv/bin/python -m pytest
+
+gate: .venv/ready  ## hold every kernel's machine code and traffic to its limits, for the A100 and the H100
+	.venv/bin/python -m kernels.report --arch sm_80 sm_90 --check
 
 lint: .venv/ready
 	.venv/bin/ruff check .

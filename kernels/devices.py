@@ -1,25 +1,40 @@
 """The hardware at hand: which device a run takes, which dtype it multiplies fast, and how fast at best."""
 
+import dataclasses
 import gc
 from collections.abc import Callable
 
 import torch
 
-PEAK_FLOPS = {  # words of a GPU's name -> dense bf16 FLOP/s with float32 accumulation, from NVIDIA's data sheets
-    "B200": 2250e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,  # ahead of the plain name, which is the SXM module's
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "A40": 150e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
+
+@dataclasses.dataclass(frozen=True)
+class GPU:
+    """What the maker's data sheet says that a GPU reaches at best."""
+
+    flops: float  # FLOP/s of dense bf16 matrix products with float32 accumulation
+    bandwidth: float  # bytes/s of its memory
+    arithmetic: float  # float32 FLOP/s outside the tensor cores
+    architecture: str
+
+
+GPUS = {  # words of a GPU's name; sources: NVIDIA's and AMD's data sheets and architecture whitepapers
+    "B200": GPU(2250e12, 8000e9, 75e12, "sm_100"),
+    "H200 NVL": GPU(835e12, 4800e9, 60e12, "sm_90"),  # ahead of the plain name, which is the SXM module's
+    "H200": GPU(989e12, 4800e9, 67e12, "sm_90"),
+    "H100 PCIe": GPU(756e12, 2000e9, 51e12, "sm_90"),  # likewise
+    "H100 NVL": GPU(835e12, 3900e9, 60e12, "sm_90"),
+    "H100": GPU(989e12, 3350e9, 67e12, "sm_90"),
+    "A100 SXM4 40GB": GPU(312e12, 1555e9, 19.5e12, "sm_80"),
+    "A100": GPU(312e12, 2039e9, 19.5e12, "sm_80"),
+    "A40": GPU(150e12, 696e9, 37.4e12, "sm_86"),
+    "A10G": GPU(70e12, 600e9, 31.5e12, "sm_86"),
+    "A10": GPU(125e12, 600e9, 31.2e12, "sm_86"),
+    "L40S": GPU(362e12, 864e9, 91.6e12, "sm_89"),
+    "L4": GPU(121e12, 300e9, 30.3e12, "sm_89"),
+    "RTX 5090": GPU(209e12, 1792e9, 104.8e12, "sm_120"),
+    "RTX 4090": GPU(165e12, 1008e9, 82.6e12, "sm_89"),
+    "RTX 3090": GPU(71e12, 936e9, 35.6e12, "sm_86"),
+    "MI300X": GPU(1307e12, 5300e9, 163.4e12, "gfx942"),
 }
 
 
@@ -65,8 +80,14 @@ def peak_flops(device: torch.device) -> float | None:
 
 def named_peak(gpu: str) -> float | None:
     """The same by a GPU's name, as the driver spells it: "NVIDIA A100-SXM4-80GB"."""
+    found = named_gpu(gpu)
+    return found and found.flops
+
+
+def named_gpu(gpu: str) -> GPU | None:
+    """The row of GPUS for a name as the driver spells it; None where the table lacks it."""
     words = f" {gpu.replace('-', ' ')} "
-    return next((flops for name, flops in PEAK_FLOPS.items() if f" {name} " in words), None)
+    return next((found for name, found in GPUS.items() if f" {name} " in words), None)
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -1,0 +1,207 @@
+"""
+Kernels compiled ahead of time for a GPU that need not be there, and what their machine code says.
+
+    python -m kernels.machine_code sm_80 < kernels.json      in a process without TRITON_INTERPRET; prints JSON
+
+A launch is compiled as kernels.traffic noted it down, specialised as Triton's launcher would: pointers aligned to 16
+bytes and integers divisible by 16 are marked so, an integer 1 and a None become constants. ptxas, cuobjdump and
+nvdisasm come with the triton package. For AMD the assembly text is read.
+
+Bulk accesses are those in lines of the kernel where one access spans 16 bytes for each thread of the program or more:
+only there can a thread read and write 128 bits at a time, and only there does it matter.
+
+Occupancy: programs that fit on a multiprocessor at once, limited by warps, registers and shared memory.
+"""
+
+import collections
+import dataclasses
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+AMD = "gfx942"  # compiled only: no limits and no occupancy
+TENSOR_CORE = re.compile(r"^(HMMA|IMMA|DMMA|HGMMA|QGMMA|UTC\w*MMA|OMMA|v_mfma)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Multiprocessor:
+    """What one holds. Source: CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability"."""
+
+    warps: int
+    programs: int
+    shared_bytes: int
+    shared_bytes_of_program: int  # the most that one program may ask for
+    registers: int = 65_536
+    registers_step: int = 256  # a warp's registers are rounded up to a multiple
+    warps_step: int = 4  # and the warps that registers allow down to one: four schedulers
+    shared_step: int = 128
+    shared_reserved: int = 1024  # of each program, for the system, from sm_80 on
+
+
+KB = 1024
+MULTIPROCESSORS = {
+    "sm_80": Multiprocessor(64, 32, 164 * KB, 163 * KB),
+    "sm_86": Multiprocessor(48, 16, 100 * KB, 99 * KB),
+    "sm_89": Multiprocessor(48, 24, 100 * KB, 99 * KB),
+    "sm_90": Multiprocessor(64, 32, 228 * KB, 227 * KB),
+    "sm_100": Multiprocessor(64, 32, 228 * KB, 227 * KB),
+    "sm_120": Multiprocessor(48, 24, 100 * KB, 99 * KB),
+}
+ARCHITECTURES = (*MULTIPROCESSORS, AMD)
+
+
+def programs_that_fit(limits: Multiprocessor, warps: int, registers: int, shared_bytes: int) -> int:
+    """Programs on one multiprocessor at once. registers: of a thread; shared_bytes: of a program."""
+    fit = [limits.programs, limits.warps // warps]
+    if registers:
+        of_warp = round_up(registers * 32, limits.registers_step)
+        fit.append(limits.registers // of_warp // limits.warps_step * limits.warps_step // warps)
+    shared = round_up(shared_bytes + limits.shared_reserved, limits.shared_step)
+    if shared:
+        fit.append(limits.shared_bytes // shared)
+    return min(fit)
+
+
+def round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+# --------------------------------------------------------------------------- compiling
+
+
+def compile_launch(launch: dict, architecture: str):
+    """Returns Triton's compiled kernel and the seconds it took; None instead of them where its cache had it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(launch["module"]), launch["kernel"])
+    signature, constants, attributes = {}, dict(launch["constants"]), {}
+    for position, name in enumerate(kernel.arg_names):
+        value = launch["arguments"].get(name)
+        if name in constants or value is None or (value == 1 and isinstance(value, int)):
+            signature[name] = "constexpr"
+            constants.setdefault(name, value)
+            continue
+        if isinstance(value, list):
+            signature[name], divisible = value
+        elif isinstance(value, float):
+            signature[name], divisible = "fp32", False
+        else:
+            signature[name], divisible = "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
+        if divisible:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    amd = architecture == AMD
+    target = GPUTarget("hip", AMD, 64) if amd else GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+    hits = []
+    triton.knobs.compilation.listener = lambda **event: hits.append(event["cache_hit"])
+    start = time.perf_counter()
+    compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target, launch["options"])
+    seconds = time.perf_counter() - start
+    return compiled, None if hits[-1] else seconds
+
+
+def tool(name: str, *arguments: str) -> str:
+    """What one of NVIDIA's tools inside the triton package prints."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True, encoding="utf-8").stdout
+
+
+# --------------------------------------------------------------------------- reading
+
+
+def read_cubin(cubin: bytes) -> tuple[dict, list]:
+    """Registers, stack and local bytes of NVIDIA code; and its instructions as (line of the kernel file, opcode)."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", tool("cuobjdump", "-res-usage", str(path))))
+        text = tool("nvdisasm", "-c", "-g", str(path))
+    line, instructions = 0, []
+    for row in text.splitlines():
+        if marker := re.search(r'//## File "([^"]*)", line (\d+)', row):
+            line = int(marker[2])
+        elif code := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:\{ *)?(?:@!?U?P\w+ +)?([A-Z][\w.]*)", row):
+            instructions.append((line, code[1]))
+    names = {"REG": "registers", "STACK": "stack_bytes", "LOCAL": "local_bytes"}
+    return {ours: int(usage[theirs]) for theirs, ours in names.items()}, instructions
+
+
+def read_amd(assembly: str) -> tuple[dict, list]:
+    """The same of AMD code; there the spills are in the private segment."""
+
+    def field(name):
+        return int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])
+
+    line, instructions = 0, []
+    for row in assembly.splitlines():
+        if marker := re.match(r"\s*\.loc\s+\d+\s+(\d+)", row):
+            line = int(marker[1])
+        elif code := re.match(r"\s+([a-z]\w+)", row):
+            instructions.append((line, code[1]))
+    private = field("private_segment_fixed_size")
+    return {"registers": field("vgpr_count"), "stack_bytes": private, "local_bytes": 0}, instructions
+
+
+def width_of_access(opcode: str) -> tuple[int, bool] | None:
+    """Bits that an instruction moves between global memory and a thread, and whether it stores; else None."""
+    parts = opcode.split(".")
+    if parts[0] in ("LDG", "STG", "LDGSTS"):
+        bits = [int(part) for part in parts if part in ("64", "128", "256")]
+        narrow = [int(part[1:]) for part in parts if re.fullmatch(r"[US](8|16)", part)]
+        return (bits + narrow + [32])[0], parts[0] == "STG"
+    if amd := re.match(r"(?:global|buffer|flat)_(load|store)_(\w+)", opcode):
+        words = re.search(r"dwordx(\d)", amd[2])
+        bits = 32 * int(words[1]) if words else 32 if "dword" in amd[2] else 16 if "short" in amd[2] else 8
+        return bits, amd[1] == "store"
+    return None
+
+
+def figures(launch: dict, sites: dict[str, int], architecture: str) -> dict:
+    """Compile one launch and read its machine code; sites: line -> bytes that one access there spans."""
+    compiled, seconds = compile_launch(launch, architecture)
+    if architecture == AMD:
+        result, instructions = read_amd(compiled.asm["amdgcn"])
+    else:
+        result, instructions = read_cubin(compiled.asm["cubin"])
+    warps = compiled.metadata.num_warps
+    wide_lines = {int(line) for line, spanned in sites.items() if spanned >= 16 * warps * compiled.metadata.warp_size}
+    narrowest = {}  # line -> bits
+    widest = 0
+    for line, opcode in instructions:
+        if access := width_of_access(opcode):
+            widest = max(widest, access[0])
+            if line in wide_lines:
+                narrowest[line] = min(access[0], narrowest.get(line, access[0]))
+    opcodes = collections.Counter(re.split(r"[.]", opcode)[0] for _, opcode in instructions)
+    line = min(narrowest, key=narrowest.get, default=None)
+    result |= {
+        "spills": opcodes["STL"] + opcodes["LDL"],
+        "shared_bytes": compiled.metadata.shared,
+        "widest_bits": widest,
+        "narrowest_bits": narrowest.get(line),
+        "narrowest_line": line,
+        "tensor_core": {name: n for name, n in sorted(opcodes.items()) if TENSOR_CORE.match(name)},
+        "atomics": sum(n for name, n in opcodes.items() if re.match(r"(RED|REDG|ATOM|ATOMG)$|\w+_atomic_", name)),
+        "barriers": opcodes["BAR"] + opcodes["s_barrier"],
+        "instructions": sum(opcodes.values()) - opcodes["NOP"],
+        "warps": warps,
+        "stages": compiled.metadata.num_stages,
+        "compile_seconds": seconds,
+    }
+    if limits := MULTIPROCESSORS.get(architecture):
+        programs = programs_that_fit(limits, warps, result["registers"], result["shared_bytes"])
+        result |= {"programs": programs, "occupancy": programs * warps / limits.warps}
+    return result
+
+
+if __name__ == "__main__":
+    found = [figures(kernel["launch"], kernel["sites"], sys.argv[1]) for kernel in json.load(sys.stdin)]
+    print(json.dumps(found))

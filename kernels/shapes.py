@@ -1,0 +1,116 @@
+"""
+What a training step asks of the kernels: sizes, operations, their arguments, and how often each is called.
+
+For kernels.report and kernels.bench, which may not import the training script; a test keeps PRESETS equal to its own.
+"""
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+VOCAB_MULTIPLE = 128  # to which model.py pads the vocabulary
+GPU_TOKENS = 65_536  # of a micro-step on one GPU: 524,288 tokens a step over eight of them
+
+
+class ShapeError(Exception):
+    """A shape on the command line that cannot be; the text says what would."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Of a micro-step on one GPU: B sequences, T tokens, C channels, H heads, L layers, V vocabulary."""
+
+    B: int
+    T: int
+    C: int
+    H: int
+    L: int
+    V: int
+
+    @property
+    def N(self) -> int:
+        """Tokens, which are the rows of every matrix."""
+        return self.B * self.T
+
+    @property
+    def W(self) -> int:
+        """Columns of the logits in memory."""
+        return math.ceil(self.V / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def _gpt2(C: int, H: int, L: int) -> Shape:
+    return Shape(GPU_TOKENS // 1024, 1024, C, H, L, 50257)
+
+
+PRESETS = {  # the vocabularies of the first two are those of their texts
+    "laptop": Shape(16, 128, 128, 4, 4, 98),
+    "shakespeare-char": Shape(64, 256, 384, 6, 6, 65),
+    "gpt2-124m": _gpt2(768, 12, 12),
+    "gpt2-350m": _gpt2(1024, 16, 24),
+    "gpt2-774m": _gpt2(1280, 20, 36),
+    "gpt2-1558m": _gpt2(1600, 25, 48),
+}
+
+
+def parse_shape(preset: str, changes: list[str]) -> Shape:
+    """The preset's shape with changes like "T=2048". ShapeError for a letter or number that cannot be."""
+    if preset not in PRESETS:
+        raise ShapeError(f"--preset {preset}: use one of {', '.join(PRESETS)}")
+    sizes = dataclasses.asdict(PRESETS[preset])
+    for change in changes:
+        letter, _, number = change.partition("=")
+        if letter not in sizes or not number.isdigit() or int(number) < 1:
+            raise ShapeError(f"--shape {change}: use a letter of {', '.join(sizes)} and a number, such as T=2048")
+        sizes[letter] = int(number)
+    if sizes["C"] % sizes["H"]:
+        raise ShapeError(f"--shape: C={sizes['C']} is not divisible by H={sizes['H']}")
+    return Shape(**sizes)
+
+
+def calls_per_step(shape: Shape) -> dict[str, int]:
+    """Of each operation in a micro-step. The stream's last sum has no gradient; it is taken to have one."""
+    return {
+        "layer_norm": 1,
+        "add_layer_norm": 2 * shape.L,
+        "linear_gelu": shape.L,
+        "causal_attention": shape.L,
+        "linear_cross_entropy": 1,
+        "cross_entropy": 0,  # only where the logits are wanted too
+    }
+
+
+def arguments(operation: str, shape: Shape, branch: torch.dtype, device: str) -> tuple[list, list[bool]]:
+    """
+    The arguments of an operation as in training, and which of its outputs hand back a gradient.
+
+    branch: dtype of what matrix products return; the residual stream and all parameters are float32
+    """
+    B, T, C, H, N = shape.B, shape.T, shape.C, shape.H, shape.N
+
+    def normal(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*size, dtype=dtype, device=device, requires_grad=True)
+
+    if operation == "layer_norm":
+        return [normal(B, T, C), normal(C), normal(C), 1e-5], [True]
+    if operation == "add_layer_norm":
+        return [normal(B, T, C, dtype=branch), normal(B, T, C), normal(C), normal(C), 1e-5], [True, True]
+    if operation == "linear_gelu":
+        return [normal(B, T, C, dtype=branch), normal(4 * C, C), normal(4 * C)], [True]
+    if operation == "causal_attention":
+        return [normal(B, T, 3 * C, dtype=branch), H, 0.0], [True]
+    targets = torch.randint(0, shape.V, (N,), device=device)
+    if operation == "cross_entropy":
+        return [normal(N, shape.W, dtype=branch), targets, shape.V], [True]
+    return [normal(N, C, dtype=branch), normal(shape.W, C), targets, shape.V], [True]
+
+
+def forward_and_backward(function, operation_arguments: list, differentiable: list[bool], autocast) -> None:
+    """Run an operation and take the gradients of all its tensors."""
+    with autocast:
+        outputs = function(*operation_arguments)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs = [output for output, wanted in zip(outputs, differentiable, strict=True) if wanted]
+    leaves = [a for a in operation_arguments if isinstance(a, Tensor) and a.requires_grad]
+    torch.autograd.grad(outputs, leaves, [torch.ones_like(output) for output in outputs])

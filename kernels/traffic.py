@@ -1,0 +1,300 @@
+"""
+What the kernels are launched with, and the bytes and FLOPs that each launch moves, counted without a GPU.
+
+    python -m kernels.traffic < shape.json      in a process with TRITON_INTERPRET=1; prints report() as JSON
+
+Launches: every operation runs as in training, forward and backward under bfloat16 autocast, at the full shape. A torch
+function returns memory that nobody wrote, and a kernel is noted down instead of run: the types and alignment of its
+arguments, its constants, warps and grid. So nothing here repeats what the operators know.
+
+Traffic: the same operations run for real, at a few rows, in Triton's interpreter, whose loads, stores and dots are
+observed. Per kernel, in bytes: `loaded` and `stored` as issued, lanes under a mask left out; `touched`, each different
+byte counted once for reading and once for writing; `minimum`, that without partial sums (pointers named *_parts_ptr),
+which belong to the algorithm, not to the operation. `flops` are those of tl.dot; `arithmetic` is every other float
+operation, a lane and an operation each, masked lanes too. A loop that runs to a row's end does so at the real length.
+
+Rule of scaling: a kernel's figures are a * units + b * programs + c * launches, exactly: what it does for each row (or,
+in attention, each head of a sequence, T and D being the real ones), each program and each launch. Small runs give a, b
+and c; the grid at the full shape, which is known, gives the rest. (Arithmetic alone, which counts lanes under
+a mask, is inexact where rows do not fill the last tile.)
+"""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import triton.language as tl
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, ReduceOps
+
+import kernels
+from kernels.shapes import Shape, arguments, calls_per_step, forward_and_backward
+
+ROWS = (16, 24, 42)  # of the small runs: programs are not proportional to them where a program takes up to 16 rows
+HEADS = (1, 2)  # of the small runs of attention
+FIGURES = ("loaded", "stored", "touched", "minimum", "flops", "arithmetic", "atomics")
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+}
+
+
+@dataclasses.dataclass
+class Launch:
+    """One launch of a kernel: all that compiling it needs, and the grid."""
+
+    module: str
+    kernel: str
+    arguments: dict  # name -> ["*bf16", aligned to 16 bytes], an int, a float, or None
+    constants: dict  # name -> value, of tl.constexpr parameters
+    options: dict  # num_warps, num_stages where given
+    programs: int
+
+
+# --------------------------------------------------------------------------- launches
+
+
+class Unwritten(TorchDispatchMode):
+    """Torch functions give memory of the right shape and dtype that nobody wrote, so that any size costs nothing."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        with self:  # our operators run, and so do functions made of others: what they call comes back here
+            if func.namespace == "gpt2":
+                return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
+            if (parts := func.decompose(*args, **kwargs)) is not NotImplemented:
+                return parts
+        written = [a for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
+        if written:
+            return kwargs[written[0].name] if written[0].kwarg_only else args[0]
+        if any(result.alias_info for result in func._schema.returns) or "empty" in func.__name__:
+            return func(*args, **kwargs)  # views, and memory that is unwritten already
+        args, kwargs = tree_map_only(torch.Tensor, functools.partial(unwritten, device="meta"), (args, kwargs))
+        if "device" in kwargs:
+            kwargs["device"] = torch.device("meta")
+        return tree_map_only(torch.Tensor, functools.partial(unwritten, device="cpu"), func(*args, **kwargs))
+
+
+def unwritten(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+
+
+@contextlib.contextmanager
+def replaced(cls: type, **methods):
+    """Other methods on a class for a while; each gets the one that it replaces, behind self."""
+    originals = {name: getattr(cls, name) for name in methods}
+    for name, method in methods.items():
+        setattr(cls, name, functools.partialmethod(method, originals[name]))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(cls, name, original)
+
+
+def named_arguments(kernel: InterpretedFunction, args: tuple, keywords: dict) -> dict:
+    """The arguments of a launch by the names in the kernel's definition, without num_warps and its like."""
+    signature = inspect.signature(kernel.fn)
+    return signature.bind(*args, **{k: v for k, v in keywords.items() if k in signature.parameters}).arguments
+
+
+def describe(kernel: InterpretedFunction, args: tuple, grid: tuple, keywords: dict) -> Launch:
+    """A launch in words that another process can compile."""
+    bound, parameters = named_arguments(kernel, args, keywords), inspect.signature(kernel.fn).parameters
+    constant = {name for name, parameter in parameters.items() if parameter.annotation is tl.constexpr}
+    described = {}
+    for name, value in bound.items():
+        if name not in constant:
+            pointer = isinstance(value, torch.Tensor)
+            described[name] = [POINTERS[value.dtype], value.data_ptr() % 16 == 0] if pointer else value
+    return Launch(
+        module=kernel.fn.__module__,
+        kernel=kernel.fn.__name__,
+        arguments=described,
+        constants={name: value for name, value in bound.items() if name in constant},
+        options={name: value for name, value in keywords.items() if name not in parameters},
+        programs=math.prod(grid),
+    )
+
+
+def launches_of(operation: str, shape: Shape) -> list[Launch]:
+    """Every launch of one operation at this shape, in order, without running any."""
+    launches = []
+
+    def note(kernel, original, *args, grid, warmup, **keywords):
+        launches.append(describe(kernel, args, grid, keywords))
+
+    with Unwritten(), replaced(InterpretedFunction, run=note):
+        run_operation(operation, shape)
+    return launches
+
+
+def run_operation(operation: str, shape: Shape) -> None:
+    function = getattr(kernels.select("all"), operation)
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    forward_and_backward(function, *arguments(operation, shape, torch.bfloat16, "cpu"), autocast)
+
+
+# --------------------------------------------------------------------------- traffic
+
+
+class Count:
+    """What one launch moves. The tensors of its arguments each keep two maps: the items read, the items written."""
+
+    def __init__(self, arguments: dict):
+        self.figures = dict.fromkeys(FIGURES, 0)
+        self.sites = {}  # line of the kernel file -> the most bytes that one access there spans
+        self.tensors = []
+        for name, tensor in arguments.items():
+            if isinstance(tensor, torch.Tensor) and tensor.numel():
+                items = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+                maps = (np.zeros(items, dtype=bool), np.zeros(items, dtype=bool))
+                self.tensors.append((name, tensor.data_ptr(), tensor.element_size(), maps))
+
+    def access(self, pointers, mask, stored: bool) -> None:
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        line = line_of_kernel()
+        self.sites[line] = max(self.sites.get(line, 0), pointers.data.size * size)
+        touched = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)]
+        if touched.size == 0:
+            return
+        self.figures["stored" if stored else "loaded"] += touched.size * size
+        for _, start, item, maps in self.tensors:
+            if start <= touched[0] < start + item * len(maps[0]):
+                maps[stored][(touched - start) // item] = True
+                return
+        raise LookupError(f"line {line} reads or writes outside every argument")
+
+    def totals(self) -> dict[str, int]:
+        for name, _, item, maps in self.tensors:
+            touched = item * sum(int(used.sum()) for used in maps)
+            self.figures["touched"] += touched
+            self.figures["minimum"] += 0 if "_parts" in name else touched
+        return self.figures
+
+
+def line_of_kernel() -> int:
+    """Where in a kernel file the running access is written."""
+    frame = sys._getframe(1)
+    while Path(frame.f_code.co_filename).stem not in kernels.FAMILIES:
+        frame = frame.f_back
+    return frame.f_lineno
+
+
+@contextlib.contextmanager
+def observing(counts: list[Count]):
+    """What the interpreter does is added to the last of the counts."""
+
+    def load(builder, original, pointers, mask, *rest):
+        counts[-1].access(pointers, mask, stored=False)
+        return original(builder, pointers, mask, *rest)
+
+    def store(builder, original, pointers, value, mask, *rest):
+        counts[-1].access(pointers, mask, stored=True)
+        return original(builder, pointers, value, mask, *rest)
+
+    def dot(builder, original, a, b, *rest):
+        counts[-1].figures["flops"] += 2 * a.data.size * b.data.shape[-1]
+        return original(builder, a, b, *rest)
+
+    def arithmetic(builder, original, *operands):
+        result = original(builder, *operands)
+        counts[-1].figures["arithmetic"] += result.data.size if result.data.dtype.kind == "f" else 0
+        return result
+
+    def reduction(reduce, original, tensors):
+        counts[-1].figures["arithmetic"] += tensors[0].handle.data.size
+        return original(reduce, tensors)
+
+    def atomic(builder, original, *rest):
+        counts[-1].figures["atomics"] += 1
+        return original(builder, *rest)
+
+    observed = {"create_masked_load": load, "create_masked_store": store, "create_dot": dot}
+    observed |= {"create_atomic_rmw": atomic, "create_atomic_cas": atomic}
+    observed |= {"binary_op": arithmetic, "unary_op": arithmetic, "create_fma": arithmetic}
+    with replaced(InterpreterBuilder, **observed), replaced(ReduceOps, apply_impl=reduction):
+        yield
+
+
+def measure(operation: str, shape: Shape) -> dict[str, dict]:
+    """Run one operation in the interpreter. Returns, by kernel: programs, launches, sites, and FIGURES."""
+    found, counts = {}, []
+
+    def run(kernel, original, *args, grid, warmup, **keywords):
+        launch = describe(kernel, args, grid, keywords)
+        counts.append(Count(named_arguments(kernel, args, keywords)))
+        original(kernel, *args, grid=grid, warmup=warmup, **keywords)
+        none = {"programs": 0, "launches": 0, "sites": {}} | dict.fromkeys(FIGURES, 0)
+        total = found.setdefault(launch.kernel, none)
+        total["programs"] += launch.programs
+        total["launches"] += 1
+        total["sites"] |= counts[-1].sites
+        for name, value in counts[-1].totals().items():
+            total[name] += value
+
+    with replaced(InterpretedFunction, run=run), observing(counts), np.errstate(all="ignore"):
+        run_operation(operation, shape)  # bfloat16 dots give nonsense in the interpreter: counted all the same
+    return found
+
+
+# --------------------------------------------------------------------------- scaling
+
+
+def units(operation: str, shape: Shape) -> int:
+    return shape.B * shape.H if operation == "causal_attention" else shape.N
+
+
+def small_shapes(operation: str, shape: Shape) -> list[Shape]:
+    """Those to run: the real T, D, C and V, and few rows or heads."""
+    if operation == "causal_attention":
+        return [dataclasses.replace(shape, B=1, H=heads, C=heads * (shape.C // shape.H)) for heads in HEADS]
+    if operation == "linear_cross_entropy":  # C belongs to its matrix products, which are PyTorch's
+        shape = dataclasses.replace(shape, C=16, H=1)
+    return [dataclasses.replace(shape, B=1, T=rows) for rows in ROWS]
+
+
+def scaled(operation: str, shape: Shape, launches: list[Launch]) -> dict[str, dict]:
+    """By kernel, FIGURES at this shape and the sites, from the small runs by the rule of scaling."""
+    runs = [(units(operation, small), measure(operation, small)) for small in small_shapes(operation, shape)]
+    result = {}
+    for kernel in runs[0][1]:
+        own = [launch for launch in launches if launch.kernel == kernel]
+        full = [units(operation, shape), sum(launch.programs for launch in own), len(own)]
+        small = np.array([[n, run[kernel]["programs"], run[kernel]["launches"]] for n, run in runs], dtype=np.float64)
+        counted = np.array([[run[kernel][name] for name in FIGURES] for _, run in runs], dtype=np.float64)
+        coefficients = np.linalg.lstsq(small, counted, rcond=None)[0]
+        if not np.allclose(small @ coefficients, counted, rtol=1e-9, atol=1e-3):
+            raise ArithmeticError(f"{operation}: the traffic of {kernel} is not linear in rows, programs and launches")
+        predicted = [round(float(value)) for value in np.array(full) @ coefficients]
+        result[kernel] = dict(zip(FIGURES, predicted, strict=True)) | {"sites": runs[0][1][kernel]["sites"]}
+    return result
+
+
+def report(shape: Shape) -> list[dict]:
+    """Every kernel of every operation: name, calls a step, its first launch, how many a call, FIGURES, sites."""
+    rows = []
+    for operation, calls in calls_per_step(shape).items():
+        launches = launches_of(operation, shape)
+        for kernel, figures in scaled(operation, shape, launches).items():
+            own = [launch for launch in launches if launch.kernel == kernel]
+            name = f"{operation}.{kernel.strip('_').removesuffix('_kernel')}"
+            row = {"name": name, "operation": operation, "calls": calls, "launches": len(own)}
+            rows.append(row | {"launch": dataclasses.asdict(own[0])} | figures)
+    return rows
+
+
+if __name__ == "__main__":
+    print(json.dumps(report(Shape(**json.load(sys.stdin)))))

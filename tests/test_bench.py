@@ -1,0 +1,150 @@
+"""The bench: what it compares, how it times, its tables and pictures on a CPU, what it says where there is no GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+from data import text
+from kernels import bench, report
+from kernels.devices import GPUS
+from kernels.shapes import PRESETS, Shape, calls_per_step
+
+ROOT = Path(__file__).parents[1]
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+TINY = {"n-layer": 1, "n-head": 2, "n-embd": 16, "block-size": 32, "batch-tokens": 128, "micro-batch": 4}
+
+
+def run(folder, *words, interpret):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT)} | ({"TRITON_INTERPRET": "1"} if interpret else {})
+    command = [sys.executable, "-m", "kernels.bench", *words]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8")
+
+
+@NO_GPU
+def test_without_a_gpu_one_line_says_so_and_names_the_report(capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.main([])
+    shown = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert shown.startswith("error: no GPU") and "python -m kernels.report" in shown and shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--device", "cpu", "--preset", "gpt3"], "error: --preset gpt3: use one of laptop"),
+        (["--device", "cpu", "--repeats", "0"], "error: --repeats is 0, but must be at least 1"),
+        (["--device", "abacus"], "error: --device abacus cannot be used"),
+        (["--steps", "many"], "error: argument --steps: invalid int value: 'many'"),
+    ],
+)
+def test_a_wrong_option_is_one_line_and_exit_status_2(words, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.main(words)
+    shown = capsys.readouterr().err
+    assert stop.value.code == 2 and shown.startswith(message) and shown.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def operations(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    sizes = ["--shape", "B=2", "T=16", "C=32", "H=2", "V=60"]
+    files = ["--json", "bench.json", "--plot", "bench.png"]
+    return folder, run(folder, "--device", "cpu", "--repeats", "2", *sizes, *files, interpret=True)
+
+
+@NO_GPU
+def test_a_cpu_times_pytorch_and_runs_triton_in_the_interpreter_marked_as_no_speed(operations):
+    folder, done = operations
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((folder / "bench.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["operation"] for row in rows if row["version"] == "torch"] == list(calls_per_step(PRESETS["laptop"]))
+    triton = [row["version"] for row in rows if row["version"] != "torch"]
+    assert len(triton) == 6 and all("not a speed" in version for version in triton)
+    assert all(row["both_ms"] >= max(row["forward_ms"], row["backward_ms"]) > 0 for row in rows)
+    assert max(map(len, done.stdout.splitlines())) <= 120
+    assert (folder / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_time_is_the_median_and_the_first_runs_do_not_count(monkeypatch):
+    """A clock that says how long each forward and backward took: 1000 ms thrice, then 1, 2 and 30 ms."""
+    durations = iter([1.0] * 6 + [0.001, 0.002, 0.002, 0.004, 0.030, 0.060])
+    clock, marks = [0.0], []
+
+    def mark(device):
+        if len(marks) % 3:
+            clock[0] += next(durations)
+        marks.append(clock[0])
+        return clock[0]
+
+    monkeypatch.setattr(bench, "mark", mark)
+    stock = kernels.select("none").layer_norm
+    times = bench.time_operation(stock, "layer_norm", Shape(1, 4, 8, 1, 1, 5), torch.device("cpu"), torch.float32, 3)
+    assert times == pytest.approx({"forward_ms": 2.0, "backward_ms": 4.0, "both_ms": 6.0})
+
+
+def test_compiled_pytorch_is_compared_when_asked_for():
+    assert list(bench.versions("layer_norm", compiled=False, triton=False)) == ["torch"]
+    assert list(bench.versions("layer_norm", compiled=True, triton=False)) == ["torch", "torch.compile"]
+
+
+def test_the_share_of_the_roofline_counts_the_matrix_products_inside_an_operation():
+    shape, gpu = PRESETS["gpt2-124m"], GPUS["A100"]
+    kernel = {"operation": "linear_gelu", "touched": 1e9, "flops": 0, "arithmetic": 0}
+    least = bench.needed("linear_gelu", shape, [kernel], gpu)
+    product = 2 * shape.N * shape.C * 4 * shape.C
+    assert least["flops"] == 3 * product
+    assert least["least_ms"] == pytest.approx(1e3 * (3 * product / gpu.flops + 1e9 / gpu.bandwidth))
+    assert bench.needed("causal_attention", shape, [kernel], gpu) is None
+
+
+def test_every_useful_choice_of_kernels_is_trained_once():
+    choices = bench.useful_choices(triton=True)
+    families = set(kernels.FAMILIES)
+    assert choices[:2] == ["all", "none"] and len(set(choices)) == len(choices) == 2 + 2 * len(families)
+    chosen = [set(kernels.families(choice)) for choice in choices]
+    assert all({family} in chosen and families - {family} in chosen for family in families)
+    assert bench.useful_choices(triton=False) == ["none"]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text.txt").write_text("All work and no play makes a dull model.\n" * 60, encoding="utf-8")
+    text.prepare((folder / "text.txt",), folder / "shards")
+    return folder / "shards"
+
+
+def test_training_runs_are_read_from_their_logs_into_one_table(dataset, tmp_path):
+    files = ["--json", "train.json", "--plot", "train.png"]
+    sizes = {"data": dataset, "warmup-steps": 1, "eval-tokens": 64} | TINY
+    options = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    done = run(tmp_path, "--train", "--device", "cpu", "--steps", "4", *files, "--", *options, interpret=False)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "train.json").read_text(encoding="utf-8"))["rows"]
+    assert (row["kernels"], row["compile"], row["mfu"]) == ("none", False, None)
+    assert row["tokens_per_s"] > 0 and 0.1 < row["peak_gb"] < 20 and 2 < row["last_loss"] < 4
+    assert "tokens_per_s" in done.stdout and (tmp_path / "train.png").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train.json", "train.png"]
+
+
+def test_a_training_run_that_stops_is_an_error_with_its_own_words(tmp_path):
+    done = run(tmp_path, "--train", "--device", "cpu", "--", "--data", "nowhere", interpret=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: train_gpt2.py laptop --kernels none stopped:") and "nowhere" in done.stderr
+
+
+def test_tables_show_shares_in_percent_and_big_numbers_whole():
+    assert [bench.shown("mfu", 0.5), bench.shown("ms", 1.25), bench.shown("tokens", 12345.6)] == [
+        "50.0%",
+        "1.250",
+        "12,346",
+    ]
+    assert bench.shown("mfu", None) == "" and report.table("t", ["a", "b"], [["x", 1]]).splitlines()[-1] == "x  1"

@@ -1,0 +1,325 @@
+"""The report: what it counts against formulas by hand, what it compiles, its gate, its tables and its command line."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_gpt2
+from kernels import report, roofline
+from kernels.devices import GPUS
+from kernels.machine_code import MULTIPROCESSORS, Multiprocessor, programs_that_fit, width_of_access
+from kernels.shapes import PRESETS, Shape, ShapeError, calls_per_step, parse_shape
+from model import GPT
+
+ROOT = Path(__file__).parents[1]
+SMALL = Shape(B=2, T=48, C=64, H=2, L=2, V=200)  # W = 256
+INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are not interpreted in this process")
+
+
+@pytest.fixture(scope="module")
+def counted():
+    return {kernel["name"]: kernel for kernel in report.count(SMALL)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_code_in_a_folder_of_the_tests(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+# ------------------------------------------------------------------------------------------------------------ traffic
+
+
+def by_hand(s: Shape) -> dict[str, tuple[int, int]]:
+    """Bytes loaded and stored by every kernel but attention's, added up from the operation's tensors."""
+    N, C, W = s.N, s.C, s.W
+    programs = math.ceil(N / 16)  # of a backward that sums over rows
+    gelu_columns = {"forward": math.ceil(4 * C / 512), "backward": math.ceil(4 * C / 1024)}
+    assert gelu_columns == {"forward": 1, "backward": 1}
+    return {
+        "layer_norm.forward": (N * C * 4 + N * 2 * C * 4, N * C * 2 + N * 8),  # x, w, b; y, mean and rstd
+        "layer_norm.backward": (N * C * (2 + 4) + N * 8 + programs * C * 4, N * C * 4 + programs * 2 * C * 4),
+        "add_layer_norm.forward": (N * C * (2 + 4) + N * 2 * C * 4, N * C * (4 + 2) + N * 8),
+        "add_layer_norm.backward": (N * C * (2 + 4 + 4) + N * 8 + programs * C * 4, N * C * 6 + programs * 2 * C * 4),
+        "linear_gelu.forward": (N * 4 * C * 2 + math.ceil(N / 8) * 4 * C * 4, N * 4 * C * 2),
+        "linear_gelu.backward": (N * 4 * C * 4 + programs * 4 * C * 4, N * 4 * C * 2 + programs * 4 * C * 4),
+        # logits twice, and once at the target for the loss and once for the gradient; targets are int64
+        "linear_cross_entropy.in_place": (N * (2 * W + 2) * 2 + N * 8, N * (W + 1) * 2 + N * 4),
+        "cross_entropy.forward": (N * (W + 1) * 2 + N * 8, N * 4 * 3),
+        "cross_entropy.backward": (N * (W + 1) * 2 + N * (8 + 4 + 4 + 4), N * (W + 1) * 2),
+    }
+
+
+@pytest.mark.parametrize("name", list(by_hand(SMALL)))
+def test_counted_bytes_are_those_of_a_formula_by_hand(counted, name):
+    assert (counted[name]["loaded"], counted[name]["stored"]) == by_hand(SMALL)[name]
+
+
+def test_the_minimum_is_each_input_once_and_each_output_once_without_partial_sums(counted):
+    N, C, W = SMALL.N, SMALL.C, SMALL.W
+    assert counted["add_layer_norm.forward"]["minimum"] == N * C * 12 + 2 * C * 4 + N * 8
+    assert counted["add_layer_norm.backward"]["minimum"] == N * C * 16 + C * 4 + N * 8
+    assert counted["add_layer_norm.backward"]["touched"] == N * C * 16 + C * 4 + N * 8 + math.ceil(N / 16) * 2 * C * 4
+    assert counted["linear_gelu.backward"]["minimum"] == N * 4 * C * 6 + 4 * C * 4
+    assert counted["linear_cross_entropy.in_place"]["minimum"] == N * W * 4 + N * 8 + N * 4
+
+
+def test_attention_reads_qkv_writes_y_and_multiplies_the_lower_triangle_of_blocks(counted):
+    forward = counted["causal_attention.forward"]
+    heads, T, D, N, C = SMALL.B * SMALL.H, SMALL.T, SMALL.C // SMALL.H, SMALL.N, SMALL.C
+    assert forward["minimum"] == N * 3 * C * 2 + N * C * 2 + heads * T * 4  # qkv, y, and lse in float32
+    assert forward["stored"] == N * C * 2 + heads * T * 4
+    dots = {name: kernel["flops"] for name, kernel in counted.items() if name.startswith("causal_attention")}
+    assert dots["causal_attention.forward"] >= 2 * heads * T * T * D  # two products, half of them causal
+    assert sum(dots.values()) >= 7 * heads * T * T * D
+
+
+def test_calls_and_launches_are_those_of_a_training_step(counted):
+    assert counted["add_layer_norm.forward"]["calls"] == 2 * SMALL.L
+    assert counted["causal_attention.forward"]["calls"] == SMALL.L
+    assert all(kernel["launches"] == 1 and kernel["atomics"] == 0 for kernel in counted.values())
+
+
+@INTERPRETED
+@pytest.mark.parametrize("change", [{"B": 1, "T": 58}, {"B": 3, "T": 32}], ids=["58 rows", "96 rows"])
+@pytest.mark.parametrize("operation", list(calls_per_step(SMALL)))
+def test_the_rule_of_scaling_is_exact_at_other_sizes(operation, change):
+    from kernels import traffic
+
+    shape = dataclasses.replace(SMALL, **change)
+    predicted = traffic.scaled(operation, shape, traffic.launches_of(operation, shape))
+    for kernel, found in traffic.measure(operation, shape).items():
+        assert {name: predicted[kernel][name] for name in traffic.FIGURES} == {
+            name: found[name] for name in traffic.FIGURES
+        }
+
+
+# ------------------------------------------------------------------------------------------------------- machine code
+
+
+@pytest.mark.parametrize(
+    ("warps", "registers", "programs"),
+    [(4, 37, 12), (10, 37, 4), (2, 32, 32)],
+    ids=["128 threads: 75%", "320 threads: 63%", "32 registers: 100%"],
+)
+def test_occupancy_is_that_of_published_cases(warps, registers, programs):
+    """CUDA C++ Best Practices Guide, section "Calculating Occupancy", on compute capability 7.0."""
+    volta = Multiprocessor(64, 32, 96 * 1024, 96 * 1024, shared_reserved=0)
+    assert programs_that_fit(volta, warps, registers, shared_bytes=0) == programs
+
+
+def test_occupancy_is_limited_by_shared_memory_and_by_programs_too():
+    a100 = MULTIPROCESSORS["sm_80"]
+    assert programs_that_fit(a100, warps=4, registers=64, shared_bytes=163 * 1024) == 1
+    assert programs_that_fit(a100, warps=4, registers=64, shared_bytes=48 * 1024) == 3  # 49 with what is reserved
+    assert programs_that_fit(a100, warps=1, registers=16, shared_bytes=0) == 32
+    assert programs_that_fit(a100, warps=4, registers=255, shared_bytes=0) == 2
+
+
+@pytest.mark.parametrize(
+    ("opcode", "expected"),
+    [
+        ("LDG.E.128", (128, False)),
+        ("STG.E.U16", (16, True)),
+        ("LDG.E.EF.64.CONSTANT", (64, False)),
+        ("LDGSTS.E.BYPASS.128", (128, False)),
+        ("STG.E", (32, True)),
+        ("global_load_dwordx4", (128, False)),
+        ("buffer_store_short", (16, True)),
+        ("LDS.128", None),
+    ],
+)
+def test_the_width_of_an_access_is_read_from_its_opcode(opcode, expected):
+    assert width_of_access(opcode) == expected
+
+
+PLANTED = '''
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def spilling(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    """A block so large that a warp cannot hold it."""
+    cols = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + cols).to(tl.float32)
+    total = tl.sum(x, axis=0)
+    tl.store(y_ptr + cols, x * tl.math.exp2(x - total))
+
+
+@triton.jit
+def scalar_stores(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    """A stride of two between the numbers stored."""
+    cols = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + cols)
+    tl.store(y_ptr + cols * 2, x)
+
+
+@triton.jit
+def adding(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    """A sum that depends on who comes first."""
+    cols = tl.arange(0, BLOCK)
+    tl.atomic_add(y_ptr + cols, tl.load(x_ptr + cols))
+'''
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """Three kernels, each with one thing wrong, as the report sees them: counted by hand, compiled for an A100."""
+    folder = tmp_path_factory.mktemp("planted")
+    (folder / "planted.py").write_text(PLANTED, encoding="utf-8")
+    lines = PLANTED.splitlines()
+    kernels = []
+    for name, block in [("spilling", 16384), ("scalar_stores", 1024), ("adding", 1024)]:
+        start = next(number for number, line in enumerate(lines, start=1) if f"def {name}" in line)
+        sites = {number: 4 * block for number in range(start, start + 8)}
+        launch = {"module": "planted", "kernel": name, "constants": {"BLOCK": block}, "options": {"num_warps": 1}}
+        launch["arguments"] = {"x_ptr": ["*fp32", True], "y_ptr": ["*fp32", True]}
+        moved = {"loaded": 4 * block, "stored": 4 * block, "touched": 8 * block, "minimum": 8 * block}
+        kernels.append({"name": name, "launch": launch, "sites": sites, "flops": 0, "atomics": 0} | moved)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder))
+        return kernels, report.compile_all(kernels, ["sm_80"])
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("spilling", "spills"),
+        ("spilling", "stack bytes"),
+        ("scalar_stores", "accesses of 32 bits"),
+        ("adding", "atomics"),
+    ],
+)
+def test_the_gate_catches_a_planted_regression_and_names_kernel_target_and_figure(planted, name, words):
+    assert any(line.startswith(f"{name} on sm_80:") and words in line for line in report.broken_limits(*planted))
+
+
+def test_the_gate_names_only_the_kernel_that_is_wrong(planted):
+    assert not any("spill" in line for line in report.broken_limits(*planted) if not line.startswith("spilling"))
+
+
+def test_the_gate_catches_shared_memory_tensor_cores_and_traffic(planted):
+    kernels, code = planted
+    kernel = {**kernels[1], "flops": 1, "loaded": 9 * kernels[1]["minimum"], "touched": 2 * kernels[1]["minimum"]}
+    found = {**code["sm_80"][1], "narrowest_bits": 128, "shared_bytes": 164 * 1024}
+    broken = report.broken_limits([kernel], {"sm_80": [found]})
+    assert len(broken) == 4
+    for words in ("bytes issued", "bytes touched", "shared bytes 167936", "no tensor-core instruction"):
+        assert any(words in line for line in broken)
+
+
+# ----------------------------------------------------------------------------------------------------------- roofline
+
+
+def test_the_least_time_is_the_longest_of_the_three_bounds():
+    a100 = GPUS["A100"]
+    assert roofline.least_seconds(2039e9, 0, a100) == (1.0, "memory")
+    assert roofline.least_seconds(2039e9, 624e12, a100) == (2.0, "tensor")
+    assert roofline.least_seconds(2039e9, 0, a100, arithmetic=58.5e12) == (3.0, "arithmetic")
+
+
+@pytest.mark.parametrize("preset", ["laptop", "gpt2-124m"])
+def test_parameters_and_flops_are_those_of_the_model(preset):
+    shape = PRESETS[preset]
+    config = dataclasses.replace(train_gpt2.PRESETS[preset][1].shape(shape.V))
+    with torch.device("meta"):
+        model = GPT(config)
+    assert roofline.parameters(shape) == model.parameter_count()
+    assert roofline.flops_per_token(shape) == model.flops_per_token()
+    assert config.padded_vocab_size == shape.W
+
+
+def test_the_presets_are_those_of_the_training_script():
+    assert list(PRESETS) == list(train_gpt2.PRESETS)
+    for name, (_, config) in train_gpt2.PRESETS.items():
+        shape = PRESETS[name]
+        sizes = (config.n_layer, config.n_head, config.n_embd, config.block_size)
+        assert sizes == (shape.L, shape.H, shape.C, shape.T)
+        assert shape.N in (config.batch_tokens, config.batch_tokens // 8)
+
+
+def test_a_family_left_out_changes_its_own_part_of_the_step_alone(counted):
+    parts = {
+        name: roofline.step(list(counted.values()), SMALL, GPUS["H100"], families)
+        for name, families in roofline.configurations().items()
+    }
+    for family in roofline.FAMILIES:
+        without = parts[f"all but {family}"]
+        assert without[family] == parts["none"][family] != parts["all"][family]
+        assert all(without[other] == parts["all"][other] for other in roofline.FAMILIES if other != family)
+    assert parts["all"]["total"] < parts["none"]["total"]
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+def run(*words, folder):
+    command = [sys.executable, "-m", "kernels.report", *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    options = ["--arch", "sm_80", "--check", "--json", "report.json", "--plot", "roofline.png"]
+    return folder, run(*options, folder=folder)
+
+
+def test_the_gate_passes_at_gpt2_124m_on_an_a100(whole):
+    _, done = whole
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("0 limits broken\n")
+
+
+def test_the_tables_fit_a_terminal_and_say_what_kind_of_number_they_hold(whole):
+    _, done = whole
+    assert max(map(len, done.stdout.splitlines())) <= 120
+    for words in ("sm_80: compiled", "Traffic of one call: counted", "model, from counted traffic", "in Triton: model"):
+        assert words in done.stdout
+
+
+def test_the_json_holds_what_was_counted_compiled_and_modelled_and_the_picture_is_one(whole):
+    folder, _ = whole
+    everything = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    assert set(everything) == {"shape", "counted", "compiled", "model"}
+    families = {kernel["operation"] for kernel in everything["counted"]}
+    assert families == set(calls_per_step(SMALL))
+    assert len(everything["compiled"]["sm_80"]) == len(everything["counted"])
+    assert (folder / "roofline.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_labels_of_the_picture_are_spread_in_order():
+    places = roofline.spread([0.0, 0.01, 0.02, 1.0], apart=0.1)
+    assert places == sorted(places) and min(b - a for a, b in zip(places, places[1:], strict=False)) > 0.099
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--preset", "gpt3"], "error: --preset gpt3: use one of laptop"),
+        (["--shape", "T=none"], "error: --shape T=none: use a letter"),
+        (["--arch", "sm_70"], "error: --arch sm_70: use some of sm_80"),
+        (["--chekc"], "error: unrecognized arguments: --chekc"),
+    ],
+)
+def test_a_wrong_option_is_one_line_and_exit_status_2(words, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        report.main(words)
+    shown = capsys.readouterr().err
+    assert stop.value.code == 2 and shown.startswith(message) and shown.count("\n") == 1
+
+
+def test_sizes_change_one_by_one():
+    assert parse_shape("gpt2-124m", ["T=2048", "B=8"]) == dataclasses.replace(PRESETS["gpt2-124m"], T=2048, B=8)
+    with pytest.raises(ShapeError, match="C=100 is not divisible by H=12"):
+        parse_shape("gpt2-124m", ["C=100"])
