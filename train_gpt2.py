@@ -123,9 +123,9 @@ def flag(name: str) -> str:
 
 # fmt: off
 LAPTOP = Config(
-    data="pydocs", out_dir="runs/laptop", n_layer=4, n_head=4, n_embd=128, block_size=128, batch_tokens=16 * 128,
-    dropout=0.15, micro_batch=16, max_steps=2000, optimizer="muon", lr=6e-3, warmup_steps=100, eval_every=200,
-    eval_tokens=32_768, sample_every=500, checkpoint_every=500, compile=False,
+    data="pydocs", out_dir="runs/laptop", n_layer=4, n_head=6, n_embd=192, block_size=128, batch_tokens=16 * 128,
+    micro_batch=16, max_steps=1100, optimizer="muon", lr=4e-3, weight_decay=0.3, warmup_steps=100, eval_every=100,
+    eval_tokens=48_896, sample_every=500, checkpoint_every=500, compile=False,
 )
 CHARACTERS = Config(
     data="shakespeare-char", out_dir="runs/shakespeare-char", n_layer=6, n_head=6, n_embd=384, block_size=256,
