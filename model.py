@@ -306,7 +306,10 @@ def sample(
     """One token for every row of logits (B, V), float32. Returns (B,) int64. See GPT.stream for the rest."""
     if temperature < 1e-6:  # 0, or so small that dividing by it would overflow
         return logits.argmax(dim=-1)
-    logits, order = (logits / temperature).sort(dim=-1, descending=True, stable=True)
+    logits = logits / temperature
+    if top_k is None and top_p is None:  # no need to sort
+        return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+    logits, order = logits.sort(dim=-1, descending=True, stable=True)
     if top_k is not None:
         logits[:, top_k:] = float("-inf")
     probabilities = logits.softmax(dim=-1)
