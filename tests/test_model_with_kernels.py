@@ -73,7 +73,7 @@ def test_every_subset_of_the_families_trains(split, names):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("names", ["all", *FAMILIES])
+@pytest.mark.parametrize("names", SUBSETS)
 def test_the_model_compiles_into_one_graph_with_kernels(split, names):
     torch._dynamo.reset()
     model = tiny(split, names)
