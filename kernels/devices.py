@@ -17,7 +17,7 @@ class GPU:
     architecture: str
 
 
-GPUS = {  # words of a GPU's name; sources: NVIDIA's and AMD's data sheets and architecture whitepapers
+GPUS = {  # words of a GPU's name; from memory of the makers' data sheets: check before quoting
     "B200": GPU(2250e12, 8000e9, 75e12, "sm_100"),
     "H200 NVL": GPU(835e12, 4800e9, 60e12, "sm_90"),  # ahead of the plain name, which is the SXM module's
     "H200": GPU(989e12, 4800e9, 67e12, "sm_90"),
