@@ -9,7 +9,7 @@ Train a GPT-2: one script from a laptop's two cores to several machines of eight
 A run is a folder, --out-dir: config.json, log.jsonl (a line a step), loss.png, samples.txt, checkpoints/. The same
 command goes on where an interrupted run stopped, with the same bits as if it had never been interrupted.
 
-The file reads in the order of a run: options, presets, pure functions, one step, validation, what is written, main.
+The file reads in this order: options, presets, pure functions, one step and its validation, how a run begins, the loop.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ class Config:
     block_size: int = 1024  # tokens a sequence
     dropout: float = 0.0  # share of activations dropped in training
     batch_tokens: int = 524_288  # tokens an optimizer step, over all processes and micro-steps
-    micro_batch: int | Literal["auto"] = "auto"  # sequences a process holds at once; auto: the most that memory holds
+    micro_batch: int | Literal["auto"] = "auto"  # sequences held at once; auto: all a GPU holds, a few on a CPU
     max_steps: int = 19_073  # optimizer steps
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, AdamW for the rest, both at --lr
     lr: float = 6e-4  # peak learning rate
