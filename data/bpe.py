@@ -11,6 +11,7 @@ The vocabulary is the 256 bytes, the merges in their order, and <|endoftext|> la
 """
 
 import codecs
+import functools
 import heapq
 import json
 import sys
@@ -23,16 +24,15 @@ import numpy as np
 import regex
 import tyro
 
-from data import DataError, run_script, write_whole
+from data import DataError, clear_errors, parse_options, write_whole
 from data.hugging_face import tokenizer_json
-from data.text import not_utf8, read_text
-from data.tokenizer import TRAINED_FILE, BytePairTokenizer, byte_characters, byte_pairs, choose, split_pattern
+from data.tokenizer import TRAINED_FILE, byte_characters, byte_pairs, choose, split_pattern
 
 CHUNK_BYTES = 1 << 20  # of a file in memory at once
 LOOK_AHEAD = 3  # characters that decide where a word ends: those of 'll, which is a word of its own
 LEAST_COUNT = 2  # occurrences that make a pair worth a token
 SEPARATOR = 0xFF  # between words: no UTF-8 text has this byte
-NOTHING = -1  # at a position that holds no token: a separator, or the right half of what was merged
+NOTHING = -1  # the id where no token begins: at a separator, or inside what was merged
 
 
 # ------------------------------------------------------------------------------------------------------------- counting
@@ -66,6 +66,8 @@ def read_chunks(path: Path) -> Iterator[str]:
                 at_start = False
             decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
+            from data.text import not_utf8  # brings PyTorch along, which nothing else here needs
+
             offset = file.tell() - len(error.object) + error.start
             raise not_utf8(path, error.object[error.start], offset) from None
 
@@ -76,23 +78,22 @@ def read_chunks(path: Path) -> Iterator[str]:
 def learn(words: Mapping[str, int], n_merges: int) -> list[bytes]:
     """The tokens that `n_merges` merges make, in their order; fewer where no pair is left that occurs twice.
 
-    words: word -> how often it occurs. The words lie one behind the other in an array with a token id a position, a
-    doubly linked list. All occurrences of a pair come into being at once, when the younger of its two tokens does, and
-    from then on only get fewer. So each pair is noted with its positions and its count, and counted again only when it
-    has come to the top of the heap: if it has lost some, it goes back with what it has left.
+    words: word -> how often it occurs. The bytes of all words lie one behind the other, and each token has its id where
+    it begins. All occurrences of a pair come into being at once, when the younger of its two tokens does, and from then
+    on only get fewer. So each pair is noted with its positions and its count, and counted again only when it has come
+    to the top of the heap: if it has lost some, it goes back with what it has left.
     """
     tokens = [bytes([byte]) for byte in byte_characters()]
     ids, weights = _laid_out(words)
-    position = np.int32 if len(ids) < 1 << 31 else np.int64
-    before, after = np.arange(-1, len(ids) - 1, dtype=position), np.arange(1, len(ids) + 1, dtype=position)
-    first = np.flatnonzero((ids[:-1] >= 0) & (ids[1:] >= 0)).astype(position)
+    before = np.arange(-1, len(ids) - 1, dtype=_integers(len(ids)))  # where the token in front of a token begins
+    first = np.flatnonzero((ids[:-1] >= 0) & (ids[1:] >= 0)).astype(before.dtype)
     keys = (256 * ids[first] + ids[first + 1]).astype(np.uint16)  # 16 bits are sorted fast
     heap = [(-count, pair >> 8, pair & 255, where) for pair, count, where in _grouped(keys, first, weights)]
     heapq.heapify(heap)
     while heap and len(tokens) < 256 + n_merges:
         noted, left, right, where = heapq.heappop(heap)
-        where = where[(ids[where] == left) & (ids[after[where]] == right)]
-        count = int(weights[where].sum())
+        where = where[(ids[where] == left) & (ids[where + len(tokens[left])] == right)]
+        count = int(weights[where].sum(dtype=np.int64))
         if count != -noted:
             if count >= LEAST_COUNT:
                 heapq.heappush(heap, (-count, left, right, where))
@@ -100,12 +101,11 @@ def learn(words: Mapping[str, int], n_merges: int) -> list[bytes]:
         if left == right:
             where = where[_every_other(before[where[1:]] == where[:-1])]
         new = len(tokens)
+        ids[where], ids[where + len(tokens[left])] = new, NOTHING
         tokens.append(tokens[left] + tokens[right])
-        gone = after[where]
-        behind = after[gone]
-        ids[where], ids[gone] = new, NOTHING
-        after[where], before[behind] = behind, where
-        # The new pairs: (new, what is behind it), then (what is in front of it, new), where (new, new) is known already.
+        behind = where + len(tokens[new])
+        before[behind] = where
+        # The new pairs: (new, what is behind it), then (what is in front of it, new) without (new, new) a second time.
         follows = ids[behind] >= 0
         for other, count, at in _grouped(ids[behind[follows]], where[follows], weights):
             heapq.heappush(heap, (-count, new, other, at))
@@ -117,14 +117,19 @@ def learn(words: Mapping[str, int], n_merges: int) -> list[bytes]:
 
 
 def _laid_out(words: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Ids (n,) int32, the bytes of each word and NOTHING behind it; weights (n,) int64, how often that word occurs."""
+    """Ids (n,) int32, the bytes of each word and NOTHING behind it; weights (n,) integers, how often it occurs."""
     id_of_byte = np.full(256, NOTHING, np.int32)
     id_of_byte[[*byte_characters()]] = np.arange(256)
     id_of_byte[SEPARATOR] = NOTHING
     encoded = [word.encode() + bytes([SEPARATOR]) for word in words]
     lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
-    counts = np.fromiter(words.values(), np.int64, len(encoded))
+    counts = np.fromiter(words.values(), _integers(max(words.values(), default=0)), len(encoded))
     return id_of_byte[np.frombuffer(b"".join(encoded), np.uint8)], np.repeat(counts, lengths)
+
+
+def _integers(most: int) -> type[np.integer]:
+    """A type that counts up to `most`, in half the memory where that will do."""
+    return np.int32 if most < 1 << 31 else np.int64
 
 
 def _grouped(keys: np.ndarray, positions: np.ndarray, weights: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
@@ -134,7 +139,7 @@ def _grouped(keys: np.ndarray, positions: np.ndarray, weights: np.ndarray) -> It
     order = np.argsort(keys, kind="stable")
     keys, positions = keys[order], positions[order]
     edges = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1], [True]]))
-    counts = np.add.reduceat(weights[positions], edges[:-1])
+    counts = np.add.reduceat(weights[positions], edges[:-1], dtype=np.int64)
     for i in np.flatnonzero(counts >= LEAST_COUNT):
         yield int(keys[edges[i]]), int(counts[i]), positions[edges[i] : edges[i + 1]]
 
@@ -204,6 +209,8 @@ def compare(
         tokenizer: Characters (those of all the files), GPT-2's tokens, or those of a file or folder that holds a
             tokenizer.
     """
+    from data.text import read_text  # brings PyTorch along
+
     texts = [read_text(path) for path in files]
     empty = [str(path) for path, text in zip(files, texts, strict=True) if not text]
     if empty or not files:
@@ -221,4 +228,16 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 def main() -> None:
-    run_script({"train": train, "compare": compare}, prog="python -m data.tokenizer")
+    def later(command):  # so that a mistake on the command line is not mixed up with what the command prints
+        @functools.wraps(command)
+        def bound(*args, **options):
+            return functools.partial(command, *args, **options)
+
+        return bound
+
+    commands = {command.__name__: later(command) for command in (train, compare)}
+    with clear_errors():
+        prog = "python -m data.tokenizer"
+        description = "Learns a byte-level BPE from text, or sets tokenizers side by side."
+        call = functools.partial(tyro.extras.subcommand_cli_from_dict, commands, prog=prog, description=description)
+        print(parse_options(call)())

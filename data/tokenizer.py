@@ -31,8 +31,14 @@ TRAINED_FILE = "bpe.json"  # of the folder that a trained tokenizer is saved to
 
 # GPT-4's split into words (cl100k_base), which tiktoken has only together with a download. A second + (++, ?+, *+)
 # means that what was matched is not given back; it changes no word, only the engine's work.
-GPT4_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+GPT4_PATTERN = "|".join(
+    [
+        r"'(?i:[sdmt]|ll|ve|re)",
+        r"[^\r\n\p{L}\p{N}]?+\p{L}++",
+        r"\p{N}{1,3}+",
+        r" ?[^\s\p{L}\p{N}]++[\r\n]*+",
+        r"\s++$|\s*[\r\n]|\s+(?!\S)|\s",
+    ]
 )
 
 
