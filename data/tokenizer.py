@@ -270,7 +270,9 @@ def load(name: str) -> Tokenizer:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} holds no tokenizer, it is not JSON: {error}") from None
     except DataError as error:
-        raise DataError(f"{path} holds no tokenizer: {error}") from None
+        beside = path.name != TRAINED_FILE and path.with_name(TRAINED_FILE).is_file()
+        hint = f": {TRAINED_FILE} beside it does" if beside else ""
+        raise DataError(f"{path} holds no tokenizer: {error}{hint}") from None
 
 
 def choose(name: str, text: str, documents: bool) -> Tokenizer:
