@@ -61,6 +61,17 @@ def write_dataset(
         shards[split] = [write_shard(folder / f"{split}_{i:06d}.npy", tokens) for i, tokens in pieces]
         if not shards[split]:
             raise DataError(f"the {split} split of {folder} would be empty: give more text")
+    return write_meta(folder, tokenizer, shards, command)
+
+
+def write_meta(
+    folder: str | Path, tokenizer: Tokenizer, shards: dict[str, list[dict]], command: str | None = None
+) -> dict:
+    """Writes meta.json whole, which makes the shards in `folder` a dataset, in place of an older one; returns it.
+
+    shards: {"train": entries, "val": entries}, each entry what `write_shard` returned, in the order of reading.
+    """
+    folder = Path(folder)
     meta = {"format": 1, "tokenizer": tokenizer.spec(), "vocab_size": tokenizer.vocab_size, "command": command}
     meta["shards"] = shards
     write_whole(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
