@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from data import DataError, write_whole
-from data.tokenizer import Tokenizer, from_spec
-from data.tokenizer_json import tokenizer_json
+from data.tokenizer import Tokenizer, from_spec, gpt2
+from data.tokenizer_json import END_OF_TEXT, tokenizer_json, vocabulary
 
 
 class Release(NamedTuple):
@@ -101,18 +101,23 @@ def read(name_or_folder: str) -> tuple[dict[str, int], dict[str, Tensor]]:
 
 
 def read_tokenizer_spec(name_or_folder: str, vocab_size: int) -> dict:
-    """What makes the tokenizer of a model that `read` has read; DataError where that is not known."""
-    path = Path(name_or_folder, SPEC)
-    if path.is_file():
-        spec = _read_json(path)
-        tokens = from_spec(spec).vocab_size
-    else:
-        spec, tokens = {"type": "gpt2"}, 50257
+    """
+    What makes the tokenizer of a model that `read` has read: its own where `write` left it, else GPT-2's.
+
+    DataError where that is not the model's: other sizes, or a tokenizer in Hugging Face's files that is not GPT-2's.
+    """
+    folder, spec = Path(name_or_folder), {"type": "gpt2"}
+    if (folder / SPEC).is_file():
+        spec = _read_json(folder / SPEC)
+    elif (folder / "tokenizer.json").is_file():
+        model = _read_json(folder / "tokenizer.json").get("model")
+        theirs = model.get("vocab") if isinstance(model, dict) else None
+        openais = vocabulary(gpt2()._encoding)
+        if theirs not in (openais, openais | {END_OF_TEXT: gpt2().eot}):
+            raise DataError(f"'{folder}' has a tokenizer of its own, not GPT-2's: only one that --export wrote is read")
+    tokens = from_spec(spec).vocab_size
     if tokens != vocab_size:
-        raise DataError(
-            f"{name_or_folder!r} has {vocab_size} tokens, {path.name if path.is_file() else 'GPT-2'}'s tokenizer "
-            f"{tokens}: it is another's; only what --export wrote carries a tokenizer of its own, in {SPEC}"
-        )
+        raise DataError(f"{name_or_folder!r} has {vocab_size} tokens, but its tokenizer, {spec['type']}, has {tokens}")
     return spec
 
 
@@ -142,7 +147,7 @@ def _read_shape(folder: Path) -> dict[str, int]:
     missing = [name for name in SHAPE.values() if type(config.get(name)) is not int]
     if missing:
         raise DataError(f"'{folder}' is not a GPT-2: its config.json gives no whole number for {', '.join(missing)}")
-    other = {name: config[name] for name, gpt2 in ONLY_GPT2.items() if config.get(name, gpt2[0]) not in gpt2}
+    other = {name: config[name] for name, good in ONLY_GPT2.items() if config.get(name, good[0]) not in good}
     if config.get("n_inner") not in (None, 4 * config["n_embd"]):
         other["n_inner"] = config["n_inner"]
     if other:
@@ -182,7 +187,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
                 tensor = file.get_tensor(theirs)
                 if not tensor.is_floating_point():
                     raise DataError(f"{path} holds {theirs} as {tensor.dtype}: only weights in floating point are read")
-                weights[name] = other_layout(name, tensor.float().clone())
+                weights[name] = other_layout(name, tensor.to(torch.float32, copy=True))
     except (OSError, SafetensorError) as error:
         raise _no_weights(path.parent, f"{path.name}: {_one_line(error)}") from error
     return weights
@@ -265,7 +270,7 @@ def _config_json(shape: dict[str, float], tokenizer: Tokenizer) -> str:
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         **{theirs: shape[ours] for ours, theirs in SHAPE.items()},
-        **{name: gpt2[0] for name, gpt2 in ONLY_GPT2.items()},
+        **{name: values[0] for name, values in ONLY_GPT2.items()},
         **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), shape.get("dropout", 0.0)),
         "bos_token_id": tokenizer.eot,
         "eos_token_id": tokenizer.eot,
@@ -295,15 +300,15 @@ def _write_tensors(file: BinaryIO, weights: dict[str, Tensor]) -> None:
 
 def _tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
     """File name -> text, for AutoTokenizer and for `read_tokenizer_spec`."""
-    content, gpt2 = tokenizer_json(tokenizer), tokenizer.spec() == {"type": "gpt2"}
-    config = {"tokenizer_class": "GPT2Tokenizer" if gpt2 else "PreTrainedTokenizerFast"}
+    content, openais = tokenizer_json(tokenizer), tokenizer.spec() == {"type": "gpt2"}
+    config = {"tokenizer_class": "GPT2Tokenizer" if openais else "PreTrainedTokenizerFast"}
     config |= {"model_max_length": block_size, "clean_up_tokenization_spaces": False}
     for token in content["added_tokens"]:
         if token["id"] == tokenizer.eot:
-            config |= dict.fromkeys(["bos_token", "eos_token"] + ["unk_token"] * gpt2, token["content"])
+            config |= dict.fromkeys(["bos_token", "eos_token"] + ["unk_token"] * openais, token["content"])
     files = {"tokenizer.json": content, "tokenizer_config.json": config, SPEC: tokenizer.spec()}
     texts = {name: json.dumps(value, ensure_ascii=False) + "\n" for name, value in files.items()}
-    if gpt2:  # byte for byte OpenAI's files, which other programs read
+    if openais:  # byte for byte the files that were published, which other programs read
         model = content["model"]
         texts["vocab.json"] = json.dumps(model["vocab"])
         texts["merges.txt"] = "\n".join(["#version: 0.2", *map(" ".join, model["merges"])]) + "\n"

@@ -77,7 +77,7 @@ def _byte_pairs(encoding: tiktoken.Encoding) -> tuple[dict, dict, dict, dict[str
         "fuse_unk": False,
         "byte_fallback": False,
         "ignore_merges": None in pairs.values(),  # a word that is a token as it stands, as tiktoken looks for it too
-        "vocab": {spelled(token): i for token, i in sorted(ranks.items(), key=_id)},
+        "vocab": vocabulary(encoding),
         "merges": [[spelled(left), spelled(right)] for left, right in filter(None, pairs.values())],
     }
     return model, split, bytes_to_text, dict(encoding._special_tokens)
@@ -117,15 +117,20 @@ def merges(ranks: dict[bytes, int]) -> dict[bytes, tuple[bytes, bytes] | None]:
     return pairs
 
 
+def vocabulary(encoding: tiktoken.Encoding) -> dict[str, int]:
+    """Spelling -> id of all tokens but the special ones, in order."""
+    return {spelled(token): i for token, i in sorted(encoding._mergeable_ranks.items(), key=_id)}
+
+
 def spelled(token: bytes) -> str:
     """One character a byte: its own in Latin-1 where that is visible, else the next unused one from U+0100 on."""
-    return "".join(_spelling()[byte] for byte in token)
+    return token.decode("latin-1").translate(_spelling())
 
 
 @functools.cache
-def _spelling() -> list[str]:
+def _spelling() -> dict[int, str]:
     others = itertools.count(0x100)
-    return [chr(b) if chr(b).isprintable() and chr(b) != " " else chr(next(others)) for b in range(256)]
+    return {b: chr(b) if chr(b).isprintable() and chr(b) != " " else chr(next(others)) for b in range(256)}
 
 
 def _id(item: tuple) -> int:

@@ -138,13 +138,20 @@ def test_a_trained_bpe_goes_to_transformers(tmp_path):
     assert_transformers_agrees(str(tmp_path / "export"), model, tokenizer)
 
 
-def test_the_tokenizer_files_of_gpt2_are_openais_byte_for_byte(tmp_path):
-    write(tmp_path / "export", random_model(50257), gpt2())
+def test_the_tokenizer_files_of_gpt2_are_openais_byte_for_byte_and_no_others_pass_for_them(tmp_path):
+    folder = tmp_path / "export"
+    write(folder, random_model(50257), gpt2())
     for name, sha256 in [
         ("vocab.json", "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
         ("merges.txt", "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
     ]:
-        assert hashlib.sha256((tmp_path / "export" / name).read_bytes()).hexdigest() == sha256
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == sha256
+    (folder / "tokenizer_spec.json").unlink()  # what transformers writes has none
+    assert gpt.load(str(folder))[1] == {"type": "gpt2"}
+    content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    content["model"]["vocab"] |= {"Ġthe": 276, "ed": 262}  # of the same size, in another order
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    assert "has a tokenizer of its own, not GPT-2's" in refusal(folder)
 
 
 def test_dropout_and_a_model_without_blocks_are_exported_too(tmp_path):
@@ -310,10 +317,10 @@ def test_files_that_are_missing_or_damaged_are_named(copy):
     assert "no weights for 'gpt9'" in refusal("gpt9")
 
 
-def test_another_tokenizers_tokens_are_refused(copy, tmp_path):
-    assert "has 150 tokens, GPT-2's tokenizer 50257: it is another's" in refusal(copy)
+def test_another_tokenizers_tokens_are_refused(copy):
+    assert "has 150 tokens, but its tokenizer, gpt2, has 50257" in refusal(copy)
     (copy / "tokenizer_spec.json").write_text(json.dumps(CharTokenizer("abc", False).spec()), encoding="utf-8")
-    assert "has 150 tokens, tokenizer_spec.json's tokenizer 3" in refusal(copy)
+    assert "has 150 tokens, but its tokenizer, char, has 3" in refusal(copy)
     (copy / "tokenizer_spec.json").write_text('{"type": "elvish"}', encoding="utf-8")
     assert "elvish" in refusal(copy)
 
