@@ -403,8 +403,8 @@ class SampleOptions:
     """families in Triton: all, none, or a list of layernorm,gelu,attention,cross_entropy"""
     cache: bool = True
     """keep keys and values; the text is the same without, and the time is not"""
-    export: str = ""
-    """write no text, but the model into this new folder, for transformers"""
+    export: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = ""
+    """write no text, but the model into this new folder, in Hugging Face's format"""
 
     def __post_init__(self):
         bounds = {"max_new_tokens": 1, "num_samples": 1, "temperature": 0, "top_k": 1, "top_p": 1e-6, "seed": 0}
