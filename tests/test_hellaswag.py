@@ -1,4 +1,4 @@
-"""data/hellaswag.py: scores against transformers and by hand, over any number of ranks; the file, the errors, the command."""
+"""data/hellaswag.py: scores against transformers and by hand, over any number of ranks; the file; the command."""
 
 import hashlib
 import http.server
@@ -58,6 +58,26 @@ def ours(folder):
     return gpt.load(str(folder))[0].eval()
 
 
+@pytest.fixture(scope="module")
+def characters(questions):
+    return CharTokenizer.train("".join(text for q in questions for text in (q.ctx, *q.endings)), documents=False)
+
+
+@pytest.fixture(scope="module")
+def rendered(questions, characters):
+    return render(questions, characters, block_size=128)
+
+
+@pytest.fixture(scope="module")
+def small(characters):
+    """A GPT of characters: quick, and with weights so large that its answers differ."""
+    torch.manual_seed(0)
+    network = gpt.GPT(gpt.GPTConfig(2, 2, 32, block_size=128, vocab_size=characters.vocab_size)).eval()
+    for parameter in network.parameters():
+        parameter.data *= 10 if parameter.dim() == 2 else 1
+    return network
+
+
 # ------------------------------------------------------------------------------------------------------------- scoring
 
 
@@ -90,9 +110,8 @@ def test_our_gpt_and_transformers_agree_on_every_loss_and_on_the_scores(question
     assert 0 < correct_norm < 20 and correct != correct_norm  # so that counting all, none or the wrong one shows
 
 
-def test_every_number_of_ranks_gives_the_same_counts_from_the_same_batches(questions, ours):
-    rendered = render(questions, gpt2(), BLOCK_SIZE)
-    alone = evaluate(ours, rendered, 3, "cpu")
+def test_every_number_of_ranks_gives_the_same_counts_from_the_same_batches(rendered, small):
+    alone = evaluate(small, rendered, 3, "cpu")
     for world_size in (1, 2, 3, 4, 9):  # seven batches: no number of ranks but the first shares them evenly
         total, seen = torch.zeros(3, dtype=torch.int64), []
         for rank in range(world_size):
@@ -100,7 +119,7 @@ def test_every_number_of_ranks_gives_the_same_counts_from_the_same_batches(quest
 
             def logits_of(tokens, calls=calls):
                 calls.append(tokens.tolist())
-                return ours(tokens)
+                return small(tokens)
 
             total += evaluate(logits_of, rendered, 3, "cpu", rank, world_size)
             assert len(calls) == math.ceil(7 / world_size)  # all ranks call equally often: a sharded model hangs else
@@ -109,23 +128,21 @@ def test_every_number_of_ranks_gives_the_same_counts_from_the_same_batches(quest
         assert len({str(batch) for batch in seen}) == 7
 
 
-def test_the_batch_size_does_not_matter(questions, ours):
-    rendered = render(questions, gpt2(), BLOCK_SIZE)
-    together = ending_losses(ours, rendered, "cpu")
-    one_by_one = torch.cat([ending_losses(ours, [question], "cpu") for question in rendered])
+def test_the_batch_size_does_not_matter(rendered, small):
+    together = ending_losses(small, rendered, "cpu")
+    one_by_one = torch.cat([ending_losses(small, [question], "cpu") for question in rendered])
     torch.testing.assert_close(together, one_by_one, rtol=0, atol=1e-4)
-    assert len({tuple(evaluate(ours, rendered, batch, "cpu").tolist()) for batch in (1, 7, 20, 50)}) == 1
+    assert len({tuple(evaluate(small, rendered, batch, "cpu").tolist()) for batch in (1, 7, 20, 50)}) == 1
 
 
-def test_a_model_that_knows_the_answers_is_always_right_and_its_opposite_never(questions):
-    rendered = render(questions, gpt2(), BLOCK_SIZE)
+def test_a_model_that_knows_the_answers_is_always_right_and_its_opposite_never(rendered, characters):
     next_token = {}  # what was read so far -> the token with which the right ending goes on
     for question in rendered:
         row = question.rows[question.label].tolist()
         next_token |= {tuple(row[:n]): row[n] for n in range(1, len(row))}
 
     def knowing(tokens, certainty=20.0):
-        logits = torch.zeros(*tokens.shape, 50257)
+        logits = torch.zeros(*tokens.shape, characters.vocab_size)
         for b, row in enumerate(tokens.tolist()):
             for t in range(len(row)):
                 if tuple(row[: t + 1]) in next_token:
@@ -154,14 +171,13 @@ def test_an_example_worked_out_by_hand():
 
 
 def test_an_ending_is_scored_from_what_stands_before_it():
-    """A model sure that each letter follows the one before it in the alphabet: off by one position, it would be lost."""
+    """A model sure that each letter follows the one before it in the alphabet: off by one position, it is lost."""
     tokenizer = CharTokenizer(" abcdefgh", documents=False)
     next_id = torch.tensor([0, 2, 3, 4, 5, 6, 7, 8, 0])  # " " goes on with nothing in particular, "a" with "b" ...
     rendered = render([Question("h", ("ab", "ac", "ad", "ae"), 0)], tokenizer, 16)
     losses = ending_losses(lambda tokens: 30.0 * torch.eye(9)[next_id[tokens]], rendered, "cpu")[0]
-    assert losses.tolist() == pytest.approx(
-        [30.0, 60.0, 60.0, 60.0], abs=1e-3
-    )  # "h" " " sure, " " "a" not, "a" "b" sure
+    # "h" and then " " is sure, " " and then "a" is not; of what follows "a", only "b" is sure.
+    assert losses.tolist() == pytest.approx([30.0, 60.0, 60.0, 60.0], abs=1e-3)
 
 
 def test_of_a_long_text_the_last_tokens_are_read():
@@ -174,20 +190,18 @@ def test_of_a_long_text_the_last_tokens_are_read():
     assert all(len(row) == 6 for row in rendered.rows)
 
 
-def test_nan_counts_as_wrong(questions):
-    rendered = render(questions, gpt2(), BLOCK_SIZE)
-    counts = evaluate(lambda tokens: torch.full((*tokens.shape, 50257), math.nan), rendered, 8, "cpu")
+def test_nan_counts_as_wrong(rendered):
+    counts = evaluate(lambda tokens: torch.full((*tokens.shape, 60), math.nan), rendered, 8, "cpu")
     assert counts.tolist() == [0, 0, 20]
 
 
-def test_under_autocast_losses_are_still_summed_in_full_precision(questions, ours):
-    rendered = render(questions, gpt2(), BLOCK_SIZE)
+def test_under_autocast_losses_are_still_summed_in_full_precision(rendered, small):
     with torch.autocast("cpu", torch.bfloat16):
-        rough = ending_losses(ours, rendered, "cpu")
-        again = ending_losses(lambda tokens: ours(tokens).float(), rendered, "cpu")
+        rough = ending_losses(small, rendered, "cpu")
+        again = ending_losses(lambda tokens: small(tokens).float(), rendered, "cpu")
     assert rough.dtype == torch.float64
     assert rough.tolist() == again.tolist()
-    assert rough.sub(ending_losses(ours, rendered, "cpu")).abs().max() < 2.0
+    assert rough.sub(ending_losses(small, rendered, "cpu")).abs().max() < 2.0
 
 
 # ---------------------------------------------------------------------------------------------------------- characters
