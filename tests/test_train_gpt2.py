@@ -7,87 +7,18 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from runs import ROOT, assert_same_run, command, curve, start, train, wait_for_step, weights
 
 import train_gpt2
 from data import pydocs, shards, text, tokenizer
 from data.run import load_checkpoint, newest_checkpoint, read_log
 
-ROOT = Path(__file__).parents[1]
 SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
-TINY = {
-    "n-layer": 2,
-    "n-head": 2,
-    "n-embd": 32,
-    "block-size": 32,
-    "batch-tokens": 256,
-    "micro-batch": 8,
-    "max-steps": 12,
-    "warmup-steps": 3,
-    "eval-every": 5,
-    "eval-tokens": 640,
-    "sample-every": 6,
-    "checkpoint-every": 4,
-    "dtype": "float32",
-}
-
-
-@pytest.fixture(scope="session")
-def dataset(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("datasets") / "pydocs"
-    pydocs.prepare(folder)
-    return folder
-
-
-def command(dataset, out_dir, *flags, **options):
-    """The arguments of a tiny run; options replace those of TINY."""
-    options = {"data": dataset, "out-dir": out_dir} | TINY | {k.replace("_", "-"): v for k, v in options.items()}
-    return ["laptop", *flags, *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
-
-
-def train(*args, **options) -> int:
-    """Run it in this process; the exit status."""
-    with pytest.raises(SystemExit) as end:
-        train_gpt2.main(command(*args, **options))
-    return end.value.code
-
-
-def start(arguments, **options) -> subprocess.Popen:
-    """Run it as a process of its own."""
-    script = [sys.executable, str(ROOT / "train_gpt2.py"), *arguments]
-    return subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-
-
-def wait_for_step(process, out_dir, step) -> None:
-    """Until log.jsonl has reached the step."""
-    deadline = time.monotonic() + 60
-    while not (out_dir / "log.jsonl").exists() or (out_dir / "log.jsonl").read_bytes().count(b"\n") < step:
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def curve(out_dir, name="loss"):
-    return {record["step"]: record[name] for record in read_log(out_dir) if name in record}
-
-
-def weights(out_dir):
-    return newest_checkpoint(out_dir)[1]["model"]
-
-
-def assert_same_run(one, other):
-    """Bit for bit: every loss, gradient norm and validation loss, and every final weight."""
-    for name in ("loss", "grad_norm", "val_loss", "lr", "tokens"):
-        assert curve(one, name) == curve(other, name), name
-    for (name, a), b in zip(weights(one).items(), weights(other).values(), strict=True):
-        assert torch.equal(a, b), name
 
 
 # -------------------------------------------------------------------------------------------------------- a whole run
@@ -135,18 +66,6 @@ def test_validation_takes_the_same_tokens_whatever_the_batch(dataset, tmp_path):
         assert train(dataset, tmp_path / name, max_steps=1, lr=1e-12, warmup_steps=0, **options) == 0
     a, b, c = (curve(tmp_path / name, "val_loss")[1] for name in "abc")
     assert a == pytest.approx(b, abs=1e-6) and a == pytest.approx(c, abs=1e-6)
-
-
-def test_two_processes_give_the_losses_of_one(dataset, tmp_path):
-    assert train(dataset, tmp_path / "one", max_steps=6, optimizer="adamw") == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    arguments = command(dataset, tmp_path / "two", max_steps=6, micro_batch=2, optimizer="adamw")
-    done = subprocess.run(
-        [*torchrun, str(ROOT / "train_gpt2.py"), *arguments], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    for name in ("loss", "val_loss", "grad_norm"):
-        assert curve(tmp_path / "two", name) == pytest.approx(curve(tmp_path / "one", name), abs=1e-5), name
 
 
 def test_muon_trains_the_matrices_and_adamw_the_rest(dataset, tmp_path):
