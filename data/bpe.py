@@ -25,8 +25,8 @@ import regex
 import tyro
 
 from data import DataError, clear_errors, parse_options, write_whole
-from data.hugging_face import tokenizer_json
 from data.tokenizer import TRAINED_FILE, byte_characters, byte_pairs, choose, split_pattern
+from data.tokenizer_json import tokenizer_json
 
 CHUNK_BYTES = 1 << 20  # of a file in memory at once
 LOOK_AHEAD = 3  # characters that decide where a word ends: those of 'll, which is a word of its own

@@ -33,7 +33,7 @@ def prepare(
     Args:
         files: Text files in UTF-8.
         folder: The folder to write.
-        tokenizer: Characters, GPT-2's tokens, or those of a file that holds a tokenizer.
+        tokenizer: Characters, GPT-2's tokens, or those of a file or folder that holds a tokenizer.
         lines: One document a line, where otherwise a file is one.
     """
     documents = read_documents(files, lines)

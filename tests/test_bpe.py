@@ -16,7 +16,7 @@ import regex
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
-from data import DataError
+from data import DataError, pydocs, shakespeare
 from data.bpe import compare, count_words, learn, main, read_chunks, train
 from data.pydocs import read_topics
 from data.shards import open_split
@@ -247,6 +247,19 @@ def test_its_description_makes_it_again_also_through_a_dataset(folder, tmp_path)
     opened = open_split(tmp_path / "mine", "train")
     again = from_spec(opened.tokenizer_spec)
     assert again == tokenizer and CODE.startswith(again.decode(opened.read(0, opened.n_tokens)))
+
+
+def test_every_data_script_takes_it(folder, tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text(CODE, encoding="utf-8")
+    for name, line in (
+        ("shakespeare", shakespeare.prepare(tmp_path / "shakespeare", path, str(folder))),
+        ("pydocs", pydocs.prepare(tmp_path / "pydocs", str(folder / "bpe.json"))),
+        ("lines", prepare((path,), tmp_path / "lines", str(folder), lines=True)),
+    ):
+        assert line.startswith(f"{tmp_path / name}: bpe tokenizer, vocabulary 600, tokens: ")
+        assert open_split(tmp_path / name, "val").tokenizer_spec == load(str(folder)).spec()
+    assert open_split(tmp_path / "pydocs", "train").read(0, 1) == [599]
 
 
 def test_a_damaged_description_is_named(folder):
