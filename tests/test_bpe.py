@@ -1,5 +1,6 @@
 """data/bpe.py. The judge is Hugging Face's `tokenizers`: its trainer, and its reading of our tokenizer.json."""
 
+import inspect
 import itertools
 import json
 import random
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import regex
 import tokenizers
+from tiktoken_ext import openai_public
 from tokenizers import models, pre_tokenizers, trainers
 
 from data import DataError, pydocs, shakespeare
@@ -118,7 +120,7 @@ def test_counts_past_32_bits_are_counted():
 
 @pytest.mark.parametrize("pattern", ["gpt2", "gpt4"])
 def test_words_are_counted_the_same_however_the_text_is_cut(pattern):
-    text = (AWKWARD + TIES + RUSSIAN[:200] + "    \n \n\t" + "don't we'll 'LL\r\n\r\n" * 3 + " " * 30) * 2
+    text = (AWKWARD + TIES + RUSSIAN[:200] + "\n        \n \n\t" + "don't we'll 'LL\r\n\r\n" * 3 + " " * 30) * 2
     whole = Counter(regex.findall(split_pattern(pattern), text.replace("\r\n", "\n")))
     for size in (1, 2, 3, 5, 7, 64, 1000, len(text)):
         assert count_words((text[i : i + size] for i in range(0, len(text), size)), pattern) == whole
@@ -127,6 +129,11 @@ def test_words_are_counted_the_same_however_the_text_is_cut(pattern):
         cuts = sorted(rng.sample(range(len(text)), 8))
         chunks = [text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)])]
         assert count_words(chunks, pattern) == whole
+
+
+def test_the_patterns_are_those_of_tiktoken():
+    assert GPT4_PATTERN in inspect.getsource(openai_public.cl100k_base) and split_pattern("gpt4") == GPT4_PATTERN
+    assert split_pattern("gpt2") == openai_public.r50k_pat_str
 
 
 def test_the_words_of_a_text_are_the_text():
