@@ -39,14 +39,13 @@ NOTHING = -1  # the id where no token begins: at a separator, or inside what was
 
 
 def count_words(chunks: Iterable[str], pattern: str) -> Counter[str]:
-    """How often each word occurs in a text that comes in chunks, cut anywhere; \\r\\n counts as \\n."""
+    """How often each word occurs in a text that comes in chunks, cut anywhere."""
     words_of, counts, rest = regex.compile(split_pattern(pattern)).findall, Counter(), ""
     for chunk in chunks:
-        text = (rest + chunk).replace("\r\n", "\n")
-        # A word may go on in the next chunk, and how white space is split depends on what follows it. So the last words
-        # are put back. (The words of a text, joined, are the text.)
-        words, end = words_of(text), len(text)
-        settled = len(text.rstrip()) - LOOK_AHEAD
+        text = rest + chunk
+        # A word may go on in the next chunk, so the last ones are put back. White space at the end of a text is one
+        # word, which goes back as a whole. (The words of a text, joined, are the text.)
+        words, end, settled = words_of(text), len(text), len(text) - LOOK_AHEAD
         while words and end > settled:
             end -= len(words.pop())
         counts.update(words)
@@ -56,15 +55,16 @@ def count_words(chunks: Iterable[str], pattern: str) -> Counter[str]:
 
 
 def read_chunks(path: Path) -> Iterator[str]:
-    """The text of a UTF-8 file without byte order mark, a piece at a time; DataError where it is not UTF-8."""
-    decoder, at_start = codecs.getincrementaldecoder("utf-8")(), True
+    """The text of a file in pieces, as data.text reads it (no byte order mark, \\n for \\r\\n); DataError if not UTF-8."""
+    decoder, mark, held = codecs.getincrementaldecoder("utf-8")(), "\ufeff", ""
     with open(path, "rb") as file:
         try:
             while content := file.read(CHUNK_BYTES):
-                text = decoder.decode(content)
-                yield text.removeprefix("\ufeff") if at_start else text
-                at_start = False
-            decoder.decode(b"", final=True)
+                text = held + decoder.decode(content)
+                held = "\r" if text.endswith("\r") else ""  # whose \n may begin the next piece
+                yield text.removesuffix(held).removeprefix(mark).replace("\r\n", "\n")
+                mark = "" if text else mark
+            yield held + decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
             from data.text import not_utf8  # brings PyTorch along, which nothing else here needs
 
