@@ -29,7 +29,7 @@ from data.tokenizer import TRAINED_FILE, byte_characters, byte_pairs, choose, sp
 from data.tokenizer_json import tokenizer_json
 
 CHUNK_BYTES = 1 << 20  # of a file in memory at once
-LOOK_AHEAD = 3  # characters that decide where a word ends: those of 'll, which is a word of its own
+LOOK_AHEAD = 2  # characters behind an apostrophe that decide whether it begins a word: those of 'll
 LEAST_COUNT = 2  # occurrences that make a pair worth a token
 SEPARATOR = 0xFF  # between words: no UTF-8 text has this byte
 NOTHING = -1  # the id where no token begins: at a separator, or inside what was merged
@@ -55,7 +55,7 @@ def count_words(chunks: Iterable[str], pattern: str) -> Counter[str]:
 
 
 def read_chunks(path: Path) -> Iterator[str]:
-    """The text of a file in pieces, as data.text reads it (no byte order mark, \\n for \\r\\n); DataError if not UTF-8."""
+    """The text of a file in pieces, as data.text reads it: no byte order mark, \\n for \\r\\n; DataError if not UTF-8."""
     decoder, mark, held = codecs.getincrementaldecoder("utf-8")(), "\ufeff", ""
     with open(path, "rb") as file:
         try:
