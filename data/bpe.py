@@ -55,7 +55,7 @@ def count_words(chunks: Iterable[str], pattern: str) -> Counter[str]:
 
 
 def read_chunks(path: Path) -> Iterator[str]:
-    """The text of a file in pieces, as data.text reads it: no byte order mark, \\n for \\r\\n; DataError if not UTF-8."""
+    """The text of a file in pieces, as data.text reads it: no byte order mark, \\n for \\r\\n; DataError if no UTF-8."""
     decoder, mark, held = codecs.getincrementaldecoder("utf-8")(), "\ufeff", ""
     with open(path, "rb") as file:
         try:
