@@ -5,7 +5,9 @@ the number of times that it occurs. Then, again and again, the pair of neighbour
 becomes a token of its own, everywhere. Of equally frequent pairs, that with the smaller left id goes first, then that
 with the smaller right id. Pairs in a run overlap when they are counted ("aaa" has two of "aa") and are merged from the
 left. A pair that occurs once is not merged. These are the rules of the byte-level BPE trainer in Hugging Face's
-`tokenizers` (min_frequency=2), and the tests hold the two against each other.
+`tokenizers` (min_frequency=2), and the tests hold the two against each other. Two things to know when you do the same:
+a file is one text here, while its `train(files)` takes every line for a text of its own (`train_from_iterator` does
+not); and letters that Unicode has added in the last years are letters to one library before they are to the other.
 
 The vocabulary is the 256 bytes, the merges in their order, and <|endoftext|> last: N counts them all.
 """
@@ -55,7 +57,11 @@ def count_words(chunks: Iterable[str], pattern: str) -> Counter[str]:
 
 
 def read_chunks(path: Path) -> Iterator[str]:
-    """The text of a file in pieces, as data.text reads it: no byte order mark, \\n for \\r\\n; DataError if no UTF-8."""
+    """
+    The text of a file in pieces, as data.text reads it: without byte order mark, \\r\\n as \\n.
+
+    DataError when it is not UTF-8, OSError when it cannot be read.
+    """
     decoder, mark, held = codecs.getincrementaldecoder("utf-8")(), "\ufeff", ""
     with open(path, "rb") as file:
         try:
