@@ -7,7 +7,8 @@ Held all the time, float32 (P parameters, the padded rows of wte among them):
     DDP    the gradients are views into its buckets; while micro-steps add up before the all-reduce, a second copy: 4P
     ZeRO-1 as DDP, but the optimizer's state is dealt out, whole tensors at a time, to the rank that has least so far
     FSDP   weights, gradients and state are cut along the first dimension; besides, whole while they are used: the
-           embeddings, two blocks of weights (one at work, one on its way) and a block's and the embeddings' gradients
+           embeddings, two blocks of weights (one at work, one on its way) and a block's and the embeddings' gradients;
+           while micro-steps add up, all gradients are whole besides: 4P
 
 In a micro-step (N tokens, C channels, H heads, s bytes a number: 2 under bfloat16 autocast, 4 without):
 
@@ -21,7 +22,7 @@ The peak is where the blocks' activations are complete: in the head forward, in 
 block's backward. Gradients count in full there, as they do from the second micro-step on. Attention is fused in both
 versions. Counted as PyTorch runs without torch.compile, which may keep less. Left out: the CUDA context, NCCL's
 buffers, cuBLAS's workspace, gaps between blocks of memory: for those SPARE is set aside.
-tests/test_memory.py holds all of this against what autograd, the optimizers and the allocator really keep on a CPU.
+tests/test_plan.py holds this against what autograd, the optimizers, DDP and the allocator really keep on a CPU.
 """
 
 import math
@@ -70,6 +71,11 @@ def parameter_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
 def _numbers(shapes: dict[str, tuple[int, ...]], world_size: int = 1) -> int:
     """Of these tensors, or of rank 0's share of each, cut along the first dimension."""
     return sum(math.ceil(size[0] / world_size) * math.prod(size[1:]) for size in shapes.values())
+
+
+def numbers(shape: Shape) -> int:
+    """Of all parameters in memory."""
+    return _numbers(parameter_shapes(shape))
 
 
 def _is_hidden(name: str, size: tuple[int, ...]) -> bool:
@@ -182,9 +188,9 @@ def per_gpu(
     if sharded:
         block = 4 * _numbers({name: size for name, size in shapes.items() if name.startswith("h.0.")})
         ends = 4 * _numbers({name: size for name, size in shapes.items() if not name.startswith("h.")})
-        rows["gathered by FSDP"] = 2 * ends + min(3, 2 * shape.L + 1) * block
-    elif world_size > 1 and micro_steps > 1:
-        rows["second copy of the gradients"] = share
+        rows["gathered by FSDP"] = 2 * ends + min(3, 2 * shape.L) * block
+    if world_size > 1 and micro_steps > 1:
+        rows["second copy of the gradients"] = 4 * _numbers(shapes)
     rows["optimizer state"] = optimizer_bytes(shape, optimizer, parallel if world_size > 1 else "ddp", world_size)
     rows["copies for autocast"] = cast_bytes(shape, number_bytes, triton_head)
     rows["activations, blocks"] = shape.L * block_saved(shape, number_bytes, dropout)
