@@ -22,7 +22,7 @@ The peak is where the blocks' activations are complete: in the head forward, in 
 block's backward. Gradients count in full there, as they do from the second micro-step on. Attention is fused in both
 versions. Counted as PyTorch runs without torch.compile, which may keep less. Left out: the CUDA context, NCCL's
 buffers, cuBLAS's workspace, gaps between blocks of memory: for those SPARE is set aside.
-tests/test_plan.py holds this against what autograd, the optimizers, DDP and the allocator really keep on a CPU.
+tests/test_memory.py holds this against what autograd, the optimizers, DDP and the allocator really keep on a CPU.
 """
 
 import math
@@ -32,8 +32,10 @@ from kernels.shapes import Shape
 
 MODES = ("ddp", "zero1", "fsdp")  # how processes share a model
 SPARE = 0.05  # of a GPU's memory, for what is left out above: an assumption
-GIGABYTES = {  # of memory on the GPUs of kernels.devices.GPUS, from the makers' product pages; 10^9 bytes
-    "B200": 180,
+# 10^9 bytes of memory on the GPUs of kernels.devices.GPUS: the makers' figures, from memory where no page is named:
+# check before quoting. Drivers show some 5 % more than 10^9 bytes a GB: a margin besides SPARE
+GIGABYTES = {
+    "B200": 180,  # 192 on other pages: the smaller counts
     "H200 NVL": 141,
     "H200": 141,  # https://www.nvidia.com/en-us/data-center/h200/
     "H100 PCIe": 80,
@@ -107,10 +109,10 @@ def optimizer_bytes(shape: Shape, optimizer: str, parallel: str = "ddp", world_s
 def deal(shapes: dict[str, tuple[int, ...]], optimizer: str, world_size: int) -> list[list[str]]:
     """The names of each rank's tensors, as ZeroRedundancyOptimizer deals them: by group, the largest first."""
     ranks, sizes = [[] for _ in range(world_size)], {}
-    hidden = {name for name, size in shapes.items() if optimizer == "muon" and _is_hidden(name, size)}
+    hidden = [name for name, size in shapes.items() if optimizer == "muon" and _is_hidden(name, size)]
     decaying = [name for name, size in shapes.items() if len(size) >= 2 and name not in hidden]
     rest = [name for name, size in shapes.items() if len(size) < 2]
-    for which, group in (("muon", sorted(hidden)), ("adamw", decaying), ("adamw", rest)):
+    for which, group in (("muon", hidden), ("adamw", decaying), ("adamw", rest)):
         held = sizes.setdefault(which, [0] * world_size)  # two optimizers count apart, the groups of one together
         for name in sorted(group, key=lambda name: -math.prod(shapes[name])):
             rank = held.index(min(held))

@@ -94,9 +94,8 @@ class Job:
 
     def largest_micro_batch(self, gpu: str) -> int:
         """The largest divisor of `sequences` whose memory fits the GPU; 0 when one sequence does not."""
-        room = (1 - memory.SPARE) * 1e9 * memory.GIGABYTES[gpu]
         divisors = [n for n in range(self.sequences, 0, -1) if self.sequences % n == 0]
-        return next((n for n in divisors if sum(self.memory(n).values()) <= room), 0)
+        return next((n for n in divisors if sum(self.memory(n).values()) <= room(gpu)), 0)
 
     def checkpoint_bytes(self) -> int:
         """Of one checkpoint: the weights and the whole optimizer state, in float32, however they are shared."""
@@ -107,6 +106,11 @@ class Job:
         """Of the shards: 2 bytes a token, 4 for more than 65,536 ids."""
         tokens = self.batch_tokens * self.max_steps if self.data_tokens is None else self.data_tokens
         return tokens * (2 if self.vocab_size <= 65_536 else 4)
+
+
+def room(gpu: str) -> float:
+    """Bytes of a GPU's memory that the model's count may fill."""
+    return (1 - memory.SPARE) * 1e9 * memory.GIGABYTES[gpu]
 
 
 def of_preset(preset: str, **changes) -> Job:
@@ -141,23 +145,37 @@ def time_and_cost(job: Job, gpu: str, mfu: float, price: float) -> dict[str, flo
 
 
 def amount(size: float) -> str:
-    """Bytes in a unit of thousands that leaves one to four digits before the point."""
+    """Bytes, in the decimal unit that reads best."""
     for unit, each in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= each:
-            return f"{size / each:,.2f} {unit}"
+        if size >= 0.9995 * each:
+            return f"{few(size / each)} {unit}"
     return f"{size:.0f} B"
 
 
+def count(number: float) -> str:
+    """124M, 1.56B: a number of things in three digits."""
+    return f"{few(number / 1e9)}B" if number >= 0.9995e9 else f"{few(number / 1e6)}M"
+
+
+def duration(hours: float) -> str:
+    """In the unit that reads best, two or three digits."""
+    for unit, each in (("days", 24), ("h", 1), ("min", 1 / 60), ("s", 1 / 3600)):
+        if hours >= 2 * each or unit == "s":
+            return f"{few(hours / each)} {unit}"
+
+
 def few(number: float) -> str:
-    """Three digits of a duration or a price, however small."""
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+    """Three digits of a number, at most two of them behind the point."""
+    return f"{number:,.0f}" if number >= 99.95 else f"{number:.1f}" if number >= 9.995 else f"{number:.2f}"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
     """Columns padded to their widest cell: the first to the left, the others to the right."""
     widths = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
     lines = [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in [head, ["-" * w for w in widths], *rows]
     ]
     return "\n".join("  " + line.rstrip() for line in lines)
@@ -225,9 +243,9 @@ def plan(job: Job, gpus: list[str] | tuple[str, ...] = ("A100", "H100"), mfu: fl
     rows = []
     for gpu in gpus:
         most, t = job.largest_micro_batch(gpu), time_and_cost(job, gpu, mfu, price)
-        fits = "yes" if sum(job.memory(micro_batch).values()) <= (1 - memory.SPARE) * 1e9 * memory.GIGABYTES[gpu] else "NO"
+        fits = "yes" if sum(job.memory(micro_batch).values()) <= room(gpu) else "NO"
         rows.append([gpu, f"{memory.GIGABYTES[gpu]} GB", fits, f"{most}", f"{t['tokens_per_s']:,.0f}"])
-        rows[-1] += [few(t["ms"]), few(t["hours"]), few(t["hours"] * job.world_size), few(t["cost"])]
+        rows[-1] += [few(t["ms"]), duration(t["hours"]), few(t["hours"] * job.world_size), few(t["cost"])]
     checkpoint = job.checkpoint_bytes()
     width = 2 if job.vocab_size <= 65_536 else 4
     return "\n".join(
@@ -242,12 +260,12 @@ def plan(job: Job, gpus: list[str] | tuple[str, ...] = ("A100", "H100"), mfu: fl
             memory_text(job, micro_batch),
             "",
             f"Time and cost (model): MFU {mfu:.0%}, a price of {price:g} for a GPU and hour",
-            table(["GPU", "memory", "fits", "most seqs", "tokens/s", "ms/step", "hours", "GPU hours", "cost"], rows),
+            table(["GPU", "memory", "fits", "most seqs", "tokens/s", "ms/step", "time", "GPU hours", "cost"], rows),
             "",
-            f"Disk: data {amount(job.data_bytes())} ({width} bytes a token"
-            f"{', if none comes twice' if job.data_tokens is None else ''}); "
-            f"{job.keep} checkpoints kept and one being written, {amount(checkpoint)} each: "
-            f"{amount((job.keep + 1) * checkpoint)}",
+            f"Disk: data {amount(job.data_bytes())}, {width} bytes a token"
+            f"{', if none comes twice' if job.data_tokens is None else ''}",
+            f"      checkpoints {amount((job.keep + 1) * checkpoint)}: {job.keep} kept and one being written, "
+            f"{amount(checkpoint)} each",
         ]
     )
 
@@ -255,20 +273,27 @@ def plan(job: Job, gpus: list[str] | tuple[str, ...] = ("A100", "H100"), mfu: fl
 def every_preset(gpus: list[str], world_size: int, mfu: float, price: float, parallel: str) -> str:
     """A line for each preset: the laptop's and the characters' on one GPU, the others on world_size."""
     check_gpus(gpus, mfu, price)
-    head = ["preset", "parameters", "FLOPs/token", "tokens", "GPUs", "seqs", "memory", *(f"h, {g}" for g in gpus)]
-    head += [*(f"cost, {g}" for g in gpus), "data", "ckpt"]
+    both = "/".join(gpus)
+    head = ["preset", "parameters", "FLOPs/token", "tokens", "GPUs", "seqs", "memory", f"time, {both}", "cost", "data"]
     rows = []
     for preset in RUNS:
         n = world_size if preset.startswith("gpt2") else 1
         job = of_preset(preset, world_size=n, parallel=parallel if n > 1 else "ddp")
         micro_batch, shape = chosen_micro_batch(job, gpus), job.shape()
         times = [time_and_cost(job, gpu, mfu, price) for gpu in gpus]
-        row = [preset, f"{roofline.parameters(shape) / 1e6:,.1f}M", f"{roofline.flops_per_token(shape) / 1e6:,.0f}M"]
-        row += [f"{job.batch_tokens * job.max_steps / 1e6:,.0f}M", f"{n}", f"{micro_batch}"]
-        row += [amount(sum(job.memory(micro_batch).values())), *(few(t["hours"]) for t in times)]
-        rows.append([*row, *(few(t["cost"]) for t in times), amount(job.data_bytes()), amount(job.checkpoint_bytes())])
-    title = f"Model: MFU {mfu:.0%}, a price of {price:g} for a GPU and hour; seqs and memory are of one GPU"
-    return "\n".join([title, table(head, rows)])
+        row = [preset, count(roofline.parameters(shape)), count(roofline.flops_per_token(shape))]
+        row += [count(job.batch_tokens * job.max_steps), f"{n}", f"{micro_batch}"]
+        row += [amount(sum(job.memory(micro_batch).values())), " / ".join(duration(t["hours"]) for t in times)]
+        rows.append([*row, " / ".join(few(t["cost"]) for t in times), amount(job.data_bytes())])
+    title = f"Model: MFU {mfu:.0%} (small models reach less), {price:g} for a GPU and hour, --parallel {parallel}"
+    return "\n".join(
+        [
+            title,
+            "seqs: the largest micro-batch that fits all of these GPUs; memory: of one GPU, with it",
+            "",
+            table(head, rows),
+        ]
+    )
 
 
 # ------------------------------------------------------------------- command line
