@@ -159,8 +159,8 @@ def count(number: float) -> str:
 
 def duration(hours: float) -> str:
     """In the unit that reads best, two or three digits."""
-    for unit, each in (("days", 24), ("h", 1), ("min", 1 / 60), ("s", 1 / 3600)):
-        if hours >= 2 * each or unit == "s":
+    for unit, each, least in (("days", 24, 48), ("h", 1, 0.5), ("min", 1 / 60, 0.03), ("s", 1 / 3600, 0)):
+        if hours >= least:
             return f"{few(hours / each)} {unit}"
 
 
@@ -208,7 +208,8 @@ def memory_text(job: Job, micro_batch: int) -> str:
             f"Memory of one GPU (model): micro-batch of {micro_batch} sequences, {micro_steps} micro-step(s) a step, "
             f"{job.dtype}",
             *lines,
-            f"  {'total':<30}{amount(sum(rows.values())):>10}",
+            f"  {'total':<30}{amount(sum(rows.values())):>10}   without torch.compile, which may keep less",
+            f"  Not counted: CUDA context, NCCL, fragmentation; {memory.SPARE:.0%} of a GPU's memory is left free",
         ]
     )
 
@@ -274,7 +275,7 @@ def every_preset(gpus: list[str], world_size: int, mfu: float, price: float, par
     """A line for each preset: the laptop's and the characters' on one GPU, the others on world_size."""
     check_gpus(gpus, mfu, price)
     both = "/".join(gpus)
-    head = ["preset", "parameters", "FLOPs/token", "tokens", "GPUs", "seqs", "memory", f"time, {both}", "cost", "data"]
+    head = ["preset", "params", "FLOPs/t", "tokens", "GPUs", "seqs", "memory", f"time {both}", "cost", "data"]
     rows = []
     for preset in RUNS:
         n = world_size if preset.startswith("gpt2") else 1
@@ -283,13 +284,13 @@ def every_preset(gpus: list[str], world_size: int, mfu: float, price: float, par
         times = [time_and_cost(job, gpu, mfu, price) for gpu in gpus]
         row = [preset, count(roofline.parameters(shape)), count(roofline.flops_per_token(shape))]
         row += [count(job.batch_tokens * job.max_steps), f"{n}", f"{micro_batch}"]
-        row += [amount(sum(job.memory(micro_batch).values())), " / ".join(duration(t["hours"]) for t in times)]
-        rows.append([*row, " / ".join(few(t["cost"]) for t in times), amount(job.data_bytes())])
+        row += [amount(sum(job.memory(micro_batch).values())), "/".join(duration(t["hours"]) for t in times)]
+        rows.append([*row, "/".join(few(t["cost"]) for t in times), amount(job.data_bytes())])
     title = f"Model: MFU {mfu:.0%} (small models reach less), {price:g} for a GPU and hour, --parallel {parallel}"
     return "\n".join(
         [
             title,
-            "seqs: the largest micro-batch that fits all of these GPUs; memory: of one GPU, with it",
+            "FLOPs/t: for a token; seqs: the largest micro-batch that fits all of these GPUs; memory: of one",
             "",
             table(head, rows),
         ]

@@ -232,7 +232,7 @@ def report(mfu: float) -> str:
         f"Scale (model, nothing timed): {BATCH_TOKENS:,} tokens a step, MFU {mfu:.0%} of forward and backward",
         f"Links at {LINK_SHARE['nvlink']:.0%} (NVLink) and {LINK_SHARE['network']:.0%} (network) of their rate, "
         f"{LATENCY * 1e6:.0f} microseconds a hop; nodes of {NODE} GPUs",
-        "ring: bytes a GPU sends in one flat ring; NVLink, network: those of the hierarchical one; times in ms",
+        "ring: bytes a GPU sends in one flat ring; NVLink, network: of the hierarchical one; times in ms",
         "hidden: share of the communication beside the backward; exposed: the rest, bucket by bucket",
     ]
     for preset in MODELS:

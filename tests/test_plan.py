@@ -51,7 +51,7 @@ def test_the_whole_plan_reads_as_it_should(capsys):
         "micro-batch of 64 sequences, 1 micro-step(s) a step, bfloat16",
         "36.1 bytes a token and channel",
         f"total                         {plan.amount(sum(rows.values())):>10}",
-        "1,459,365      359  114.3 min",  # 0.5 x 8 x 312e12 / 855.2e6
+        "A100 80 GB yes 64 1,459,365 359 1.90 h 15.2 22.8",  # 0.5 x 8 x 312e12 / 855.2e6; 10e9 tokens; 15.2 x 1.5
         "data 20.0 GB, 2 bytes a token, if none comes twice",
         "checkpoints 5.97 GB: 3 kept and one being written, 1.49 GB each",
     ):
