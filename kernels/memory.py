@@ -159,8 +159,9 @@ def working(shape: Shape, number_bytes: int, triton: bool) -> dict[str, int]:
     else:
         forward = x + N * (s * W + 4 * V) + (4 * N * V if s < 4 else 0)  # logits, log-probabilities; logits in float32
         backward = x + 4 * 3 * N * V  # log-probabilities, their gradient, the logits' gradient
-    # the stream's gradient, the branch's, one four times as wide; a matrix's, and wte's from the head, not yet added up
-    block = N * C * (4 + s + 4 * s) + 16 * C * C + 4 * W * C
+    # a gradient four times as wide; the branch's, where it is another dtype than the stream's, whose own gradient takes
+    # the place of what the last norm had kept; a matrix's; and wte's from the head, which waits for the embedding's
+    block = N * C * (4 * s + (4 if s < 4 else 0)) + 16 * C * C + 4 * W * C
     return {"head, forward": forward, "head, backward": backward, "last block, backward": block}
 
 

@@ -74,6 +74,7 @@ def test_the_largest_micro_batch_fits_and_the_next_one_does_not(parallel):
     most = job.largest_micro_batch("A100")
     assert 1 <= most < job.sequences
     assert sum(job.memory(most).values()) <= plan.room("A100") < sum(job.memory(2 * most).values())
+    assert plan.room("A100") == pytest.approx(76e9)
     assert f"{most} sequences, {job.sequences // most} micro-step(s)" in plan.plan(job, ["A100"])
     fixed = dataclasses.replace(job, micro_batch=2 * most)
     (row,) = [line for line in plan.plan(fixed, ["A100"]).splitlines() if line.startswith("  A100")]
