@@ -17,6 +17,7 @@ import dataclasses
 import math
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +30,7 @@ from tqdm import tqdm
 import data
 import kernels
 import model as gpt
-from data import shards, tokenizer
+from data import hellaswag, shards, tokenizer
 from data.parallel import Mode, Processes
 from data.run import Run, StopRequest, load_checkpoint, loss_landmarks, newest_checkpoint
 from kernels import devices
@@ -257,6 +258,17 @@ def validate(trainer: Trainer, split: shards.Split) -> float:
     return ranks.sum(loss_sum.to(trainer.device, torch.float32)).item() / len(starts)
 
 
+def hellaswag_scores(trainer: Trainer, questions: list[hellaswag.Rendered]) -> dict[str, float]:
+    """The shares of the questions answered right, by the sum of an ending's losses (acc) and by their mean."""
+    ranks = trainer.ranks
+    trainer.raw.eval()
+    with trainer.autocast():
+        counts = hellaswag.evaluate(trainer.raw, questions, 8, trainer.device, ranks.rank, ranks.world_size)
+    trainer.raw.train()
+    right, right_norm, total = ranks.sum(counts).tolist()
+    return {"hellaswag_acc": right / total, "hellaswag_acc_norm": right_norm / total}
+
+
 # -------------------------------------------------------------------------------------------------------- beginning
 
 
@@ -318,14 +330,27 @@ def starting_point(config: Config, split: shards.Split, restarted: bool) -> dict
 def initialise_from(raw: gpt.GPT, name: str, split: shards.Split) -> None:
     """Copy the weights of a released GPT-2 or of a run; it may have a longer block size than this model."""
     source, tokenizer_spec = gpt.load(name)
+    if tokenizer_spec != split.tokenizer_spec:
+        raise RunError(f"--init-from {name} reads other tokens than {split.label}: prepare the text with its tokenizer")
     weights = source.state_dict()
     weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: raw.config.block_size]
     theirs = dataclasses.replace(source.config, block_size=raw.config.block_size, dropout=raw.config.dropout)
     if theirs != raw.config or source.config.block_size < raw.config.block_size:
         raise RunError(f"--init-from {name} has another shape: {source.config} there, {raw.config} here")
-    if tokenizer_spec != split.tokenizer_spec:
-        raise RunError(f"--init-from {name} reads other tokens than {split.label}: prepare the text with its tokenizer")
     raw.load_state_dict(weights)
+
+
+def hellaswag_questions(config: Config, tokens: tokenizer.Tokenizer, ranks: Processes) -> list[hellaswag.Rendered]:
+    """The questions as this run's tokens; none without --hellaswag-every. RunError where files differ."""
+    if not config.hellaswag_every:
+        return []
+    path = hellaswag.prepare_if_missing(config.hellaswag_input)
+    questions = hellaswag.read_questions(path)
+    if ranks.differ(zlib.crc32(path.read_bytes())):
+        raise RunError(f"the processes see different questions in {path}: they must share it, or hold equal copies")
+    if ranks.rank == 0 and (sentence := hellaswag.left_out(questions, tokens)):
+        tqdm.write(f"warning: HellaSwag: {sentence}", file=sys.stderr)
+    return hellaswag.render(questions, tokens, config.block_size)
 
 
 def set_up(config: Config, ranks: Processes):
@@ -471,7 +496,7 @@ def train(config: Config, ranks: Processes) -> int:
     if first >= last:
         print(f"{config.out_dir} has done its {first} steps: raise --max-steps, or start afresh with --resume never")
         return 0
-    stopping = 0
+    stopping, questions = 0, hellaswag_questions(config, tokens, ranks)
     with start_run(trainer, val_split, first) as run, StopRequest() as stop, profiler(config, ranks.rank) as profiling:
         for step in range(first + 1, last + 1):
             began = time.perf_counter()
@@ -484,6 +509,8 @@ def train(config: Config, ranks: Processes) -> int:
                 check_first_loss(loss, trainer.raw.config.vocab_size)
             if due(step, config.eval_every, last):
                 record["val_loss"] = validate(trainer, val_split)
+            if questions and due(step, config.hellaswag_every, last):
+                record |= hellaswag_scores(trainer, questions)
             stopping = ranks.greatest(stop.signal)  # all processes stop after the same step
             if run:
                 run.log(record)
@@ -509,6 +536,8 @@ def main(arguments: list[str] | None = None) -> None:
         )
         ranks = Processes.of_torchrun(config.parallel)
         data.prepare_if_missing(config.data)  # before they form a group: whoever waits for a group runs out of time
+        if config.hellaswag_every:
+            hellaswag.prepare_if_missing(config.hellaswag_input)
         with ranks.joined(gpus=torch.cuda.is_available() and config.device != "cpu"):
             try:
                 status = train(config, ranks)

@@ -30,6 +30,7 @@ import torch
 from tqdm import tqdm
 
 from data import DataError, lock, write_whole
+from data.hellaswag import HELLASWAG_CHANCE, HELLASWAG_GPT2_124M, HELLASWAG_GPT3_124M
 from data.shards import Split
 
 CHECKPOINT_KEYS = {"step", "model", "optimizers", "config", "tokenizer", "run"}  # what a checkpoint holds at least
@@ -38,7 +39,7 @@ PUBLISHED = {
     "fineweb-edu": 3.2924,
     "fineweb": 3.425,
 }  # its loss, nats per token, on the validation shard of either text
-HELLASWAG = {GPT2_124M: 0.2955, "GPT-3 (124M)": 0.337}  # acc_norm: with the scoring of data/hellaswag.py; its paper's
+HELLASWAG = {GPT2_124M: HELLASWAG_GPT2_124M, "GPT-3 (124M)": HELLASWAG_GPT3_124M}
 SAMPLE_LINE = "-" * 40  # begins each sample in samples.txt
 
 
@@ -163,7 +164,7 @@ class Run:
         if scores:
             panels[1].set(ylabel="HellaSwag acc_norm")
             panels[1].plot(tokens, scores, "o-", markersize=4, label=f"this run: {scores[-1]:.4f} at the end")
-            _draw_levels(panels[1], {"guessing at random": 0.25, **HELLASWAG})
+            _draw_levels(panels[1], {"guessing at random": HELLASWAG_CHANCE, **HELLASWAG})
         for axes in panels:
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 5M and not 5 with a 1e6 in the corner
             axes.grid(alpha=0.3)
