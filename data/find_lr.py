@@ -8,12 +8,12 @@ where steps become too long. The optimizer is never reset on the way: its moment
 The loss of a single step is noisy. It is smoothed by two exponential averages, both corrected for their start, one from
 each end, so that their lags cancel; the derivative is of that curve, in nats per tenfold rate.
 
-The suggestion is the geometric middle of the foot of the curve, which reaches from the rate at which a tenth of the fall
-is still to come to the rate with the lowest loss. Below it steps are too short, above it they undo what was learnt; and
-a run that stays near its peak for long wants less than a sweep that only passes by. Why not a single point: the lowest
-one wanders along a flat valley with the noise, and that of steepest fall, a common choice with plain SGD, comes far too
-early here, for steps of AdamW and Muon are as long as the rate says, whatever the gradient, and most of the fall is what
-any rate achieves at the start of training.
+The suggestion is the geometric middle of the foot of the curve, which reaches from the rate at which a tenth of the
+fall is still to come to the rate with the lowest loss. Below it steps are too short, above it they undo what was
+learnt; and a run that stays near its peak for long wants less than a sweep that only passes by. Why not a single point:
+the lowest one wanders along a flat valley with the noise, and that of steepest fall, a common choice with plain SGD,
+comes far too early here: steps of AdamW and Muon are as long as the rate says, whatever the gradient, and most of the
+fall is what any rate achieves at the start of training.
 Source: L. Smith, "Cyclical Learning Rates for Training Neural Networks", 2015, https://arxiv.org/abs/1506.01186.
 """
 
@@ -84,8 +84,8 @@ def suggest(rates: list[float], losses: list[float], steps: int) -> Result:
         )
     suggestion = float(f"{math.sqrt(rates[first] * rates[lowest]):.1e}")
     reason = (
-        f"the smoothed loss fell from {smooth[0]:.2f} to {smooth[lowest]:.2f} nats per token, the last {FOOT:.0%} of it "
-        f"between the rates {rates[first]:.1e} and {rates[lowest]:.1e}, and this is their middle"
+        f"the smoothed loss fell from {smooth[0]:.2f} to {smooth[lowest]:.2f} nats per token, the last {FOOT:.0%} of it"
+        f" between the rates {rates[first]:.1e} and {rates[lowest]:.1e}, and this is their middle"
     )
     if lowest == len(smooth) - 1:
         reason += "; the loss was still falling where the sweep ended, so that a higher rate may be better"

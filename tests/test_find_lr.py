@@ -60,16 +60,16 @@ def test_rates_grow_by_a_constant_factor_from_low_to_high():
         assert b / a == pytest.approx(10 ** (4 / 80))
 
 
-def test_one_spike_of_the_loss_moves_the_suggestion_little():
+def test_noise_of_the_loss_moves_the_suggestion_little():
     def curve(rate):
         return 3 + (math.log10(rate) + 2.5) ** 2 / 4
 
-    def spiked(rate):
-        return curve(rate) + (8.0 if 2e-3 < rate < 2.1e-3 else 0.0)
-
-    plain, with_spike = (find_lr.find(f, 1e-5, 1.0, 200).suggestion for f in (curve, spiked))
-    assert 10**-3.1 < plain < 10**-2.7  # the lowest is at -2.5, a tenth of the fall is to come at -3.3
-    assert max(plain / with_spike, with_spike / plain) < 1.5
+    plain = find_lr.find(curve).suggestion
+    assert 10**-3.1 < plain < 10**-2.7  # the lowest is at -2.5, and a tenth of the fall is still to come at -3.3
+    for seed in range(20):
+        noise = random.Random(seed)
+        noisy = find_lr.find(lambda rate, noise=noise: curve(rate) + noise.gauss(0, 0.1)).suggestion
+        assert max(plain / noisy, noisy / plain) < 1.8
 
 
 def test_smoothing_does_not_lag_and_the_slope_is_per_tenfold_rate():
@@ -140,6 +140,6 @@ def test_a_small_gpt_trains_better_at_the_suggestion_than_nine_times_below_or_ab
         step = next(steps)
         return train_gpt2.train_step(trainer, *loader.batch(step), step + 1)[0]
 
-    rate = find_lr.find(step_with_lr).suggestion
+    rate = find_lr.find(step_with_lr, steps=400).suggestion
     losses = {lr: trained(dataclasses.replace(config, lr=lr)) for lr in (rate / 9, rate, rate * 9)}
     assert min(losses, key=losses.get) == rate, losses
