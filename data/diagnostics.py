@@ -64,6 +64,7 @@ class Diagnostics:
         autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ):
         self.model, self.optimizers, self.autocast = model, optimizers, autocast
+        self._said = set()
 
     @contextlib.contextmanager
     def watching(self, inputs: Tensor, targets: Tensor) -> Iterator[dict]:
@@ -87,6 +88,12 @@ class Diagnostics:
         found |= watched.found()
         found["ms"] = round(1000 * (seconds + watched.seconds + time.perf_counter() - began), 1)
         found["warnings"] = warnings(found, self.model.config.vocab_size)
+
+    def news(self, found: dict) -> list[str]:
+        """The warnings of a record whose kind is new since this object was made: for the terminal."""
+        fresh = {kind: text for kind, text in found["warnings"].items() if kind not in self._said}
+        self._said |= set(fresh)
+        return list(fresh.values())
 
 
 def matrices(model: nn.Module) -> dict[str, list[Tensor]]:
@@ -247,8 +254,8 @@ LARGE_UPDATE = -0.3  # half of the weight at a step: what was learnt before is g
 GRADIENT_SPREAD = 1000.0  # between layers, of the same kind of matrix
 MUCH_DEAD = 0.5  # share of a layer's GELU inputs; a unit on the dead side passes next to no gradient
 MUCH_FOCUSED = 0.9  # share; entropy collapse: Zhai et al. 2023, https://arxiv.org/abs/2303.06296
-GROWTH = 30.0  # of the stream in half a layer; GPT-2's first layers reach 10 to 20
-UNTRAINED_GROWTH = 5.0  # the same before anything is learnt, when nothing but the initialisation can cause it
+GROWTH = 30.0  # of the stream in half a layer; the first MLP of the laptop preset reaches 8
+UNTRAINED_GROWTH = 6.0  # the same while nothing is learnt, so from the initialisation; six layers as wide as XL: 4.9
 UNTRAINED = 0.9  # share of ln V that the entropy of predictions has when nothing is learnt yet
 GUESSING = 0.5  # nats by which the loss may exceed ln V, a uniform guess; a fresh GPT-2 XL is 0.4 above
 OVERCONFIDENT = 1.0  # nats by which the loss may exceed the entropy: a model that knows what it knows has them equal
@@ -272,7 +279,7 @@ def warnings(found: dict, vocab_size: int) -> dict[str, str]:
 
 
 def _not_finite(found: dict) -> str:
-    values = [found["logit_std"], *found["loss_by_position"], *found.get("residual", [])]
+    values = [found["logit_std"], *found["loss_by_position"], *found["residual"]]
     return "activations or predictions are not finite: the weights are lost" if None in values else ""
 
 
@@ -298,8 +305,8 @@ def _gradients(stds: dict[str, list]) -> str:
             return f"{_place(layers.index(0), kind)} gets no gradient at all"
         if layers and None not in layers and max(layers) > GRADIENT_SPREAD * min(layers):
             most, least = layers.index(max(layers)), layers.index(min(layers))
-            times = f"{layers[most] / layers[least]:,.0f} times larger"
-            return f"the gradient of {_place(most, kind)} is {times} than in layer {least}: layers learn at odds"
+            times = f"{layers[most] / layers[least]:,.0f} times larger than in layer {least}"
+            return f"the gradient of {_place(most, kind)} is {times}: gradients vanish or explode on the way"
     return ""
 
 

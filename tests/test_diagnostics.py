@@ -294,6 +294,12 @@ def test_weights_that_are_lost_are_said_to_be_and_the_record_stays_json(tmp_path
     diagnostics.draw([{"step": 1, "diagnostics": found}], tmp_path / "diagnostics.png")
 
 
+def test_a_kind_of_warning_is_news_once():
+    diagnose = Diagnostics(small(), [])
+    assert diagnose.news({"warnings": {"gelu": "a"}}) == ["a"]
+    assert diagnose.news({"warnings": {"gelu": "b", "updates": "c"}}) == ["c"]
+
+
 # -------------------------------------------------------------------------------------------------------------- picture
 
 
