@@ -42,6 +42,7 @@ from data import write_whole
 SEQUENCES = 16  # of the batch, for the activations: position 0 has no more samples than that
 ATTENTION_SEQUENCES, ATTENTION_QUERIES = 4, 64  # for the entropy, which needs a row of weights a query
 FIRST_QUERY = 8  # queries that see fewer keys say little about focus
+KINDS = ("c_attn", "attn.c_proj", "c_fc", "mlp.c_proj")  # of a layer's matrices
 DEAD, FOCUSED = -3.0, 0.1  # see gelu_dead and attention_focused above
 
 
@@ -251,13 +252,14 @@ def _numbers(values: list[Tensor]) -> list[float | None]:
 USUAL_UPDATE = -3.0  # log10 of update / weight: Karpathy's rule of thumb for a step at the peak learning rate
 SMALL_UPDATE = -4.5  # 30 times less
 LARGE_UPDATE = -0.3  # half of the weight at a step: what was learnt before is gone
+PEAK_UPDATE = 0.5  # what it would be at the peak of the schedule: weights grow until then, but not by so much
 GRADIENT_SPREAD = 1000.0  # between layers, of the same kind of matrix
 MUCH_DEAD = 0.5  # share of a layer's GELU inputs; a unit on the dead side passes next to no gradient
 MUCH_FOCUSED = 0.9  # share; entropy collapse: Zhai et al. 2023, https://arxiv.org/abs/2303.06296
 GROWTH = 30.0  # of the stream in half a layer; the first MLP of the laptop preset reaches 8
 UNTRAINED_GROWTH = 6.0  # the same while nothing is learnt, so from the initialisation; six layers as wide as XL: 4.9
 UNTRAINED = 0.9  # share of ln V that the entropy of predictions has when nothing is learnt yet
-GUESSING = 0.5  # nats by which the loss may exceed ln V, a uniform guess; a fresh GPT-2 XL is 0.4 above
+GUESSING = 0.5  # nats by which the loss may exceed ln V, a uniform guess; fresh and as wide as GPT-2 XL: 0.4
 OVERCONFIDENT = 1.0  # nats by which the loss may exceed the entropy: a model that knows what it knows has them equal
 LATE_LOSS = 1.0  # nats by which the end of a block, half of it or less, may be worse than as much before it
 
@@ -292,6 +294,11 @@ def _updates(ratios: dict[str, list], schedule: float | None) -> str:
     (low, *lowest), (high, *highest) = min(places), max(places)
     if high > LARGE_UPDATE:
         return f"{_place(*highest)} changes by {10**high:.0%} of its size in one step: the learning rate is too high"
+    peak, *highest = max((place for place in places if place[2] in KINDS), default=places[0])
+    peak -= math.log10(schedule)
+    if peak > PEAK_UPDATE:
+        change = f"would change by {10**peak:.0%} of its size in one step"
+        return f"at the peak of the schedule {_place(*highest)} {change}: the learning rate is too high"
     low -= math.log10(schedule)
     if low < SMALL_UPDATE:
         times = 10 ** (USUAL_UPDATE - low)
@@ -348,8 +355,6 @@ def _place(layer: int, kind: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------ picture
-
-KINDS = ("c_attn", "attn.c_proj", "c_fc", "mlp.c_proj")  # of a layer's matrices; a layer's curve is their median
 
 
 def draw(records: list[dict], path: str | Path, title: str = "") -> None:
