@@ -145,7 +145,7 @@ class _Updates:
         self.seconds += time.perf_counter() - began
 
     def found(self) -> dict:
-        found = {"schedule": self.schedule and round(self.schedule, 4)}
+        found = {"schedule": self.schedule and float(f"{self.schedule:.3g}")}
         for name in ("update_ratio", "gradient_ratio", "gradient_mean", "gradient_std"):
             nothing = torch.tensor(math.nan)
             values = {
@@ -356,32 +356,7 @@ def _place(layer: int, kind: str) -> str:
 
 # ------------------------------------------------------------------------------------------------------------ picture
 
-
-def draw(records: list[dict], path: str | Path, title: str = "") -> None:
-    """A picture of all diagnoses in `records`, lines of log.jsonl, as the PNG `path`; none where there is none."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    records = [record for record in records if "diagnostics" in record]
-    if not records:
-        return
-    steps, found = [record["step"] for record in records], [record["diagnostics"] for record in records]
-    by_depth, by_step = colormaps["viridis"], colormaps["plasma"]
-    axes = (figure := Figure(figsize=(18, 14), layout="constrained")).subplots(4, 4)
-    for axis, (name, label) in zip(axes[:3].flat, PANELS.items(), strict=True):
-        if name == "residual":
-            _by_depth(axis, steps, found, by_step)
-        else:
-            _over_steps(axis, steps, found, name, by_depth)
-        axis.set_title(label, fontsize=11)
-    axes[0, 0].axhline(USUAL_UPDATE, color="red", linestyle="--", linewidth=1)
-    place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-    axes[0, 0].annotate("1e-3: usual", (0.99, USUAL_UPDATE), (0, 3), **place, color="red", ha="right", fontsize=9)
-    _of_predictions(axes[3], steps, found, by_step)
-    figure.suptitle(title)
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=80))
-
-
+DRAWN = 200  # diagnoses at most, evenly chosen: more lines tell no more and take long
 PANELS = {  # in reading order: the name in a record -> what the picture says about it
     "update_ratio": "update / weight, log10",
     "gradient_ratio": "gradient / weight, log10",
@@ -397,6 +372,37 @@ PANELS = {  # in reading order: the name in a record -> what the picture says ab
     "attention_focused": f"attention on one key (entropy < {FOCUSED:g} nats)",
 }
 SHARES = ("gelu_dead", "attention_entropy", "attention_focused")  # panels from 0 to 1
+
+
+def draw(records: list[dict], path: str | Path, title: str = "") -> None:
+    """A picture of all diagnoses in `records`, lines of log.jsonl, as the PNG `path`; none where there is none."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    records = [record for record in records if "diagnostics" in record]
+    if not records:
+        return
+    text = _warnings_text(records)
+    if len(records) > DRAWN:
+        records = [records[round(i * (len(records) - 1) / (DRAWN - 1))] for i in range(DRAWN)]
+    steps, found = [record["step"] for record in records], [record["diagnostics"] for record in records]
+    by_depth, by_step = colormaps["viridis"], colormaps["plasma"]
+    axes = (figure := Figure(figsize=(18, 14), layout="constrained")).subplots(4, 4)
+    for axis, (name, label) in zip(axes[:3].flat, PANELS.items(), strict=True):
+        if name == "residual":
+            _by_depth(axis, steps, found, by_step)
+        else:
+            _over_steps(axis, steps, found, name, by_depth)
+        axis.set_title(label, fontsize=11)
+    axes[0, 0].axhline(USUAL_UPDATE, color="red", linestyle="--", linewidth=1)
+    place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    axes[0, 0].annotate("1e-3: usual", (0.99, USUAL_UPDATE), (0, 3), **place, color="red", ha="right", fontsize=9)
+    _of_predictions(axes[3], steps, found, by_step)
+    axes[3, 3].set_title("warnings", fontsize=11)
+    axes[3, 3].axis("off")
+    axes[3, 3].text(0, 0.98, text or "none", va="top", fontsize=9, color="darkred" if text else "darkgreen")
+    figure.suptitle(title)
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=80))
 
 
 def _over_steps(axis, steps: list[int], found: list[dict], name: str, colours) -> None:
@@ -435,7 +441,7 @@ def _by_depth(axis, steps: list[int], found: list[dict], colours) -> None:
 
 
 def _of_predictions(axes, steps: list[int], found: list[dict], colours) -> None:
-    """The last row: spread of the logits, entropy and loss, loss by position, and the warnings as text."""
+    """The last row: spread of the logits, entropy and loss, loss by position."""
     axes[0].plot(steps, [_float(record["logit_std"]) for record in found], "o-", markersize=3)
     axes[0].set_title("logits: standard deviation over the vocabulary", fontsize=11)
     axes[1].plot(steps, [_float(record["entropy"]) for record in found], "o-", markersize=3, label="entropy")
@@ -455,23 +461,19 @@ def _of_predictions(axes, steps: list[int], found: list[dict], colours) -> None:
         axis.grid(alpha=0.3)
     axes[1].legend(fontsize=8)
     axes[2].legend(fontsize=8)
-    axes[3].axis("off")
-    axes[3].set_title("warnings", fontsize=11)
-    text, colour = _warnings_text(steps, found)
-    axes[3].text(0, 0.98, text, va="top", fontsize=9, color=colour, transform=axes[3].transAxes)
 
 
-def _warnings_text(steps: list[int], found: list[dict]) -> tuple[str, str]:
-    """Of every kind the newest sentence and when it was said, in red; or that there was none, in green."""
+def _warnings_text(records: list[dict]) -> str:
+    """Of every kind of warning the newest sentence, behind the steps at which it was said."""
     said = defaultdict(list)
-    for step, record in zip(steps, found, strict=True):
-        for kind, sentence in record["warnings"].items():
-            said[kind].append((step, sentence))
+    for record in records:
+        for kind, sentence in record["diagnostics"]["warnings"].items():
+            said[kind].append((record["step"], sentence))
     lines = []
     for cases in said.values():
         when = f"steps {cases[0][0]:,} to {cases[-1][0]:,}" if len(cases) > 1 else f"step {cases[0][0]:,}"
         lines.append(textwrap.fill(f"{when}: {cases[-1][1]}", 52))
-    return ("\n".join(lines), "darkred") if lines else (f"none in {len(steps)} diagnoses", "darkgreen")
+    return "\n\n".join(lines)
 
 
 def _layers(values: dict | list) -> list[float]:
