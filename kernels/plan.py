@@ -280,11 +280,11 @@ def every_preset(gpus: list[str], world_size: int, mfu: float, price: float, par
     for preset in RUNS:
         n = world_size if preset.startswith("gpt2") else 1
         job = of_preset(preset, world_size=n, parallel=parallel if n > 1 else "ddp")
-        micro_batch, shape = chosen_micro_batch(job, gpus), job.shape()
+        most, shape = min(job.largest_micro_batch(gpu) for gpu in gpus), job.shape()
         times = [time_and_cost(job, gpu, mfu, price) for gpu in gpus]
         row = [preset, count(roofline.parameters(shape)), count(roofline.flops_per_token(shape))]
-        row += [count(job.batch_tokens * job.max_steps), f"{n}", f"{micro_batch}"]
-        row += [amount(sum(job.memory(micro_batch).values())), "/".join(duration(t["hours"]) for t in times)]
+        row += [count(job.batch_tokens * job.max_steps), f"{n}", f"{most or 'none'}"]
+        row += [amount(sum(job.memory(most or 1).values())), "/".join(duration(t["hours"]) for t in times)]
         rows.append([*row, "/".join(few(t["cost"]) for t in times), amount(job.data_bytes())])
     title = f"Model: MFU {mfu:.0%} (small models reach less), {price:g} for a GPU and hour, --parallel {parallel}"
     return "\n".join(
@@ -306,8 +306,10 @@ def options(words: list[str] | None) -> argparse.Namespace:
     )
     parser.error = lambda message: fail(f"{message} (--help shows every option)")
     parser.add_argument("--preset", default="gpt2-124m", help=f"one of {', '.join(RUNS)}")
-    parser.add_argument("--all", action="store_true", help="a line for every preset")
-    parser.add_argument("--scale", action="store_true", help="1, 8, 64 and 512 GPUs, on paper")
+    parser.add_argument(
+        "--all", action="store_true", help="a line for every preset; takes --gpus --gpu --mfu --price --parallel"
+    )
+    parser.add_argument("--scale", action="store_true", help="1, 8, 64 and 512 GPUs, on paper; takes --mfu")
     parser.add_argument("--gpus", type=int, default=8, help="how many (default 8)")
     parser.add_argument("--gpu", nargs="+", default=["A100", "H100"], metavar="NAME", help=f"of {', '.join(GPUS)}")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak reached (default 0.4)")

@@ -68,6 +68,13 @@ def test_every_output_is_plain_text_of_at_most_100_columns_and_says_model(capsys
         assert all(f"\n  {name} " in shown for name in plan.RUNS)
 
 
+def test_the_table_of_presets_says_where_not_one_sequence_fits(capsys):
+    lines = text_of(capsys, "--all", "--gpu", "RTX 4090").splitlines()
+    seqs = {line.split()[0]: line.split()[5] for line in lines[-6:]}
+    assert seqs["gpt2-1558m"] == "none" and int(seqs["gpt2-124m"]) > 1
+    assert "37.6 GB" in lines[-1]  # what one would need
+
+
 @pytest.mark.parametrize("parallel", memory.MODES)
 def test_the_largest_micro_batch_fits_and_the_next_one_does_not(parallel):
     job = of_preset("gpt2-1558m", world_size=8, parallel=parallel)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 import model
-from kernels import memory, scale
+from kernels import memory, roofline, scale
 from kernels.shapes import PRESETS, Shape
 
 SMALL = Shape(1, 16, 32, 2, 3, 300)
@@ -31,14 +31,16 @@ def test_gradients_arrive_in_the_order_of_the_model_s_backward():
     assert arrived[-1] == "wte.weight"  # tied: whole only at the very end
 
 
-@pytest.mark.parametrize("preset", ["gpt2-124m", "gpt2-350m"])
-def test_buckets_are_those_that_ddp_makes(preset):
-    order = scale.backward_order(PRESETS[preset])
+@pytest.mark.parametrize(
+    "shape", [PRESETS["gpt2-124m"], PRESETS["gpt2-350m"], Shape(1, 128, 128, 2, 99, 1000)], ids=str
+)
+def test_buckets_are_those_that_ddp_makes(shape):
+    order = scale.backward_order(shape)
     tensors = [torch.empty(numbers, device="meta") for _, numbers, _ in order]
     groups, _ = dist._compute_bucket_assignment_by_size(tensors, [scale.FIRST_BUCKET, scale.BUCKET])
     theirs = [sum(4 * order[i][1] for i in group) for group in groups]
-    assert [size for size, _ in scale.buckets(PRESETS[preset])] == theirs
-    assert sum(theirs) == 4 * memory.numbers(PRESETS[preset])
+    assert [size for size, _ in scale.buckets(shape)] == theirs
+    assert sum(theirs) == 4 * memory.numbers(shape) and len(theirs) > 2
 
 
 def test_readiness_rises_to_the_end_of_the_backward_and_follows_the_flops():
@@ -115,6 +117,30 @@ def test_efficiency_falls_with_gpus_and_every_change_helps(preset, cluster):
     below = scale.first_below(shape, cluster, 0.4, 0.75)
     assert scale.step(shape, below, cluster, 0.4)["efficiency"] < 0.75
     assert scale.step(shape, below // 2, cluster, 0.4)["efficiency"] >= 0.75
+
+
+def test_only_the_last_micro_step_s_backward_hides_communication():
+    shape, cluster = PRESETS["gpt2-1558m"], scale.CLUSTERS[0]
+    step = scale.step(shape, 8, cluster, 0.4)
+    assert step["micro_steps"] == 8
+    of_blocks = 4 * 12 * shape.C**2 * shape.L + 8 * shape.C * shape.T * shape.L
+    whole_backward = 8 * step["backward"]
+    assert whole_backward / step["compute"] == pytest.approx(of_blocks / roofline.flops_per_token(shape))
+    assert 0.6 < whole_backward / step["compute"] < 2 / 3  # the head's share belongs to the forward
+
+
+@pytest.mark.parametrize("n", [8, 64])
+def test_fsdp_gathers_twice_a_micro_step_scatters_once_and_shows_what_opens_and_ends_the_step(n):
+    shape, cluster = PRESETS["gpt2-124m"], scale.CLUSTERS[0]
+    sizes = memory.parameter_shapes(shape)
+    ends = 2 * sum(math.prod(size) for name, size in sizes.items() if not name.startswith("h."))
+    block = (2 * memory.numbers(shape) - ends) / shape.L
+    ends, block = (scale.all_reduce_seconds(size, n, cluster) for size in (ends, block))
+    for micro_steps in (1, 4):
+        in_all, shown = scale.fsdp_seconds(shape, n, cluster, 1e9, micro_steps)
+        assert in_all == pytest.approx(ends + shape.L * block * (2 * micro_steps + 1) / 2)
+        assert shown == pytest.approx(ends)
+        assert scale.fsdp_seconds(shape, n, cluster, 0.0, micro_steps)[1] == pytest.approx(in_all)
 
 
 def test_faster_links_hide_more():
