@@ -17,10 +17,14 @@ fall is what any rate achieves at the start of training.
 Source: L. Smith, "Cyclical Learning Rates for Training Neural Networks", 2015, https://arxiv.org/abs/1506.01186.
 """
 
+import itertools
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from tqdm import tqdm
 
 from data import DataError, write_whole
 
@@ -150,3 +154,29 @@ def draw(result: Result, path: str | Path, title: str = "") -> None:
         axis.grid(alpha=0.3)
     above.legend()
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=100))
+
+
+def run(loss_at: Callable[[float, int], float], breakdown: type[Exception], folder: Path, quiet: bool) -> None:
+    """
+    The whole command: a sweep with its bar, find_lr.png in `folder`, and the suggestion in the terminal.
+
+    loss_at: trains step 1, 2, ... at a rate and returns its loss, in nats per token; `breakdown` where there is none
+    quiet:   sweep only; for all processes but the first
+    """
+    seconds = 0.1 if sys.stderr.isatty() else 10.0  # between refreshes: a log file needs few
+    with tqdm(total=STEPS, unit="step", mininterval=seconds, disable=quiet, dynamic_ncols=True) as bar:
+        numbers = itertools.count(1)
+
+        def step_with_lr(rate: float) -> float:
+            bar.update()
+            try:
+                return loss_at(rate, next(numbers))
+            except breakdown:
+                return math.inf
+
+        result = find(step_with_lr)
+    if not quiet:
+        folder.mkdir(parents=True, exist_ok=True)
+        draw(result, folder / "find_lr.png", f"{folder.name}: learning rates")
+        print(f"--lr {result.suggestion:g}: {result.reason}")
+        print(f"{folder / 'find_lr.png'} shows the sweep")
