@@ -9,7 +9,7 @@ The loss of a single step is noisy. It is smoothed by two exponential averages, 
 each end, so that their lags cancel; the derivative is of that curve, in nats per tenfold rate.
 
 The suggestion is the rate at which the smoothed loss is lowest: below it steps are too short, above it they undo what
-was learnt. A tenth of it, or the rate of steepest fall, are common choices with plain SGD. Both come far too early here:
+was learnt. A tenth of it, or the rate of steepest fall, are common choices with plain SGD. Both come too early here:
 steps of AdamW and Muon are as long as the rate says, whatever the gradient, so that most of the fall is what any rate
 achieves at the start of training, and the valley behind it is wide. How wide is told with the suggestion.
 Source: L. Smith, "Cyclical Learning Rates for Training Neural Networks", 2015, https://arxiv.org/abs/1506.01186.
