@@ -10,6 +10,7 @@ for the same command; a cell that fails leaves its error in the table, and the o
     NAME/       the run of the cell of that name
 """
 
+import codecs
 import dataclasses
 import io
 import json
@@ -47,7 +48,8 @@ class Cell:
 
     @property
     def finished(self) -> bool:
-        return bool(self.records) and self.records[-1]["step"] >= self.config.max_steps
+        """The log reached --max-steps, where a run is always validated."""
+        return any(record["step"] >= self.config.max_steps for record in self.val_losses)
 
     @property
     def val_losses(self) -> list[dict]:
@@ -107,7 +109,7 @@ def run_cells(script: Path, cells: list[Cell], folder: Path, what: str, draw: Ca
                     _run_cell(script, cell, folder / cell.name, relay)
                     _report(cells, folder, what, draw)
         print(f"\n{_report(cells, folder, what, draw)}\n{folder} holds {what}.md, {what}.png and a run in each folder")
-        if relay.signal:
+        if relay.signal and not all(cell.finished for cell in cells):
             print("stopped; the same command goes on")
             return 128 + relay.signal
     if failed := [cell.name for cell in cells if cell.error]:
@@ -151,9 +153,10 @@ class Relay:
 def _run_cell(script: Path, cell: Cell, folder: Path, relay: Relay) -> None:
     """Trains one cell, its progress bar shown as it comes, and leaves its records and error in `cell`."""
     child = relay.start([sys.executable, str(script), *cell.arguments, f"--out-dir={folder}"])
-    tail = ""
+    tail, utf8 = "", codecs.getincrementaldecoder("utf-8")("replace")
     with child:
-        while text := os.read(child.stderr.fileno(), 1 << 16).decode("utf-8", "replace"):
+        while content := os.read(child.stderr.fileno(), 1 << 16):
+            text = utf8.decode(content)
             sys.stderr.write(text)
             sys.stderr.flush()
             tail = (tail + text)[-10_000:]
@@ -266,11 +269,13 @@ def draw_curves(axes, cells: list[Cell]) -> None:
     for i, cell in enumerate(shown):
         tokens, losses = zip(*((r["tokens"], r["val_loss"]) for r in cell.val_losses), strict=True)
         colour = colormaps["tab10"](i) if len(shown) <= 10 else colormaps["viridis"](i / len(shown))
-        label = (
-            f"{cell.name}: {losses[-1]:.3f}{'' if cell.finished else ', ' + ('failed' if cell.error else 'stopped')}"
-        )
+        unfinished = "" if cell.finished else ", failed" if cell.error else ", not finished"
+        label = f"{cell.name}: {losses[-1]:.3f}{unfinished}"
         axes.plot(tokens, losses, "o-", markersize=3, linewidth=1, color=colour, label=label)
-    draw_baselines(axes, baselines_of(cells))
+    counted = baselines_of(cells)
+    if counted and axes.get_ylim()[1] > counted["uniform"] + 0.5:  # a cell that went astray must not flatten the rest
+        axes.set_ylim(top=counted["uniform"] + 0.5)
+    draw_baselines(axes, counted)
     axes.set(xlabel="tokens", ylabel="validation loss, nats per token")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)

@@ -179,8 +179,11 @@ def test_a_curve_for_every_cell_and_a_line_for_every_baseline_within_reach(datas
     axes = Figure().add_subplot()
     cells.draw_curves(axes, [made_up(config, 1.2, 1.1, 1.0, lr=0.1), made_up(config, 1.3, 1.2, lr=1.0)])
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels == ["lr=0.1: 1.000", "lr=1.0: 1.200, stopped"]
+    assert labels == ["lr=0.1: 1.000", "lr=1.0: 1.200, not finished"]
     assert not axes.texts  # all baselines are near ln 8 = 2.08, far above
     axes = Figure().add_subplot()
     cells.draw_curves(axes, [made_up(config, 3.2, 2.5, 2.0, lr=0.1)])
     assert {text.get_text() for text in axes.texts} == {"uniform", "unigram", "bigram", "trigram"}
+    axes = Figure().add_subplot()
+    cells.draw_curves(axes, [made_up(config, 2.0, 1.9, 1.8, lr=0.1), made_up(config, 50.0, 40.0, 30.0, lr=9.0)])
+    assert axes.get_ylim()[1] == pytest.approx(np.log(8) + 0.5)
