@@ -133,6 +133,15 @@ raise SystemExit(sweep.run(SCRIPT, sys.argv[1:], ["lr=1e-3,1e-2"], parse))
     assert [json.loads(line)["step"] for line in log.read_text("utf-8").splitlines()] == [*range(1, 61)]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="process groups are POSIX's")
+def test_a_cell_has_its_own_process_group_so_that_ctrl_c_reaches_it_once():
+    with (
+        cells.Relay() as relay,
+        relay.start([sys.executable, "-c", "import os; os.write(2, b'%d' % os.getpgrp())"]) as child,
+    ):
+        assert int(child.stderr.read()) == child.pid != os.getpgrp()
+
+
 def test_why_a_process_ended_is_its_error_line_or_its_last():
     assert cells._reason(2, "warning: x\nerror: no data\n\r 10%|#\r\n") == "error: no data"
     assert cells._reason(1, 'Traceback:\n  File "x"\nKeyError: 3\n') == "KeyError: 3"
