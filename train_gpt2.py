@@ -15,25 +15,24 @@ The file reads in this order: options, presets, pure functions, one step and its
 import contextlib
 import dataclasses
 import math
-import os
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import tyro
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
 import kernels
 import model as gpt
-from data import shards, tokenizer
-from data.run import Run, StopRequest, load_checkpoint, newest_checkpoint
+from data import hellaswag, shards, tokenizer
+from data.parallel import Mode, Processes
+from data.run import Run, StopRequest, load_checkpoint, loss_landmarks, newest_checkpoint
 from kernels import devices
 from kernels.cross_entropy import check_targets
 
@@ -51,7 +50,7 @@ class RunError(Exception):
 class Config:
     """Train a GPT-2."""
 
-    data: str = "datasets/fineweb-edu-10B"  # pydocs, shakespeare-char, shakespeare-gpt2, or a folder of shards
+    data: str = "fineweb-edu-10B"  # pydocs, shakespeare-char, shakespeare-gpt2, fineweb-edu-..., a folder of shards
     out_dir: str = "runs/gpt2-124m"  # folder of the run
     n_layer: int = 12  # blocks; 0 leaves a bigram model
     n_head: int = 12  # attention heads a block
@@ -71,6 +70,8 @@ class Config:
     shuffle: bool = True  # a new order of the sequences in every epoch; without it, the order on disk
     eval_every: int = 250  # steps between validations; 0: only at the end
     eval_tokens: int = 10_485_760  # validation tokens, the same every time; all there are where they are fewer
+    hellaswag_every: int = 1000  # steps between HellaSwag evaluations, and at the end; 0: never
+    hellaswag_input: str = ""  # a file of questions in HellaSwag's format; none: its validation set, a download
     sample_every: int = 1000  # steps between samples; 0: only at the end
     checkpoint_every: int = 1000  # steps between checkpoints; one is always written at the end
     keep: int = 3  # checkpoints kept, the newest
@@ -80,6 +81,7 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 where it is fast
     kernels: str = "auto"  # all, none, or a list of layernorm,gelu,attention,cross_entropy; auto: what runs on a GPU
     compile: bool = True  # torch.compile the model
+    parallel: Mode = "ddp"  # among processes; zero1: share optimizer state; fsdp: weights and gradients too
     check: bool = False  # check the token ids of every batch before they are used: slower, for debugging
     profile: bool = False  # write a torch.profiler trace of steps 6 to 8 to trace.json
     wandb: bool = False  # log to Weights & Biases too
@@ -91,7 +93,8 @@ class Config:
         for name in positive + ["micro_batch"] * (self.micro_batch != "auto"):
             if not getattr(self, name) > 0:
                 raise RunError(f"{flag(name)} is {getattr(self, name)}, but must be above 0")
-        for name in ["warmup_steps", "eval_every", "sample_every", "weight_decay", "grad_clip", "seed", "min_lr"]:
+        whole = ["warmup_steps", "eval_every", "sample_every", "hellaswag_every", "seed"]
+        for name in [*whole, "weight_decay", "grad_clip", "min_lr"]:
             if (getattr(self, name) or 0) < 0:
                 raise RunError(f"{flag(name)} is {getattr(self, name)}, but must be 0 or more")
         for name, value in dataclasses.asdict(self).items():
@@ -100,6 +103,8 @@ class Config:
         self.sequences_of_one(processes=1)
         if self.dropout and self.kernels != "auto" and "attention" in kernels.families(self.kernels):
             raise RunError("the Triton attention has no dropout: use --dropout 0, or --kernels without attention")
+        if self.parallel == "fsdp" and self.optimizer == "muon":
+            raise RunError("--optimizer muon needs whole matrices, which --parallel fsdp cuts: use zero1 or ddp")
 
     def sequences_of_one(self, processes: int) -> int:
         """Sequences in one process's share of a step's batch; RunError where the batch cannot be shared evenly."""
@@ -125,11 +130,12 @@ def flag(name: str) -> str:
 LAPTOP = Config(
     data="pydocs", out_dir="runs/laptop", n_layer=4, n_head=6, n_embd=192, block_size=128, batch_tokens=16 * 128,
     micro_batch=16, max_steps=1100, optimizer="muon", lr=4e-3, weight_decay=0.3, warmup_steps=100, eval_every=100,
-    eval_tokens=48_896, sample_every=500, checkpoint_every=500, compile=False,
+    eval_tokens=48_896, hellaswag_every=0, sample_every=500, checkpoint_every=500, compile=False,
 )
 CHARACTERS = Config(
     data="shakespeare-char", out_dir="runs/shakespeare-char", n_layer=6, n_head=6, n_embd=384, block_size=256,
     dropout=0.2, batch_tokens=64 * 256, max_steps=5000, lr=1e-3, warmup_steps=100, eval_tokens=111_360,
+    hellaswag_every=0,
 )
 # fmt: on
 
@@ -155,20 +161,20 @@ def learning_rate(step: int, config: Config) -> float:
     return low + (config.lr - low) * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
 
-def make_optimizers(model: gpt.GPT, config: Config) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: gpt.GPT, config: Config, ranks: Processes) -> list[torch.optim.Optimizer]:
     """AdamW for everything; with --optimizer muon, Muon for the blocks' matrices and AdamW for the rest."""
     groups = model.parameter_groups(config.weight_decay)
     adamw = {"lr": config.lr, "betas": BETAS, "fused": next(model.parameters()).device.type in ("cpu", "cuda")}
     if config.optimizer == "adamw":
-        return [torch.optim.AdamW(groups, **adamw)]
+        return [ranks.optimizer(torch.optim.AdamW, groups, **adamw)]
     hidden = [p for p in model.transformer.h.parameters() if p.dim() == 2]
     if not hidden:
         raise RunError("--optimizer muon needs blocks, whose matrices it trains: use --n-layer 1 or more, or adamw")
     chosen = {id(p) for p in hidden}
     rest = [{**group, "params": [p for p in group["params"] if id(p) not in chosen]} for group in groups]
     # match_rms_adamw scales Muon's updates to the size of AdamW's, so that one learning rate serves both
-    muon = torch.optim.Muon(hidden, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-    return [muon, torch.optim.AdamW(rest, **adamw)]
+    muon = {"lr": config.lr, "weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+    return [ranks.optimizer(torch.optim.Muon, hidden, **muon), ranks.optimizer(torch.optim.AdamW, rest, **adamw)]
 
 
 def seed_dropout(*numbers: int) -> None:
@@ -185,7 +191,7 @@ def due(step: int, every: int, last: int) -> bool:
 
 @dataclasses.dataclass
 class Trainer:
-    """What a step works with. `model` is what trains (compiled, DDP); `raw` is the same weights, plain."""
+    """What a step works with. `model` is what trains (compiled, DDP); `raw` is the same weights, neither."""
 
     config: Config
     raw: gpt.GPT
@@ -194,23 +200,10 @@ class Trainer:
     device: torch.device
     dtype: torch.dtype
     micro_batch: int  # sequences
-    rank: int = 0
-    world_size: int = 1
+    ranks: Processes = Processes()
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-    def sum_over_ranks(self, value: Tensor) -> Tensor:
-        if self.world_size > 1:
-            dist.all_reduce(value)  # a sum: gloo has no mean
-        return value
-
-    def greatest(self, number: int) -> int:
-        """The greatest of the processes' numbers."""
-        value = torch.tensor(number, device=self.device)
-        if self.world_size > 1:
-            dist.all_reduce(value, dist.ReduceOp.MAX)
-        return value.item()
 
 
 def train_step(trainer: Trainer, inputs: Tensor, targets: Tensor, step: int) -> tuple[float, float]:
@@ -221,19 +214,18 @@ def train_step(trainer: Trainer, inputs: Tensor, targets: Tensor, step: int) -> 
     Returns the mean loss over processes and micro-steps, in nats per token, and the gradient's norm before clipping.
     Raises RunError, with the weights as they were, when either is not finite.
     """
-    config = trainer.config
-    seed_dropout(config.seed, step, trainer.rank)
+    config, ranks = trainer.config, trainer.ranks
+    seed_dropout(config.seed, step, ranks.rank)
     micro_batches = list(zip(inputs.split(trainer.micro_batch), targets.split(trainer.micro_batch), strict=True))
     loss_sum = torch.zeros((), device=trainer.device)
     for micro_step, (x, y) in enumerate(micro_batches, start=1):
-        if trainer.world_size > 1:  # before the forward: DDP reads it there too
-            trainer.model.require_backward_grad_sync = micro_step == len(micro_batches)
+        ranks.average_gradients(trainer.model, now=micro_step == len(micro_batches))
         with trainer.autocast():
             loss = trainer.model(x, y) / len(micro_batches)
         loss.backward()
         loss_sum += loss.detach()
-    mean_loss = (trainer.sum_over_ranks(loss_sum) / trainer.world_size).item()
-    grad_norm = nn.utils.clip_grad_norm_(trainer.raw.parameters(), config.grad_clip or math.inf).item()
+    mean_loss = (ranks.sum(loss_sum) / ranks.world_size).item()
+    grad_norm = ranks.item(nn.utils.clip_grad_norm_(trainer.raw.parameters(), config.grad_clip or math.inf))
     if not math.isfinite(mean_loss + grad_norm):
         raise RunError(
             f"step {step} has loss {mean_loss} and gradient norm {grad_norm}: stopped before the update, and the "
@@ -252,16 +244,29 @@ def validate(trainer: Trainer, split: shards.Split) -> float:
     """Mean loss in nats per token over --eval-tokens of the split: the same tokens whatever the batch or world size."""
     block_size = trainer.config.block_size
     starts = shards.evaluation_windows(split, block_size, trainer.config.eval_tokens)
-    mine = starts[trainer.rank :: trainer.world_size]
+    ranks, size = trainer.ranks, trainer.micro_batch
+    mine = starts[ranks.rank :: ranks.world_size]
     trainer.raw.eval()
     loss_sum = torch.zeros((), dtype=torch.float64)
-    for first in range(0, len(mine), trainer.micro_batch):
-        windows = mine[first : first + trainer.micro_batch]
-        inputs, targets = (t.to(trainer.device) for t in shards.read_windows(split, windows, block_size))
+    for first in range(0, math.ceil(len(starts) / ranks.world_size), size):
+        windows = mine[first : first + size]
+        some = windows if len(windows) else starts[:1]  # under fsdp all processes call the model equally often
+        inputs, targets = (t.to(trainer.device) for t in shards.read_windows(split, some, block_size))
         with trainer.autocast():
             loss_sum += trainer.raw(inputs, targets).item() * len(windows)
     trainer.raw.train()
-    return trainer.sum_over_ranks(loss_sum.to(trainer.device, torch.float32)).item() / len(starts)
+    return ranks.sum(loss_sum.to(trainer.device, torch.float32)).item() / len(starts)
+
+
+def hellaswag_scores(trainer: Trainer, questions: list[hellaswag.Rendered]) -> dict[str, float]:
+    """The shares of the questions answered right, by the sum of an ending's losses (acc) and by their mean."""
+    ranks = trainer.ranks
+    trainer.raw.eval()
+    with trainer.autocast():
+        counts = hellaswag.evaluate(trainer.raw, questions, 8, trainer.device, ranks.rank, ranks.world_size)
+    trainer.raw.train()
+    right, right_norm, total = ranks.sum(counts).tolist()
+    return {"hellaswag_acc": right / total, "hellaswag_acc_norm": right_norm / total}
 
 
 # -------------------------------------------------------------------------------------------------------- beginning
@@ -285,7 +290,7 @@ def choose_micro_batch(trainer: Trainer, sequences: int) -> int:
 
     def attempt(n: int) -> None:
         # held aside: AdamW's two moments, and under DDP a second copy of the gradients
-        copies = 2 if trainer.world_size == 1 else 3
+        copies = 2 if trainer.ranks.world_size == 1 else 3
         held = [torch.empty_like(p) for p in trainer.raw.parameters() for _ in range(copies)]
         tokens = torch.zeros(n, trainer.config.block_size, dtype=torch.int64, device=trainer.device)
         with trainer.autocast():
@@ -294,19 +299,20 @@ def choose_micro_batch(trainer: Trainer, sequences: int) -> int:
 
     largest = devices.largest_that_fits(divisors, attempt)
     trainer.raw.zero_grad(set_to_none=True)
-    least = -trainer.greatest(-largest)
+    least = -trainer.ranks.greatest(-largest)
     if least == 0:
         raise RunError("not even one sequence fits in the GPU's memory: lower --block-size, or take a smaller model")
     return least
 
 
-def starting_point(config: Config, split: shards.Split) -> dict | None:
+def starting_point(config: Config, split: shards.Split, restarted: bool) -> dict | None:
     """The checkpoint to go on from, if there is one; RunError where it is of another model, text or batch order."""
-    if config.resume == "auto":
+    path, checkpoint = None, None
+    if config.resume == "auto" or restarted:
         path, checkpoint = newest_checkpoint(Path(config.out_dir))
-    elif config.resume != "never":
+    if checkpoint is None and config.resume not in ("auto", "never"):
         path, checkpoint = config.resume, load_checkpoint(Path(config.resume))
-    if config.resume == "never" or checkpoint is None:
+    if checkpoint is None:
         return None
     there, here = checkpoint["run"], dataclasses.asdict(config)
     fixed = ["n_layer", "n_head", "n_embd", "block_size", "optimizer", "batch_tokens", "seed", "shuffle"]
@@ -324,34 +330,49 @@ def starting_point(config: Config, split: shards.Split) -> dict | None:
 def initialise_from(raw: gpt.GPT, name: str, split: shards.Split) -> None:
     """Copy the weights of a released GPT-2 or of a run; it may have a longer block size than this model."""
     source, tokenizer_spec = gpt.load(name)
+    if tokenizer_spec != split.tokenizer_spec:
+        raise RunError(f"--init-from {name} reads other tokens than {split.label}: prepare the text with its tokenizer")
     weights = source.state_dict()
     weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: raw.config.block_size]
     theirs = dataclasses.replace(source.config, block_size=raw.config.block_size, dropout=raw.config.dropout)
     if theirs != raw.config or source.config.block_size < raw.config.block_size:
         raise RunError(f"--init-from {name} has another shape: {source.config} there, {raw.config} here")
-    if tokenizer_spec != split.tokenizer_spec:
-        raise RunError(f"--init-from {name} reads other tokens than {split.label}: prepare the text with its tokenizer")
     raw.load_state_dict(weights)
 
 
-def set_up(config: Config, rank: int, local_rank: int, world_size: int):
+def hellaswag_questions(config: Config, tokens: tokenizer.Tokenizer, ranks: Processes) -> list[hellaswag.Rendered]:
+    """The questions as this run's tokens; none without --hellaswag-every. RunError where files differ."""
+    if not config.hellaswag_every:
+        return []
+    path = hellaswag.prepare_if_missing(config.hellaswag_input)
+    questions = hellaswag.read_questions(path)
+    if ranks.differ(zlib.crc32(path.read_bytes())):
+        raise RunError(f"the processes see different questions in {path}: they must share it, or hold equal copies")
+    if ranks.rank == 0 and (sentence := hellaswag.left_out(questions, tokens)):
+        tqdm.write(f"warning: HellaSwag: {sentence}", file=sys.stderr)
+    return hellaswag.render(questions, tokens, config.block_size)
+
+
+def set_up(config: Config, ranks: Processes):
     """What the loop needs: trainer, loader, validation split, tokenizer, and the checkpoint to go on from or None."""
-    sequences = config.sequences_of_one(world_size)
-    device = devices.choose_device(config.device, local_rank)
+    sequences = config.sequences_of_one(ranks.world_size)
+    device = devices.choose_device(config.device, ranks.local_rank)
     dtype, ops = devices.choose_dtype(config.dtype, device), choose_kernels(config, device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32
-    if local_rank == 0:  # once on every machine
-        data.prepare_if_missing(config.data)
-    if world_size > 1:
-        dist.barrier()
     train_split, val_split = (shards.open_split(data.folder_of(config.data), name) for name in ("train", "val"))
     for split in (train_split, val_split):
-        split.verify(rank, world_size)
+        split.verify(ranks.rank, ranks.world_size)
     shards.evaluation_windows(val_split, config.block_size, config.eval_tokens)  # too short a split fails here, early
-    order = {"seed": config.seed, "shuffle": config.shuffle, "rank": rank, "world_size": world_size}
-    loader = shards.Loader(train_split, config.block_size, sequences * world_size, device=device, **order)
-    checkpoint = starting_point(config, train_split)
+    order = {"seed": config.seed, "shuffle": config.shuffle, "rank": ranks.rank, "world_size": ranks.world_size}
+    loader = shards.Loader(train_split, config.block_size, sequences * ranks.world_size, device=device, **order)
+    checkpoint = starting_point(config, train_split, ranks.restarted)
+    for what, number in [
+        ("--data", int(train_split.fingerprint[:12], 16)),
+        ("checkpoint", checkpoint["step"] if checkpoint else 0),
+    ]:
+        if ranks.differ(number):
+            raise RunError(f"the processes see different files for {what}: they must share it, or hold equal copies")
 
     torch.manual_seed(config.seed)
     raw = gpt.GPT(config.shape(train_split.vocab_size), ops)
@@ -360,23 +381,15 @@ def set_up(config: Config, rank: int, local_rank: int, world_size: int):
     elif config.init_from:
         initialise_from(raw, config.init_from, train_split)
     raw.to(device)
-    trainer = Trainer(
-        config, raw, raw, make_optimizers(raw, config), device, dtype, config.micro_batch, rank, world_size
-    )
-    for what, number in [
-        ("--data", int(train_split.fingerprint[:12], 16)),
-        ("checkpoint", checkpoint["step"] if checkpoint else 0),
-    ]:
-        if trainer.greatest(number) != -trainer.greatest(-number):
-            raise RunError(f"the processes see different files for {what}: they must share it, or hold equal copies")
-    for optimizer, state in zip(trainer.optimizers, checkpoint["optimizers"] if checkpoint else (), strict=False):
-        optimizer.load_state_dict(state)
+    trainer = Trainer(config, raw, raw, [], device, dtype, config.micro_batch, ranks)
     if config.micro_batch == "auto":  # a run that goes on keeps its size, and so its bits
         before = checkpoint["micro_batch"] if checkpoint else sequences + 1
         trainer.micro_batch = choose_micro_batch(trainer, sequences) if sequences % before else before
-    trainer.model = torch.compile(raw) if config.compile else raw
-    if world_size > 1:
-        trainer.model = DistributedDataParallel(trainer.model, gradient_as_bucket_view=True)
+    ranks.shard(raw, list(raw.transformer.h))
+    trainer.optimizers = make_optimizers(raw, config, ranks)
+    for optimizer, state in zip(trainer.optimizers, checkpoint["optimizers"] if checkpoint else (), strict=False):
+        ranks.load_optimizer_state(optimizer, state)
+    trainer.model = ranks.replicate(torch.compile(raw) if config.compile else raw)
     return trainer, loader, val_split, tokenizer.from_spec(train_split.tokenizer_spec), checkpoint
 
 
@@ -395,7 +408,7 @@ def measured(trainer: Trainer, step: int, loss: float, grad_norm: float, seconds
         "grad_norm": grad_norm,
         "ms": round(seconds * 1000, 3),
         "tokens_per_s": round(tokens_per_s, 1),
-        "mfu": tokens_per_s * trainer.raw.flops_per_token() / (peak * trainer.world_size) if peak else None,
+        "mfu": tokens_per_s * trainer.raw.flops_per_token() / (peak * trainer.ranks.world_size) if peak else None,
     }
 
 
@@ -425,54 +438,66 @@ def profiler(config: Config, rank: int):
     )
 
 
-def sample_text(trainer: Trainer, tokens: tokenizer.Tokenizer, length: int = 300) -> str:
-    """A sample of `length` tokens that begins as a document does; the same seed every time."""
+def sample(trainer: Trainer, run: Run | None, tokens: tokenizer.Tokenizer, step: int, length: int = 300) -> None:
+    """Adds to samples.txt `length` tokens that begin as a document does, drawn with the same seed every time."""
+    model, ranks, device = trainer.raw, trainer.ranks, trainer.device
+    weights = ranks.whole(model.state_dict()) if ranks.mode == "fsdp" else None
+    if run is None:
+        return
+    if weights:
+        model = gpt.GPT(model.config, model.ops).to(device)
+        model.load_state_dict(weights)
     start = gpt.start_tokens(tokens)
-    generator = torch.Generator(trainer.device).manual_seed(trainer.config.seed)
-    trainer.raw.eval()
-    context = torch.tensor([start], device=trainer.device)
+    generator = torch.Generator(device).manual_seed(trainer.config.seed)
+    model.eval()
     with trainer.autocast():
-        ids = trainer.raw.generate(context, length, temperature=0.8, generator=generator)
-    trainer.raw.train()
-    return tokens.decode(ids[0, len(start) :].tolist())
+        ids = model.generate(torch.tensor([start], device=device), length, temperature=0.8, generator=generator)
+    model.train()
+    run.sample(step, tokens.decode(ids[0, len(start) :].tolist()))
 
 
-def save(trainer: Trainer, run: Run, tokens: tokenizer.Tokenizer, step: int) -> None:
-    """A checkpoint and the picture of the loss. What is random depends on seed and step alone: no state to save."""
+def save(trainer: Trainer, run: Run | None, tokens: tokenizer.Tokenizer, step: int) -> None:
+    """A checkpoint and the pictures. What is random depends on seed and step alone: there is no state of it to save."""
     checkpoint = {
         "step": step,
-        "model": trainer.raw.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
+        "model": trainer.ranks.whole(trainer.raw.state_dict()),
+        "optimizers": [trainer.ranks.optimizer_state(optimizer) for optimizer in trainer.optimizers],
         "config": dataclasses.asdict(trainer.raw.config),
         "tokenizer": tokens.spec(),
         "run": dataclasses.asdict(trainer.config),
         "micro_batch": trainer.micro_batch,
     }
-    run.save(checkpoint, trainer.config.keep)
-    run.draw(trainer.raw.config.vocab_size)
+    if run:
+        run.save(checkpoint, trainer.config.keep)
+        run.draw()
 
 
-def start_run(trainer: Trainer, step: int) -> Run:
-    """The run's folder, behind a few lines in the terminal that say what is about to be trained."""
-    config, shape, device = trainer.config, trainer.raw.config, trainer.device
+def start_run(trainer: Trainer, val_split: shards.Split, step: int):
+    """The run's folder, behind a few lines that say what is about to be trained; on the first process alone."""
+    config, shape, device, ranks = trainer.config, trainer.raw.config, trainer.device, trainer.ranks
+    if ranks.rank > 0:
+        return contextlib.nullcontext()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"{trainer.raw.parameter_count() / 1e6:.2f}M parameters, vocabulary of {shape.vocab_size:,} tokens")
-    print(f"{trainer.world_size} x {device.type} ({name}), {str(trainer.dtype).removeprefix('torch.')}")
+    print(f"{ranks.world_size} x {device.type} ({name}), {str(trainer.dtype).removeprefix('torch.')}")
     print(f"{config.batch_tokens:,} tokens a step, {trainer.micro_batch} sequences a micro-step; into {config.out_dir}")
-    folder, afresh = Path(config.out_dir), config.resume == "never"
-    return Run(folder, dataclasses.asdict(config), step, config.max_steps, afresh, config.wandb, config.tensorboard)
+    afresh = config.resume == "never" and not ranks.restarted
+    options = dataclasses.asdict(config)
+    landmarks = loss_landmarks(val_split)
+    return Run(
+        Path(config.out_dir), options, step, config.max_steps, landmarks, afresh, config.wandb, config.tensorboard
+    )
 
 
-def train(config: Config, rank: int, local_rank: int, world_size: int) -> int:
+def train(config: Config, ranks: Processes) -> int:
     """A run, or the rest of one. Returns the exit status: 0, or 128 + the signal that ended it early."""
-    trainer, loader, val_split, tokens, checkpoint = set_up(config, rank, local_rank, world_size)
+    trainer, loader, val_split, tokens, checkpoint = set_up(config, ranks)
     first, last = checkpoint["step"] if checkpoint else 0, config.max_steps
     if first >= last:
         print(f"{config.out_dir} has done its {first} steps: raise --max-steps, or start afresh with --resume never")
         return 0
-    stopping = 0
-    running = start_run(trainer, first) if rank == 0 else contextlib.nullcontext()
-    with running as run, StopRequest() as stop, profiler(config, rank) as profiling:
+    stopping, questions = 0, hellaswag_questions(config, tokens, ranks)
+    with start_run(trainer, val_split, first) as run, StopRequest() as stop, profiler(config, ranks.rank) as profiling:
         for step in range(first + 1, last + 1):
             began = time.perf_counter()
             inputs, targets = loader.batch(step - 1)
@@ -484,13 +509,15 @@ def train(config: Config, rank: int, local_rank: int, world_size: int) -> int:
                 check_first_loss(loss, trainer.raw.config.vocab_size)
             if due(step, config.eval_every, last):
                 record["val_loss"] = validate(trainer, val_split)
-            stopping = trainer.greatest(stop.signal)  # all processes stop after the same step
+            if questions and due(step, config.hellaswag_every, last):
+                record |= hellaswag_scores(trainer, questions)
+            stopping = ranks.greatest(stop.signal)  # all processes stop after the same step
             if run:
                 run.log(record)
-            if run and (stopping or due(step, config.checkpoint_every, last)):
+            if stopping or due(step, config.checkpoint_every, last):
                 save(trainer, run, tokens, step)
-            if run and due(step, config.sample_every, last):
-                run.sample(step, sample_text(trainer, tokens))
+            if due(step, config.sample_every, last):
+                sample(trainer, run, tokens, step)
             if profiling:
                 profiling.step()
             if stopping:
@@ -502,23 +529,22 @@ def train(config: Config, rank: int, local_rank: int, world_size: int) -> int:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line, sys.argv by default; under torchrun, one process of several. Ends with SystemExit."""
-    rank, local_rank, world_size = (int(os.environ.get(n, "0")) for n in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    world_size = max(1, world_size)
     sys.stdout.reconfigure(errors="replace")  # where a terminal lacks a character of a sample
     with data.clear_errors(RunError, gpt.ModelError, kernels.KernelError, devices.DeviceError):
         config = data.parse_options(
             lambda: tyro.extras.overridable_config_cli(PRESETS, prog="train_gpt2.py", args=arguments)
         )
-        if world_size > 1:
-            dist.init_process_group("nccl" if torch.cuda.is_available() and config.device != "cpu" else "gloo")
-        try:
-            status = train(config, rank, local_rank, world_size)
-        except (RuntimeError, MemoryError) as error:
-            if devices.out_of_memory(error):
-                raise RunError("out of memory: lower --micro-batch, or take a smaller model") from error
-            raise
-        if world_size > 1:
-            dist.destroy_process_group()
+        ranks = Processes.of_torchrun(config.parallel)
+        data.prepare_if_missing(config.data)  # before they form a group: whoever waits for a group runs out of time
+        if config.hellaswag_every:
+            hellaswag.prepare_if_missing(config.hellaswag_input)
+        with ranks.joined(gpus=torch.cuda.is_available() and config.device != "cpu"):
+            try:
+                status = train(config, ranks)
+            except (RuntimeError, MemoryError) as error:
+                if devices.out_of_memory(error):
+                    raise RunError("out of memory: lower --micro-batch, or take a smaller model") from error
+                raise
     raise SystemExit(status)
 
 

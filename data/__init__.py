@@ -9,6 +9,7 @@ how a file is written whole or not at all.
 """
 
 import functools
+import hashlib
 import importlib
 import io
 import os
@@ -147,3 +148,23 @@ def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> N
         with suppress(OSError):
             os.fsync(folder)
         os.close(folder)
+
+
+def download(url: str, sha256: str, what: str, option: str = "--input FILE") -> bytes:
+    """The file at `url`, whole and with that checksum; DataError otherwise, saying that `option` takes a copy."""
+    import http.client  # here, not above, since few commands download
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            content = response.read()
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        raise DataError(f"cannot download {url} ({reason}): give a copy of it with {option}") from None
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise DataError(
+            f"{url} sent {len(content)} bytes with sha256 {found}, which is not {what} ({sha256}): try again, or give "
+            f"a copy with {option}"
+        )
+    return content
