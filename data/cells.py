@@ -23,13 +23,14 @@ from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
 
-from data import DataError, folder_of, lock, shards, write_whole
-from data.run import read_log
+from data import DataError, folder_of, lock, prepare_if_missing, shards, write_whole
+from data.run import loss_landmarks, read_log
 
 SET_BY_US = {"out_dir", "resume", "sweep", "ladder"}
 # Options that leave the losses of a run as they are: a finished cell stays valid when they change.
 WITHOUT_EFFECT = SET_BY_US | {
-    "device", "keep", "checkpoint_every", "sample_every", "check", "profile", "wandb", "tensorboard",
+    "device", "keep", "checkpoint_every", "sample_every", "hellaswag_every", "hellaswag_input", "diagnose", "check",
+    "profile", "wandb", "tensorboard",
 }  # fmt: skip
 
 Parse = Callable[[list[str]], object]  # a command line -> the options, a dataclass; SystemExit or an exception if wrong
@@ -96,6 +97,8 @@ def run_cells(script: Path, cells: list[Cell], folder: Path, what: str, draw: Ca
     """Trains the cells that are not finished into `folder`, rewriting WHAT.md and WHAT.png after each. See `run`."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise DataError(f"--{what} starts one process a cell: call python train_gpt2.py, without torchrun")
+    for name in {cell.config.data for cell in cells}:  # here, where one can see it, and not once in every cell
+        prepare_if_missing(name)
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / ".lock", f"another process is writing to {folder}: wait for it, or use --out-dir"):
         for cell in cells:
@@ -204,26 +207,25 @@ def parameter_count(config) -> int | None:
     return (V + config.block_size) * C + config.n_layer * (12 * C * C + 13 * C) + 2 * C
 
 
-def baselines_of(cells: list[Cell]) -> dict:
-    """What the data alone gives, {} where the cells read several datasets or nobody has counted."""
+def landmarks_of(cells: list[Cell]) -> dict[str, float]:
+    """The losses to compare with, named, in nats per token; {} where the cells do not read one and the same dataset."""
     names = {cell.config.data for cell in cells}
     try:
-        return shards.open_split(folder_of(names.pop()), "val").baselines if len(names) == 1 else {}
+        return loss_landmarks(shards.open_split(folder_of(names.pop()), "val")) if len(names) == 1 else {}
     except DataError:
         return {}
 
 
 def table(cells: list[Cell]) -> str:
-    """In Markdown, columns aligned for a terminal; below it errors, baselines and the best cell."""
+    """In Markdown, columns aligned for a terminal; below it errors, losses to compare with, and the best cell."""
     rows = [[*cells[0].columns, "steps", "parameters", "train loss", "val loss", "lowest, at step", "minutes"]]
     rows += [[str(value) for value in cell.columns.values()] + _figures(cell) for cell in cells]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
     notes = [f"{cell.name}: {cell.error}" for cell in cells if cell.error]
-    if counted := baselines_of(cells):
-        shown = (f"{name} {nats:.3f}" for name, nats in counted.items() if name != "tokens_counted")
-        notes.append(f"the data alone, by counting: {', '.join(shown)}")
+    if landmarks := landmarks_of(cells):
+        notes.append("to compare with: " + ", ".join(f"{name} {nats:.3f}" for name, nats in landmarks.items()))
     if done := [cell for cell in cells if cell.finished]:
         best = min(done, key=lambda cell: cell.val_losses[-1]["val_loss"])
         notes.append(f"lowest validation loss at the end: {best.val_losses[-1]['val_loss']:.4f}, {best.name}")
@@ -272,10 +274,10 @@ def draw_curves(axes, cells: list[Cell]) -> None:
         unfinished = "" if cell.finished else ", failed" if cell.error else ", not finished"
         label = f"{cell.name}: {losses[-1]:.3f}{unfinished}"
         axes.plot(tokens, losses, "o-", markersize=3, linewidth=1, color=colour, label=label)
-    counted = baselines_of(cells)
-    if counted and axes.get_ylim()[1] > counted["uniform"] + 0.5:  # a cell that went astray must not flatten the rest
-        axes.set_ylim(top=counted["uniform"] + 0.5)
-    draw_baselines(axes, counted)
+    landmarks = landmarks_of(cells)
+    if landmarks and axes.get_ylim()[1] > max(landmarks.values()) + 0.5:  # a stray cell must not flatten the rest
+        axes.set_ylim(top=max(landmarks.values()) + 0.5)
+    draw_landmarks(axes, landmarks)
     axes.set(xlabel="tokens", ylabel="validation loss, nats per token")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
@@ -283,11 +285,11 @@ def draw_curves(axes, cells: list[Cell]) -> None:
         axes.legend(fontsize="small")
 
 
-def draw_baselines(axes, counted: dict) -> None:
-    """A dotted line, named, for each baseline that is not far above what is drawn already."""
+def draw_landmarks(axes, landmarks: dict[str, float]) -> None:
+    """A dotted line, named, for each that is not far above what is drawn already."""
     low, high = axes.get_ylim()
-    for name, nats in counted.items():
-        if name != "tokens_counted" and nats <= high + 0.1 * (high - low):
+    for name, nats in landmarks.items():
+        if nats <= high + 0.1 * (high - low):
             axes.axhline(nats, linestyle=":", color="grey", linewidth=1)
             place = {"xy": (1, nats), "xycoords": ("axes fraction", "data"), "xytext": (-3, 2)}
             axes.annotate(name, **place, textcoords="offset points", ha="right", fontsize="small", color="grey")

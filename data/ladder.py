@@ -36,6 +36,7 @@ COMMON = {  # of every rung; options on the command line go before these
     "dropout": 0.0,
     "eval_every": 200,
     "eval_tokens": 111_540,  # all there are
+    "hellaswag_every": 0,
     "sample_every": 0,
     "checkpoint_every": 800,
     "keep": 1,
@@ -83,6 +84,6 @@ def draw(figure, cells: list[Cell]) -> None:
         bars.set_xticks(
             range(len(done)), [cell.columns["rung"].replace(": ", ":\n") for cell in done], fontsize="small"
         )
-        runs.draw_baselines(bars, runs.baselines_of(cells))
+        runs.draw_landmarks(bars, runs.landmarks_of(cells))
         bars.legend(fontsize="small")
     bars.set(ylabel="validation loss at the end, nats per token")

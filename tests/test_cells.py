@@ -70,7 +70,7 @@ def test_a_cell_that_fails_is_named_and_the_others_go_on(swept):
     assert columns[3][:2] == ["0.001", "6"] and columns[3][4] == f"{records[-1]['val_loss']:.3f}"
     assert columns[3][3] == f"{records[-1]['loss']:.3f}"
     assert any(line.startswith("lr=1000000000000.0: error: step 2 has loss") for line in lines)
-    assert any("by counting: uniform 2.079, unigram 2.0" in line for line in lines)
+    assert any(line.startswith("to compare with: guessing at random 2.079, token frequencies 2.0") for line in lines)
     assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -157,10 +157,10 @@ def test_parameters_are_counted_as_the_model_counts_them(dataset, sizes):
     assert cells.parameter_count(config) == gpt.GPT(config.shape(vocab_size=8)).parameter_count()
 
 
-def test_without_a_dataset_there_are_no_baselines_and_no_count(tmp_path):
+def test_without_a_dataset_there_is_nothing_to_compare_with_and_no_count(tmp_path):
     config = train_gpt2.Config(data=str(tmp_path / "nothing"))
     cell = cells.Cell("a", {"lr": 1.0}, [], config)
-    assert cells.parameter_count(config) is None and cells.baselines_of([cell]) == {}
+    assert cells.parameter_count(config) is None and cells.landmarks_of([cell]) == {}
     row = cells.table([cell]).splitlines()[2]
     assert [entry.strip() for entry in row.split("|")[1:-1]] == ["1.0", "0", "", "", "not finished", "", "0.0"]
 
@@ -180,16 +180,17 @@ def test_the_lowest_loss_is_told_apart_from_the_last(dataset):
     assert "lowest validation loss at the end: 1.7000, lr=2.0" in table
 
 
-def test_a_curve_for_every_cell_and_a_line_for_every_baseline_within_reach(dataset):
+def test_a_curve_for_every_cell_and_a_line_for_every_landmark_within_reach(dataset):
     config = train_gpt2.Config(data=str(dataset), max_steps=3)
     axes = Figure().add_subplot()
     cells.draw_curves(axes, [made_up(config, 1.2, 1.1, 1.0, lr=0.1), made_up(config, 1.3, 1.2, lr=1.0)])
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels == ["lr=0.1: 1.000", "lr=1.0: 1.200, not finished"]
-    assert not axes.texts  # all baselines are near ln 8 = 2.08, far above
+    assert not axes.texts  # all landmarks are near ln 8 = 2.08, far above
     axes = Figure().add_subplot()
     cells.draw_curves(axes, [made_up(config, 3.2, 2.5, 2.0, lr=0.1)])
-    assert {text.get_text() for text in axes.texts} == {"uniform", "unigram", "bigram", "trigram"}
+    assert {text.get_text() for text in axes.texts} == set(cells.landmarks_of([made_up(config, lr=1.0)]))
+    assert len(axes.texts) == 4
     axes = Figure().add_subplot()
     cells.draw_curves(axes, [made_up(config, 2.0, 1.9, 1.8, lr=0.1), made_up(config, 50.0, 40.0, 30.0, lr=9.0)])
-    assert axes.get_ylim()[1] == pytest.approx(np.log(8) + 0.5)
+    assert axes.get_ylim()[1] == pytest.approx(max(text.xy[1] for text in axes.texts) + 0.5)
