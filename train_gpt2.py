@@ -15,6 +15,7 @@ The file reads in this order: options, presets, pure functions, one step and its
 import contextlib
 import dataclasses
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -29,10 +30,10 @@ from tqdm import tqdm
 import data
 import kernels
 import model as gpt
-from data import diagnostics, find_lr, hellaswag, shards, tokenizer
+from data import diagnostics, find_lr, hellaswag, ladder, shards, sweep, tokenizer
 from data.parallel import Mode, Processes
 from data.run import Run, StopRequest, check_first_loss, load_checkpoint, loss_landmarks, newest_checkpoint, profiler
-from kernels import devices
+from kernels import devices, plan
 from kernels.cross_entropy import check_targets
 
 BETAS = (0.9, 0.95)  # of AdamW, GPT-3's
@@ -83,7 +84,10 @@ class Config:
     parallel: Mode = "ddp"  # among processes; zero1: share optimizer state; fsdp: weights and gradients too
     check: bool = False  # check the token ids of every batch before they are used: slower, for debugging
     diagnose: int = 0  # steps between diagnoses of every layer, into log.jsonl and diagnostics.png; 0: none
-    find_lr: bool = False  # train no model but sweep the learning rate: find_lr.png, and a rate to take
+    plan: bool = False  # train nothing: print the memory, time, money and disk that the run would take
+    find_lr: bool = False  # train nothing to keep: sweep the learning rate, find_lr.png, and suggest one
+    sweep: tuple[str, ...] = ()  # train a grid of runs: --sweep lr=1e-4,3e-4 n_layer=4,6
+    ladder: bool = False  # train from a bigram to a small GPT, one dimension at a time, on tiny shakespeare
     profile: bool = False  # write a torch.profiler trace of steps 6 to 8 to trace.json
     wandb: bool = False  # log to Weights & Biases too
     tensorboard: bool = False  # log to TensorBoard too
@@ -490,24 +494,49 @@ def find_learning_rate(config: Config, ranks: Processes) -> int:
     return 0
 
 
+def run(config: Config) -> int:
+    """Prepare the data, join the other processes, and train, or sweep the learning rate. Returns the exit status."""
+    ranks = Processes.of_torchrun(config.parallel)
+    data.prepare_if_missing(config.data)  # before they form a group: whoever waits inside one runs out of time
+    if config.hellaswag_every:
+        hellaswag.prepare_if_missing(config.hellaswag_input)
+    with ranks.joined(gpus=torch.cuda.is_available() and config.device != "cpu"):
+        try:
+            return find_learning_rate(config, ranks) if config.find_lr else train(config, ranks)
+        except (RuntimeError, MemoryError) as error:
+            if devices.out_of_memory(error):
+                raise RunError("out of memory: lower --micro-batch, or take a smaller model") from error
+            raise
+
+
+def show_plan(config: Config) -> int:
+    """--plan: what a run with these options would take, for as many GPUs as torchrun starts processes."""
+    folder = data.folder_of(config.data)
+    vocab_size = shards.open_split(folder, "train").vocab_size if folder.exists() else 50257
+    job = plan.Job.of_options(dataclasses.asdict(config), vocab_size, int(os.environ.get("WORLD_SIZE", 1)))
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(plan.plan(job))
+    return 0
+
+
+def parse(arguments: list[str]) -> Config:
+    return tyro.extras.overridable_config_cli(PRESETS, prog="train_gpt2.py", args=arguments)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command line, sys.argv by default; under torchrun, one process of several. Ends with SystemExit."""
     sys.stdout.reconfigure(errors="replace")  # where a terminal lacks a character of a sample
-    with data.clear_errors(RunError, gpt.ModelError, kernels.KernelError, devices.DeviceError):
-        config = data.parse_options(
-            lambda: tyro.extras.overridable_config_cli(PRESETS, prog="train_gpt2.py", args=arguments)
-        )
-        ranks = Processes.of_torchrun(config.parallel)
-        data.prepare_if_missing(config.data)  # before they form a group: whoever waits for a group runs out of time
-        if config.hellaswag_every:
-            hellaswag.prepare_if_missing(config.hellaswag_input)
-        with ranks.joined(gpus=torch.cuda.is_available() and config.device != "cpu"):
-            try:
-                status = find_learning_rate(config, ranks) if config.find_lr else train(config, ranks)
-            except (RuntimeError, MemoryError) as error:
-                if devices.out_of_memory(error):
-                    raise RunError("out of memory: lower --micro-batch, or take a smaller model") from error
-                raise
+    with data.clear_errors(RunError, gpt.ModelError, kernels.KernelError, devices.DeviceError, plan.PlanError):
+        arguments, grid = sweep.take_grid(sys.argv[1:] if arguments is None else arguments)
+        config = data.parse_options(lambda: parse(arguments))
+        if config.plan:
+            status = show_plan(config)
+        elif grid:
+            status = sweep.run(Path(__file__), arguments, grid, parse)
+        elif config.ladder:
+            status = ladder.climb(Path(__file__), [word for word in arguments if word != "--ladder"], parse)
+        else:
+            status = run(config)
     raise SystemExit(status)
 
 

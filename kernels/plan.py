@@ -71,6 +71,14 @@ class Job:
                 f"{self.micro_batch} and sequences of {self.block_size}: it must be a multiple of {multiple}"
             )
 
+    @classmethod
+    def of_options(cls, options: dict, vocab_size: int, world_size: int) -> "Job":
+        """The job of train_gpt2.py's options: auto stands for what a GPU would get."""
+        chosen = {field.name: options[field.name] for field in dataclasses.fields(cls) if field.name in options}
+        chosen["dtype"] = chosen["dtype"].replace("auto", "bfloat16")
+        chosen["kernels"] = chosen["kernels"].replace("auto", "all")
+        return cls(vocab_size=vocab_size, world_size=world_size, **chosen)
+
     def shape(self, micro_batch: int = 1) -> Shape:
         return Shape(micro_batch, self.block_size, self.n_embd, self.n_head, self.n_layer, self.vocab_size)
 
