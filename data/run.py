@@ -5,6 +5,7 @@ A run's folder: what training leaves on disk, and how it is read back; and the s
     log.jsonl                      a line a step: step, tokens, loss, lr, grad_norm, ms, tokens_per_s, mfu, and
                                    val_loss, hellaswag_acc, hellaswag_acc_norm when they were measured
     loss.png                       the same as a picture
+    diagnostics.png                with --diagnose, what goes on in every layer; in log.jsonl under "diagnostics"
     samples.txt                    text that the model wrote
     checkpoints/step_NNNNNN.pt     after NNNNNN steps: torch.save of a dict, read with weights_only=True
     checkpoints/step_NNNNNN.pt.sha256
@@ -29,7 +30,8 @@ from typing import BinaryIO
 import torch
 from tqdm import tqdm
 
-from data import DataError, lock, write_whole
+from data import DataError, diagnostics, lock, write_whole
+from data.hellaswag import HELLASWAG_CHANCE, HELLASWAG_GPT2_124M, HELLASWAG_GPT3_124M
 from data.shards import Split
 
 CHECKPOINT_KEYS = {"step", "model", "optimizers", "config", "tokenizer", "run"}  # what a checkpoint holds at least
@@ -38,7 +40,7 @@ PUBLISHED = {
     "fineweb-edu": 3.2924,
     "fineweb": 3.425,
 }  # its loss, nats per token, on the validation shard of either text
-HELLASWAG = {GPT2_124M: 0.2955, "GPT-3 (124M)": 0.337}  # acc_norm: with the scoring of data/hellaswag.py; its paper's
+HELLASWAG = {GPT2_124M: HELLASWAG_GPT2_124M, "GPT-3 (124M)": HELLASWAG_GPT3_124M}
 SAMPLE_LINE = "-" * 40  # begins each sample in samples.txt
 
 
@@ -90,7 +92,7 @@ class Run:
         self._log.write(json.dumps(record) + "\n")
         self._log.flush()
         for service in self.services:
-            service({name: value for name, value in record.items() if value is not None})
+            service({name: value for name, value in record.items() if isinstance(value, int | float)})
         if "val_loss" in record:
             self._val = f" val {record['val_loss']:.3f}"
         mfu = "" if record["mfu"] is None else f" MFU {record['mfu']:.1%}"
@@ -163,13 +165,14 @@ class Run:
         if scores:
             panels[1].set(ylabel="HellaSwag acc_norm")
             panels[1].plot(tokens, scores, "o-", markersize=4, label=f"this run: {scores[-1]:.4f} at the end")
-            _draw_levels(panels[1], {"guessing at random": 0.25, **HELLASWAG})
+            _draw_levels(panels[1], {"guessing at random": HELLASWAG_CHANCE, **HELLASWAG})
         for axes in panels:
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 5M and not 5 with a 1e6 in the corner
             axes.grid(alpha=0.3)
             axes.legend(fontsize="small")
         panels[-1].set(xlabel="tokens")
         write_whole(self.folder / "loss.png", lambda file: figure.savefig(file, format="png", dpi=120))
+        diagnostics.draw(self.records, self.folder / "diagnostics.png", self.folder.name)
 
     def _curve(self, name: str) -> tuple[list[float], list[float]]:
         records = [record for record in self.records if name in record]
@@ -215,6 +218,21 @@ class _Hashed:
 
     def flush(self) -> None:
         self.file.flush()
+
+
+def check_first_loss(loss: float, vocab_size: int) -> None:
+    """Untrained, every token is as likely as any other: a first loss far from ln V means broken data or weights."""
+    if abs(loss - math.log(vocab_size)) > 0.5:
+        expected = f"ln({vocab_size}) = {math.log(vocab_size):.3f}"
+        tqdm.write(f"warning: the first loss is {loss:.3f}, far from {expected}: look at the data", file=sys.stderr)
+
+
+def profiler(folder: str) -> torch.profiler.profile:
+    """Records steps 6 to 8 of this process into trace.json, for ui.perfetto.dev; `.step()` ends a step."""
+    return torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=4, warmup=1, active=3, repeat=1),
+        on_trace_ready=lambda done: done.export_chrome_trace(f"{folder}/trace.json"),
+    )
 
 
 def _draw_levels(axes, levels: dict[str, float]) -> None:

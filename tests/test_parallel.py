@@ -6,13 +6,13 @@ import subprocess
 import time
 
 import pytest
+from hellaswag_questions import write_questions
 from runs import ROOT, TORCHRUN, assert_same_run, command, curve, train, wait_for_step
 
 from data import text
 from data.run import newest_checkpoint
 
 SCRIPT = str(ROOT / "train_gpt2.py")
-TWENTY = {"max_steps": 20, "optimizer": "adamw", "micro_batch": 2}
 
 
 def torchrun(processes: int, arguments: list[str], script: str = SCRIPT, options: tuple[str, ...] = (), **popen):
@@ -28,27 +28,34 @@ def finished(process: subprocess.Popen) -> str:
 
 
 @pytest.fixture(scope="module")
-def alone(dataset, tmp_path_factory):
+def twenty(tmp_path_factory):
+    """Options of a run of twenty steps that also answers twenty questions, twice."""
+    questions = write_questions(tmp_path_factory.mktemp("questions") / "questions.jsonl")
+    evaluations = {"eval_every": 10, "hellaswag_every": 10, "hellaswag_input": questions}
+    return {"max_steps": 20, "optimizer": "adamw", "micro_batch": 2} | evaluations
+
+
+@pytest.fixture(scope="module")
+def alone(dataset, twenty, tmp_path_factory):
     """Twenty steps in a single process."""
     out = tmp_path_factory.mktemp("runs") / "alone"
-    assert train(dataset, out, **TWENTY) == 0
+    assert train(dataset, out, **twenty) == 0
     return out
 
 
-def assert_same_losses(one, other):
+def test_four_processes_give_the_losses_and_scores_of_one(dataset, tmp_path, twenty, alone):
+    out = tmp_path / "four"
+    finished(torchrun(4, command(dataset, out, **twenty | {"micro_batch": 1})))
     for name in ("loss", "val_loss", "grad_norm"):
-        assert curve(one, name) == pytest.approx(curve(other, name), abs=1e-5), name
+        assert curve(out, name) == pytest.approx(curve(alone, name), abs=1e-5), name
+    for name in ("hellaswag_acc", "hellaswag_acc_norm"):
+        assert curve(out, name) == curve(alone, name) and set(curve(out, name)) == {10, 20}
 
 
-def test_four_processes_give_the_losses_of_one(dataset, tmp_path, alone):
-    finished(torchrun(4, command(dataset, tmp_path / "four", **TWENTY | {"micro_batch": 1})))
-    assert_same_losses(tmp_path / "four", alone)
-
-
-def test_a_run_goes_on_in_another_mode_and_with_another_number_of_processes(dataset, tmp_path, alone):
+def test_a_run_goes_on_in_another_mode_and_with_another_number_of_processes(dataset, tmp_path, twenty, alone):
     """Two processes of zero1, ended by SIGTERM to torchrun as when a job is preempted; then two of fsdp; then one."""
     out, steps = tmp_path / "run", [0]
-    arguments = command(dataset, out, checkpoint_every=1000, eval_every=10, **TWENTY)
+    arguments = command(dataset, out, checkpoint_every=1000, **twenty)
     for mode in ("zero1", "fsdp"):
         process = torchrun(2, [*arguments, "--parallel", mode])
         wait_for_step(process, out, steps[-1] + 2)
@@ -56,10 +63,10 @@ def test_a_run_goes_on_in_another_mode_and_with_another_number_of_processes(data
         process.communicate(timeout=120)
         steps.append(newest_checkpoint(out)[1]["step"])
     assert 0 < steps[1] < steps[2] < 20
-    assert train(dataset, out, eval_every=10, **TWENTY) == 0
-    for name in ("loss", "grad_norm"):
+    assert train(dataset, out, **twenty) == 0
+    for name in ("loss", "grad_norm", "val_loss"):
         assert curve(out, name) == pytest.approx(curve(alone, name), abs=1e-5), name
-    assert curve(out, "val_loss")[20] == pytest.approx(curve(alone, "val_loss")[20], abs=1e-5)
+    assert curve(out, "hellaswag_acc_norm") == curve(alone, "hellaswag_acc_norm")
 
 
 def test_a_process_that_dies_is_started_again_and_the_run_ends_as_if_it_had_not(dataset, tmp_path):

@@ -12,10 +12,12 @@ import time
 import numpy as np
 import pytest
 import torch
+from hellaswag_questions import write_questions
 from runs import ROOT, assert_same_run, command, curve, start, train, wait_for_step, weights
 
 import train_gpt2
 from data import pydocs, shards, text, tokenizer
+from data.hugging_face import RELEASES
 from data.run import load_checkpoint, newest_checkpoint, read_log
 
 SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
@@ -49,6 +51,19 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(dataset, tm
         assert train(dataset, tmp_path / name, seed=seed, dropout=0.1) == 0
     assert_same_run(tmp_path / "a", tmp_path / "b")
     assert curve(tmp_path / "a") != curve(tmp_path / "c")
+
+
+def test_hellaswag_is_scored_when_due_and_drawn(dataset, tmp_path, capsys):
+    questions = write_questions(tmp_path / "questions.jsonl")
+    out, options = tmp_path / "run", {"hellaswag_every": 5, "hellaswag_input": questions}
+    assert train(dataset, out, **options) == 0
+    assert set(curve(out, "hellaswag_acc")) == set(curve(out, "hellaswag_acc_norm")) == {5, 10, 12}
+    assert all(20 * score == round(20 * score) for score in curve(out, "hellaswag_acc_norm").values())
+    assert "HellaSwag acc_norm" in capsys.readouterr().out
+    assert train(dataset, tmp_path / "without") == 0
+    assert curve(tmp_path / "without") == curve(out)  # looking changes nothing
+    questions.write_text("{}\n", encoding="utf-8")
+    assert "line 1 is no question" in refused(capsys, dataset, tmp_path / "new", **options)
 
 
 def test_two_micro_batches_are_one_big_batch(dataset, tmp_path):
@@ -104,10 +119,8 @@ def test_presets_are_the_published_ones():
     c = presets["shakespeare-char"]
     assert (c.n_layer, c.n_head, c.n_embd, c.block_size, c.dropout) == (6, 6, 384, 256, 0.2)
     assert c.batch_tokens == 64 * 256
-    for name, shape in zip(
-        ("gpt2-124m", "gpt2-350m", "gpt2-774m", "gpt2-1558m"), train_gpt2.gpt.PRETRAINED.values(), strict=False
-    ):
-        assert (presets[name].n_layer, presets[name].n_head, presets[name].n_embd) == shape
+    for name, release in zip(("gpt2-124m", "gpt2-350m", "gpt2-774m", "gpt2-1558m"), RELEASES.values(), strict=True):
+        assert (presets[name].n_layer, presets[name].n_head, presets[name].n_embd) == release[:3]
 
 
 def test_auto_micro_batch_goes_down_until_memory_holds_it():
@@ -423,7 +436,7 @@ def test_a_checkpoint_of_another_shape_is_refused(dataset, tmp_path, capsys):
     (tmp_path / "text").write_text("another text, of fewer characters\n" * 100, encoding="utf-8")
     text.prepare([tmp_path / "text"], other)
     assert "another vocabulary" in refused(capsys, other, out, max_steps=2)
-    assert "has another shape" in refused(capsys, other, tmp_path / "new", init_from=out)
+    assert "reads other tokens" in refused(capsys, other, tmp_path / "new", init_from=out)
     (tmp_path / "text").write_text("".join(map(chr, range(1000, 1104))) * 10, encoding="utf-8")  # 104 other characters
     text.prepare([tmp_path / "text"], other)
     assert "reads other tokens" in refused(capsys, other, tmp_path / "new", init_from=out)
