@@ -104,7 +104,8 @@ def read_questions(path: Path) -> list[Question]:
                 if line.strip():
                     questions.append(_question(line, f"{path}, line {number}"))
     except OSError as error:
-        raise DataError(f"cannot read the questions in {path}: {error.strerror}") from None
+        reason = f"cannot read the questions in {path}: {error.strerror}"
+        raise DataError(f"{reason}: give a file in HellaSwag's format, or none, to download it") from None
     if not questions:
         raise DataError(f"{path} is empty: it must hold a question of HellaSwag a line, as JSON")
     return questions
@@ -125,7 +126,7 @@ def _question(line: bytes, where: str) -> Question:
         raise DataError(f"{where}: ctx must be a text, and not empty")
     if not isinstance(endings, list) or len(endings) != ENDINGS or not all(isinstance(e, str) for e in endings):
         raise DataError(f"{where}: endings must be a list of {ENDINGS} texts")
-    if isinstance(label, bool) or str(label) not in map(str, range(ENDINGS)):  # the test set, too, has no label
+    if str(label) not in map(str, range(ENDINGS)):  # the test set, too, has no label
         raise DataError(f"{where}: label is {str(label)[:20]!r}, but must be 0 to {ENDINGS - 1}")
     return Question(ctx, tuple(endings), int(label))
 

@@ -5,7 +5,7 @@ tiktoken.Encoding; `gpt2()` is GPT-2's own, `byte_pairs()` makes one of merges t
 `spec()`, describes any of them: datasets and checkpoints carry it, and `from_spec` turns it back into an equal
 tokenizer. `python -m data.tokenizer train` learns one, `python -m data.tokenizer compare` sets several side by side.
 
-Text is only ever text: "<|endoftext|>" inside a document becomes the seven tokens of its spelling. The end-of-text
+Text is only ever text: "<|endoftext|>" inside a document becomes the tokens of its spelling. The end-of-text
 token is an id, `eot`, that the data scripts put in front of each document.
 """
 
