@@ -108,7 +108,7 @@ def parse_options(command_line: Callable[[], T]) -> T:
     message = sections[0] + [
         line for part in sections[1:] if part[:1] and part[0].startswith("Available") for line in part
     ]
-    print("error:", message, "(--help shows every option)", file=sys.stderr)
+    print("error:", *message, "(--help shows every option)", file=sys.stderr)
     raise SystemExit(2)
 
 
