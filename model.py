@@ -249,6 +249,19 @@ class GPT(nn.Module):
         """OpenAI's GPT-2 of a name, or the one in a Hugging Face folder: `from_pretrained` below."""
         return from_pretrained(name_or_folder, ops)
 
+    def take_weights(self, name: str, tokenizer_spec: dict) -> None:
+        """Copy those of a model that `load` finds, which may have a longer block size; ModelError where they differ."""
+        source, spec = load(name)
+        if spec != tokenizer_spec:
+            raise ModelError(f"--init-from {name} reads other tokens than --data: prepare the text with its tokenizer")
+        same = {"block_size": self.config.block_size, "dropout": self.config.dropout}
+        shorter = source.config.block_size < self.config.block_size
+        if shorter or dataclasses.replace(source.config, **same) != self.config:
+            raise ModelError(f"--init-from {name} has another shape: {source.config} there, {self.config} here")
+        weights = source.state_dict()
+        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: self.config.block_size]
+        self.load_state_dict(weights)
+
     # ------------------------------------------------------------------------------------------------------ sampling
 
     @torch.no_grad()

@@ -15,9 +15,9 @@ The file reads in this order: options, presets, pure functions, one step and its
 import contextlib
 import dataclasses
 import math
+import os
 import sys
 import time
-import zlib
 from pathlib import Path
 from typing import Literal
 
@@ -30,11 +30,10 @@ from tqdm import tqdm
 import data
 import kernels
 import model as gpt
-from data import hellaswag, shards, tokenizer
+from data import diagnostics, find_lr, hellaswag, ladder, shards, sweep, tokenizer
 from data.parallel import Mode, Processes
-from data.run import Run, StopRequest, load_checkpoint, loss_landmarks, newest_checkpoint
-from kernels import devices
-from kernels.cross_entropy import check_targets
+from data.run import Run, StopRequest, check_first_loss, load_checkpoint, loss_landmarks, newest_checkpoint, profiler
+from kernels import devices, plan
 
 BETAS = (0.9, 0.95)  # of AdamW, GPT-3's
 
@@ -83,26 +82,27 @@ class Config:
     compile: bool = True  # torch.compile the model
     parallel: Mode = "ddp"  # among processes; zero1: share optimizer state; fsdp: weights and gradients too
     check: bool = False  # check the token ids of every batch before they are used: slower, for debugging
+    diagnose: int = 0  # steps between diagnoses of every layer, into log.jsonl and diagnostics.png; 0: none
+    plan: bool = False  # train nothing: print the memory, time, money and disk that the run would take
+    find_lr: bool = False  # train nothing to keep: sweep the learning rate, find_lr.png, and suggest one
+    sweep: tuple[str, ...] = ()  # train a grid of runs: --sweep lr=1e-4,3e-4 n_layer=4,6
+    ladder: bool = False  # train from a bigram to a small GPT, one dimension at a time, on tiny shakespeare
     profile: bool = False  # write a torch.profiler trace of steps 6 to 8 to trace.json
     wandb: bool = False  # log to Weights & Biases too
     tensorboard: bool = False  # log to TensorBoard too
 
     def __post_init__(self):
         self.shape(vocab_size=1)
-        positive = ["block_size", "batch_tokens", "max_steps", "lr", "eval_tokens", "checkpoint_every", "keep"]
-        for name in positive + ["micro_batch"] * (self.micro_batch != "auto"):
-            if not getattr(self, name) > 0:
-                raise RunError(f"{flag(name)} is {getattr(self, name)}, but must be above 0")
-        whole = ["warmup_steps", "eval_every", "sample_every", "hellaswag_every", "seed"]
-        for name in [*whole, "weight_decay", "grad_clip", "min_lr"]:
-            if (getattr(self, name) or 0) < 0:
-                raise RunError(f"{flag(name)} is {getattr(self, name)}, but must be 0 or more")
-        for name, value in dataclasses.asdict(self).items():
-            if isinstance(value, int | float) and not value < 2**63:
-                raise RunError(f"{flag(name)} is {value}, but must be an ordinary number")
+        above_zero = ["block_size", "batch_tokens", "micro_batch", "max_steps", "lr", "eval_tokens", "checkpoint_every"]
+        zero_or_more = ["warmup_steps", "eval_every", "sample_every", "hellaswag_every", "seed", "diagnose", "min_lr"]
+        data.check_numbers(
+            dataclasses.asdict(self), [*above_zero, "keep"], [*zero_or_more, "weight_decay", "grad_clip"]
+        )
         self.sequences_of_one(processes=1)
         if self.dropout and self.kernels != "auto" and "attention" in kernels.families(self.kernels):
             raise RunError("the Triton attention has no dropout: use --dropout 0, or --kernels without attention")
+        if self.diagnose and self.parallel != "ddp":
+            raise RunError(f"--diagnose needs every weight on one process, which --parallel {self.parallel} shares out")
         if self.parallel == "fsdp" and self.optimizer == "muon":
             raise RunError("--optimizer muon needs whole matrices, which --parallel fsdp cuts: use zero1 or ddp")
 
@@ -258,17 +258,6 @@ def validate(trainer: Trainer, split: shards.Split) -> float:
     return ranks.sum(loss_sum.to(trainer.device, torch.float32)).item() / len(starts)
 
 
-def hellaswag_scores(trainer: Trainer, questions: list[hellaswag.Rendered]) -> dict[str, float]:
-    """The shares of the questions answered right, by the sum of an ending's losses (acc) and by their mean."""
-    ranks = trainer.ranks
-    trainer.raw.eval()
-    with trainer.autocast():
-        counts = hellaswag.evaluate(trainer.raw, questions, 8, trainer.device, ranks.rank, ranks.world_size)
-    trainer.raw.train()
-    right, right_norm, total = ranks.sum(counts).tolist()
-    return {"hellaswag_acc": right / total, "hellaswag_acc_norm": right_norm / total}
-
-
 # -------------------------------------------------------------------------------------------------------- beginning
 
 
@@ -284,21 +273,13 @@ def choose_kernels(config: Config, device: torch.device) -> kernels.Ops:
 
 def choose_micro_batch(trainer: Trainer, sequences: int) -> int:
     """--micro-batch auto: the largest divisor of `sequences`, a process's share of the batch, that memory holds."""
-    divisors = [n for n in range(sequences, 0, -1) if sequences % n == 0]
+    block_size = trainer.config.block_size
     if trainer.device.type != "cuda":  # 16,384 tokens: more gain a CPU nothing
-        return next((n for n in divisors if n * trainer.config.block_size <= 16_384), 1)
-
-    def attempt(n: int) -> None:
-        # held aside: AdamW's two moments, and under DDP a second copy of the gradients
-        copies = 2 if trainer.ranks.world_size == 1 else 3
-        held = [torch.empty_like(p) for p in trainer.raw.parameters() for _ in range(copies)]
-        tokens = torch.zeros(n, trainer.config.block_size, dtype=torch.int64, device=trainer.device)
-        with trainer.autocast():
-            trainer.raw(tokens, tokens).backward()
-        del held
-
-    largest = devices.largest_that_fits(divisors, attempt)
-    trainer.raw.zero_grad(set_to_none=True)
+        enough = max(1, 16_384 // block_size)
+        return max(n for n in range(1, min(enough, sequences) + 1) if sequences % n == 0)
+    # held aside: AdamW's two moments, and under DDP a second copy of the gradients
+    copies = 2 if trainer.ranks.world_size == 1 else 3
+    largest = devices.largest_micro_batch(trainer.raw, block_size, sequences, copies, trainer.autocast)
     least = -trainer.ranks.greatest(-largest)
     if least == 0:
         raise RunError("not even one sequence fits in the GPU's memory: lower --block-size, or take a smaller model")
@@ -327,32 +308,6 @@ def starting_point(config: Config, split: shards.Split, restarted: bool) -> dict
     return checkpoint
 
 
-def initialise_from(raw: gpt.GPT, name: str, split: shards.Split) -> None:
-    """Copy the weights of a released GPT-2 or of a run; it may have a longer block size than this model."""
-    source, tokenizer_spec = gpt.load(name)
-    if tokenizer_spec != split.tokenizer_spec:
-        raise RunError(f"--init-from {name} reads other tokens than {split.label}: prepare the text with its tokenizer")
-    weights = source.state_dict()
-    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: raw.config.block_size]
-    theirs = dataclasses.replace(source.config, block_size=raw.config.block_size, dropout=raw.config.dropout)
-    if theirs != raw.config or source.config.block_size < raw.config.block_size:
-        raise RunError(f"--init-from {name} has another shape: {source.config} there, {raw.config} here")
-    raw.load_state_dict(weights)
-
-
-def hellaswag_questions(config: Config, tokens: tokenizer.Tokenizer, ranks: Processes) -> list[hellaswag.Rendered]:
-    """The questions as this run's tokens; none without --hellaswag-every. RunError where files differ."""
-    if not config.hellaswag_every:
-        return []
-    path = hellaswag.prepare_if_missing(config.hellaswag_input)
-    questions = hellaswag.read_questions(path)
-    if ranks.differ(zlib.crc32(path.read_bytes())):
-        raise RunError(f"the processes see different questions in {path}: they must share it, or hold equal copies")
-    if ranks.rank == 0 and (sentence := hellaswag.left_out(questions, tokens)):
-        tqdm.write(f"warning: HellaSwag: {sentence}", file=sys.stderr)
-    return hellaswag.render(questions, tokens, config.block_size)
-
-
 def set_up(config: Config, ranks: Processes):
     """What the loop needs: trainer, loader, validation split, tokenizer, and the checkpoint to go on from or None."""
     sequences = config.sequences_of_one(ranks.world_size)
@@ -365,6 +320,7 @@ def set_up(config: Config, ranks: Processes):
         split.verify(ranks.rank, ranks.world_size)
     shards.evaluation_windows(val_split, config.block_size, config.eval_tokens)  # too short a split fails here, early
     order = {"seed": config.seed, "shuffle": config.shuffle, "rank": ranks.rank, "world_size": ranks.world_size}
+    order["check"] = config.check
     loader = shards.Loader(train_split, config.block_size, sequences * ranks.world_size, device=device, **order)
     checkpoint = starting_point(config, train_split, ranks.restarted)
     for what, number in [
@@ -379,7 +335,7 @@ def set_up(config: Config, ranks: Processes):
     if checkpoint:
         raw.load_state_dict(checkpoint["model"])
     elif config.init_from:
-        initialise_from(raw, config.init_from, train_split)
+        raw.take_weights(config.init_from, train_split.tokenizer_spec)
     raw.to(device)
     trainer = Trainer(config, raw, raw, [], device, dtype, config.micro_batch, ranks)
     if config.micro_batch == "auto":  # a run that goes on keeps its size, and so its bits
@@ -394,48 +350,6 @@ def set_up(config: Config, ranks: Processes):
 
 
 # --------------------------------------------------------------------------------------------------------------- main
-
-
-def measured(trainer: Trainer, step: int, loss: float, grad_norm: float, seconds: float) -> dict:
-    """The line of log.jsonl for a step: loss in nats per token, ms and tokens_per_s of the step without validation."""
-    config, peak = trainer.config, devices.peak_flops(trainer.device)
-    tokens_per_s = config.batch_tokens / seconds
-    return {
-        "step": step,
-        "tokens": step * config.batch_tokens,
-        "loss": loss,
-        "lr": learning_rate(step, config),
-        "grad_norm": grad_norm,
-        "ms": round(seconds * 1000, 3),
-        "tokens_per_s": round(tokens_per_s, 1),
-        "mfu": tokens_per_s * trainer.raw.flops_per_token() / (peak * trainer.ranks.world_size) if peak else None,
-    }
-
-
-def check_batch(inputs: Tensor, targets: Tensor, vocab_size: int) -> None:
-    """RunError where a token id is past the vocabulary."""
-    try:
-        check_targets(inputs, vocab_size)
-        check_targets(targets, vocab_size)
-    except ValueError as error:
-        raise RunError(f"{error}; the dataset is not of this vocabulary") from error
-
-
-def check_first_loss(loss: float, vocab_size: int) -> None:
-    """Untrained, every token is as likely as any other: a first loss far from ln V means broken data or weights."""
-    if abs(loss - math.log(vocab_size)) > 0.5:
-        expected = f"ln({vocab_size}) = {math.log(vocab_size):.3f}"
-        tqdm.write(f"warning: the first loss is {loss:.3f}, far from {expected}: look at the data", file=sys.stderr)
-
-
-def profiler(config: Config, rank: int):
-    """With --profile, records steps 6 to 8 of the first process into trace.json, for ui.perfetto.dev."""
-    if not config.profile or rank > 0:
-        return contextlib.nullcontext()
-    return torch.profiler.profile(
-        schedule=torch.profiler.schedule(wait=4, warmup=1, active=3, repeat=1),
-        on_trace_ready=lambda done: done.export_chrome_trace(f"{config.out_dir}/trace.json"),
-    )
 
 
 def sample(trainer: Trainer, run: Run | None, tokens: tokenizer.Tokenizer, step: int, length: int = 300) -> None:
@@ -489,6 +403,32 @@ def start_run(trainer: Trainer, val_split: shards.Split, step: int):
     )
 
 
+def run_step(trainer: Trainer, loader: shards.Loader, watch: diagnostics.Diagnostics, step: int) -> dict:
+    """One step with its batch, measured: the line of log.jsonl, ms and tokens_per_s without what --diagnose takes."""
+    config, peak = trainer.config, devices.peak_flops(trainer.device)
+    began = time.perf_counter()
+    inputs, targets = loader.batch(step - 1)
+    diagnosed = trainer.ranks.rank == 0 and config.diagnose and (step == 1 or step % config.diagnose == 0)
+    with watch.watching(inputs, targets) if diagnosed else contextlib.nullcontext({}) as found:
+        loss, grad_norm = train_step(trainer, inputs, targets, step)
+    seconds = time.perf_counter() - began - found.get("ms", 0.0) / 1000
+    if step == 1 and not config.init_from:
+        check_first_loss(loss, trainer.raw.config.vocab_size)
+    for sentence in watch.news(found) if found else ():
+        tqdm.write(f"warning: step {step}: {sentence}", file=sys.stderr)
+    tokens_per_s = config.batch_tokens / seconds
+    return {
+        "step": step,
+        "tokens": step * config.batch_tokens,
+        "loss": loss,
+        "lr": learning_rate(step, config),
+        "grad_norm": grad_norm,
+        "ms": round(seconds * 1000, 3),
+        "tokens_per_s": round(tokens_per_s, 1),
+        "mfu": tokens_per_s * trainer.raw.flops_per_token() / (peak * trainer.ranks.world_size) if peak else None,
+    } | ({"diagnostics": found} if found else {})
+
+
 def train(config: Config, ranks: Processes) -> int:
     """A run, or the rest of one. Returns the exit status: 0, or 128 + the signal that ended it early."""
     trainer, loader, val_split, tokens, checkpoint = set_up(config, ranks)
@@ -496,21 +436,19 @@ def train(config: Config, ranks: Processes) -> int:
     if first >= last:
         print(f"{config.out_dir} has done its {first} steps: raise --max-steps, or start afresh with --resume never")
         return 0
-    stopping, questions = 0, hellaswag_questions(config, tokens, ranks)
-    with start_run(trainer, val_split, first) as run, StopRequest() as stop, profiler(config, ranks.rank) as profiling:
+    questions = []
+    if config.hellaswag_every:
+        questions = hellaswag.questions_for(config.hellaswag_input, tokens, config.block_size, ranks)
+    watch = diagnostics.Diagnostics(trainer.raw, trainer.optimizers, trainer.autocast)
+    trace = profiler(config.out_dir) if config.profile and ranks.rank == 0 else contextlib.nullcontext()
+    stopping = 0
+    with start_run(trainer, val_split, first) as run, StopRequest() as stop, trace as profiling:
         for step in range(first + 1, last + 1):
-            began = time.perf_counter()
-            inputs, targets = loader.batch(step - 1)
-            if config.check:
-                check_batch(inputs, targets, trainer.raw.config.vocab_size)
-            loss, grad_norm = train_step(trainer, inputs, targets, step)
-            record = measured(trainer, step, loss, grad_norm, time.perf_counter() - began)
-            if step == 1 and not config.init_from:
-                check_first_loss(loss, trainer.raw.config.vocab_size)
+            record = run_step(trainer, loader, watch, step)
             if due(step, config.eval_every, last):
                 record["val_loss"] = validate(trainer, val_split)
             if questions and due(step, config.hellaswag_every, last):
-                record |= hellaswag_scores(trainer, questions)
+                record |= hellaswag.scores(trainer.raw, questions, trainer.device, ranks, trainer.autocast)
             stopping = ranks.greatest(stop.signal)  # all processes stop after the same step
             if run:
                 run.log(record)
@@ -527,24 +465,61 @@ def train(config: Config, ranks: Processes) -> int:
     return 128 + stopping if stopping else 0
 
 
+def find_learning_rate(config: Config, ranks: Processes) -> int:
+    """--find-lr: a sweep over weights that are thrown away, into find_lr.png and a line that suggests a rate."""
+    trainer, loader, *_ = set_up(dataclasses.replace(config, resume="never"), ranks)
+
+    def loss_at(rate: float, step: int) -> float:
+        trainer.config = dataclasses.replace(config, lr=rate, min_lr=rate, warmup_steps=0)
+        return train_step(trainer, *loader.batch(step - 1), step)[0]
+
+    find_lr.run(loss_at, RunError, Path(config.out_dir), quiet=ranks.rank > 0)
+    return 0
+
+
+def run(config: Config) -> int:
+    """Prepare the data, join the other processes, and train, or sweep the learning rate. Returns the exit status."""
+    ranks = Processes.of_torchrun(config.parallel)
+    data.prepare_if_missing(config.data)  # before they form a group: whoever waits inside one runs out of time
+    if config.hellaswag_every:
+        hellaswag.prepare_if_missing(config.hellaswag_input)
+    with ranks.joined(gpus=torch.cuda.is_available() and config.device != "cpu"):
+        try:
+            return find_learning_rate(config, ranks) if config.find_lr else train(config, ranks)
+        except (RuntimeError, MemoryError) as error:
+            if devices.out_of_memory(error):
+                raise RunError("out of memory: lower --micro-batch, or take a smaller model") from error
+            raise
+
+
+def show_plan(config: Config) -> int:
+    """--plan: what a run with these options would take, for as many GPUs as torchrun starts processes."""
+    folder = data.folder_of(config.data)
+    vocab_size = shards.open_split(folder, "train").vocab_size if folder.exists() else 50257
+    job = plan.Job.of_options(dataclasses.asdict(config), vocab_size, int(os.environ.get("WORLD_SIZE", 1)))
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(plan.plan(job))
+    return 0
+
+
+def parse(arguments: list[str]) -> Config:
+    return tyro.extras.overridable_config_cli(PRESETS, prog="train_gpt2.py", args=arguments)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command line, sys.argv by default; under torchrun, one process of several. Ends with SystemExit."""
     sys.stdout.reconfigure(errors="replace")  # where a terminal lacks a character of a sample
-    with data.clear_errors(RunError, gpt.ModelError, kernels.KernelError, devices.DeviceError):
-        config = data.parse_options(
-            lambda: tyro.extras.overridable_config_cli(PRESETS, prog="train_gpt2.py", args=arguments)
-        )
-        ranks = Processes.of_torchrun(config.parallel)
-        data.prepare_if_missing(config.data)  # before they form a group: whoever waits for a group runs out of time
-        if config.hellaswag_every:
-            hellaswag.prepare_if_missing(config.hellaswag_input)
-        with ranks.joined(gpus=torch.cuda.is_available() and config.device != "cpu"):
-            try:
-                status = train(config, ranks)
-            except (RuntimeError, MemoryError) as error:
-                if devices.out_of_memory(error):
-                    raise RunError("out of memory: lower --micro-batch, or take a smaller model") from error
-                raise
+    with data.clear_errors(RunError, gpt.ModelError, kernels.KernelError, devices.DeviceError, plan.PlanError):
+        arguments, grid = sweep.take_grid(sys.argv[1:] if arguments is None else arguments)
+        config = data.parse_options(lambda: parse(arguments))
+        if config.plan:
+            status = show_plan(config)
+        elif grid:
+            status = sweep.run(Path(__file__), arguments, grid, parse)
+        elif config.ladder:
+            status = ladder.climb(Path(__file__), [word for word in arguments if word != "--ladder"], parse)
+        else:
+            status = run(config)
     raise SystemExit(status)
 
 

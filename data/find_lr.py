@@ -8,26 +8,28 @@ where steps become too long. The optimizer is never reset on the way: its moment
 The loss of a single step is noisy. It is smoothed by two exponential averages, both corrected for their start, one from
 each end, so that their lags cancel; the derivative is of that curve, in nats per tenfold rate.
 
-The suggestion is the geometric middle of the foot of the curve, which reaches from the rate at which a tenth of the
-fall is still to come to the rate with the lowest loss. Below it steps are too short, above it they undo what was
-learnt; and a run that stays near its peak for long wants less than a sweep that only passes by. Why not a single point:
-the lowest one wanders along a flat valley with the noise, and that of steepest fall, a common choice with plain SGD,
-comes far too early here: steps of AdamW and Muon are as long as the rate says, whatever the gradient, and most of the
-fall is what any rate achieves at the start of training.
+The suggestion is the rate at which the smoothed loss is lowest: below it steps are too short, above it they undo what
+was learnt. A tenth of it, or the rate of steepest fall, are common choices with plain SGD. Both come too early here:
+steps of AdamW and Muon are as long as the rate says, whatever the gradient, so that most of the fall is what any rate
+achieves at the start of training, and the valley behind it is wide. How wide is told with the suggestion.
 Source: L. Smith, "Cyclical Learning Rates for Training Neural Networks", 2015, https://arxiv.org/abs/1506.01186.
 """
 
+import itertools
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from tqdm import tqdm
 
 from data import DataError, write_whole
 
 LOW, HIGH, STEPS = 1e-5, 1.0, 200  # 40 steps for every factor of ten
 EXPLODED = 4.0  # times the lowest smoothed loss: higher rates can tell nothing more
 WINDOW = 20  # the averages reach over this fraction of the sweep, a quarter of a factor of ten
-FOOT = 0.1  # share of the fall; see above
+VALLEY = 0.05  # share of the fall by which a rate may miss the lowest loss and still do
 LEAST_FALL = 0.1  # nats: with less, nothing was learnt at any rate
 
 
@@ -39,7 +41,7 @@ class Result:
     losses: list[float]
     smooth: list[float]
     slopes: list[float]
-    foot: tuple[float, float]  # its lowest and highest rate
+    valley: tuple[float, float]  # its lowest and highest rate
     suggestion: float
     reason: str
 
@@ -75,21 +77,21 @@ def suggest(rates: list[float], losses: list[float], steps: int) -> Result:
     """The Result of a sweep of `steps` steps, of which these are all that were done. DataError as in find."""
     smooth = smoothed([min(loss, 2 * losses[0]) for loss in losses], steps)  # one that explodes would smear far back
     slopes = derivative([math.log10(rate) for rate in rates], smooth)
-    first, lowest = foot(smooth)
+    first, lowest, last = valley(smooth)
     fall = max(smooth[:lowest], default=smooth[0]) - smooth[lowest]
     if fall < LEAST_FALL:
         raise DataError(
             f"the loss fell by {fall:.3f} nats at most between the learning rates {rates[0]:.1e} and {rates[-1]:.1e}, "
             "which says nothing: sweep a wider range, or look at the data"
         )
-    suggestion = float(f"{math.sqrt(rates[first] * rates[lowest]):.1e}")
+    suggestion = float(f"{rates[lowest]:.1e}")
     reason = (
-        f"the smoothed loss fell from {smooth[0]:.2f} to {smooth[lowest]:.2f} nats per token, the last {FOOT:.0%} of it"
-        f" between the rates {rates[first]:.1e} and {rates[lowest]:.1e}, and this is their middle"
+        f"there the smoothed loss is lowest, {smooth[lowest]:.2f} nats per token after {smooth[0]:.2f} at the start; "
+        f"from {rates[first]:.1e} to {rates[last]:.1e} it is within {VALLEY:.0%} of that fall"
     )
     if lowest == len(smooth) - 1:
-        reason += "; the loss was still falling where the sweep ended, so that a higher rate may be better"
-    return Result(rates, losses, smooth, slopes, (rates[first], rates[lowest]), suggestion, reason)
+        reason += "; it was still falling where the sweep ended, so that a higher rate may be better"
+    return Result(rates, losses, smooth, slopes, (rates[first], rates[last]), suggestion, reason)
 
 
 def smoothed(losses: list[float], steps: int) -> list[float]:
@@ -106,13 +108,15 @@ def derivative(x: list[float], y: list[float]) -> list[float]:
     return [(y[j] - y[i]) / (x[j] - x[i]) for i, j in pairs]
 
 
-def foot(smooth: list[float]) -> tuple[int, int]:
-    """Where FOOT of the fall is still to come, and where the curve is lowest."""
-    lowest = min(range(len(smooth)), key=smooth.__getitem__)
-    limit, first = smooth[lowest] + FOOT * (smooth[0] - smooth[lowest]), lowest
+def valley(smooth: list[float]) -> tuple[int, int, int]:
+    """Where the valley begins, is lowest and ends: the points around the lowest within VALLEY of the fall to it."""
+    first = last = lowest = min(range(len(smooth)), key=smooth.__getitem__)
+    limit = smooth[lowest] + VALLEY * (smooth[0] - smooth[lowest])
     while first > 0 and smooth[first - 1] <= limit:
         first -= 1
-    return first, lowest
+    while last < len(smooth) - 1 and smooth[last + 1] <= limit:
+        last += 1
+    return first, lowest, last
 
 
 class _Average:
@@ -129,7 +133,7 @@ class _Average:
 
 
 def draw(result: Result, path: str | Path, title: str = "") -> None:
-    """The sweep as a picture, the PNG `path`: loss and its slope against the rate, the foot, the suggestion."""
+    """The sweep as a picture, the PNG `path`: loss and its slope against the rate, the valley, the suggestion."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 6.5), layout="constrained")
@@ -145,8 +149,34 @@ def draw(result: Result, path: str | Path, title: str = "") -> None:
     below.set_ylim(-1.3 * steepest, 1.3 * steepest)
     below.axhline(0, color="grey", linewidth=0.8)
     for axis in (above, below):
-        axis.axvspan(*result.foot, color="tab:green", alpha=0.12, label="foot of the fall")
+        axis.axvspan(*result.valley, color="tab:green", alpha=0.12, label=f"within {VALLEY:.0%} of the fall")
         axis.axvline(result.suggestion, color="tab:green", label=f"suggestion: {result.suggestion:g}")
         axis.grid(alpha=0.3)
     above.legend()
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=100))
+
+
+def run(loss_at: Callable[[float, int], float], breakdown: type[Exception], folder: Path, quiet: bool) -> None:
+    """
+    The whole command: a sweep with its bar, find_lr.png in `folder`, and the suggestion in the terminal.
+
+    loss_at: trains step 1, 2, ... at a rate and returns its loss, in nats per token; `breakdown` where there is none
+    quiet:   sweep only; for all processes but the first
+    """
+    seconds = 0.1 if sys.stderr.isatty() else 10.0  # between refreshes: a log file needs few
+    with tqdm(total=STEPS, unit="step", mininterval=seconds, disable=quiet, dynamic_ncols=True) as bar:
+        numbers = itertools.count(1)
+
+        def step_with_lr(rate: float) -> float:
+            bar.update()
+            try:
+                return loss_at(rate, next(numbers))
+            except breakdown:
+                return math.inf
+
+        result = find(step_with_lr)
+    if not quiet:
+        folder.mkdir(parents=True, exist_ok=True)
+        draw(result, folder / "find_lr.png", f"{folder.name}: learning rates")
+        print(f"--lr {result.suggestion:g}: {result.reason}")
+        print(f"{folder / 'find_lr.png'} shows the sweep")

@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -25,10 +26,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import DataError, clear_errors, download, lock, run_script, write_whole
+from data.parallel import Processes
 from data.tokenizer import CharTokenizer, Tokenizer, from_spec
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -36,6 +38,7 @@ URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 
 ENDINGS = 4
+BATCH = 8  # questions scored at once: with GPT-2's vocabulary a gigabyte of logits
 HELLASWAG_CHANCE = 1 / ENDINGS
 # acc_norm on all 10,042 questions. GPT-2: the released weights scored as here, by llm.c's dev/data/hellaswag.py. GPT-3:
 # as its makers report it, zero-shot, for their smallest model: https://arxiv.org/abs/2005.14165, table H.1.
@@ -101,7 +104,8 @@ def read_questions(path: Path) -> list[Question]:
                 if line.strip():
                     questions.append(_question(line, f"{path}, line {number}"))
     except OSError as error:
-        raise DataError(f"cannot read the questions in {path}: {error.strerror}") from None
+        reason = f"cannot read the questions in {path}: {error.strerror}"
+        raise DataError(f"{reason}: give a file in HellaSwag's format, or none, to download it") from None
     if not questions:
         raise DataError(f"{path} is empty: it must hold a question of HellaSwag a line, as JSON")
     return questions
@@ -122,7 +126,7 @@ def _question(line: bytes, where: str) -> Question:
         raise DataError(f"{where}: ctx must be a text, and not empty")
     if not isinstance(endings, list) or len(endings) != ENDINGS or not all(isinstance(e, str) for e in endings):
         raise DataError(f"{where}: endings must be a list of {ENDINGS} texts")
-    if isinstance(label, bool) or str(label) not in map(str, range(ENDINGS)):  # the test set, too, has no label
+    if str(label) not in map(str, range(ENDINGS)):  # the test set, too, has no label
         raise DataError(f"{where}: label is {str(label)[:20]!r}, but must be 0 to {ENDINGS - 1}")
     return Question(ctx, tuple(endings), int(label))
 
@@ -210,6 +214,29 @@ def evaluate(
     return counts.to(device)
 
 
+def questions_for(input: str, tokenizer: Tokenizer, block_size: int, processes: Processes) -> list[Rendered]:
+    """The questions of a run, for `scores`: those of the file `input`, or HellaSwag's. DataError where files differ."""
+    path = prepare_if_missing(input)
+    questions = read_questions(path)
+    if processes.differ(zlib.crc32(path.read_bytes())):
+        raise DataError(f"the processes see different questions in {path}: they must share it, or hold equal copies")
+    if processes.rank == 0 and (sentence := left_out(questions, tokenizer)):
+        tqdm.write(f"warning: HellaSwag: {sentence}", file=sys.stderr)
+    return render(questions, tokenizer, block_size)
+
+
+def scores(
+    model: nn.Module, questions: Sequence[Rendered], device: torch.device, processes: Processes, autocast: Callable
+) -> dict[str, float]:
+    """The shares of the questions that a model answers right, in training: hellaswag_acc and hellaswag_acc_norm."""
+    model.eval()
+    with autocast():
+        counts = evaluate(model, questions, BATCH, device, processes.rank, processes.world_size)
+    model.train()
+    right, right_norm, total = processes.sum(counts).tolist()
+    return {"hellaswag_acc": right / total, "hellaswag_acc_norm": right_norm / total}
+
+
 def ending_losses(
     logits_of: Callable[[Tensor], Tensor], questions: Sequence[Rendered], device: torch.device | str
 ) -> Tensor:
@@ -241,7 +268,7 @@ def _counts(losses: Tensor, questions: Sequence[Rendered]) -> Tensor:
 def score(
     model: Annotated[str, tyro.conf.arg(metavar="RUN_OR_NAME")],
     input: Annotated[str, tyro.conf.arg(metavar="FILE")] = "",
-    batch: int = 8,
+    batch: int = BATCH,
     device: str = "auto",
 ) -> str:
     """Scores a model on HellaSwag.

@@ -5,6 +5,7 @@ A run's folder: what training leaves on disk, and how it is read back; and the s
     log.jsonl                      a line a step: step, tokens, loss, lr, grad_norm, ms, tokens_per_s, mfu, and
                                    val_loss, hellaswag_acc, hellaswag_acc_norm when they were measured
     loss.png                       the same as a picture
+    diagnostics.png                with --diagnose, what goes on in every layer; in log.jsonl under "diagnostics"
     samples.txt                    text that the model wrote
     checkpoints/step_NNNNNN.pt     after NNNNNN steps: torch.save of a dict, read with weights_only=True
     checkpoints/step_NNNNNN.pt.sha256
@@ -29,7 +30,7 @@ from typing import BinaryIO
 import torch
 from tqdm import tqdm
 
-from data import DataError, lock, write_whole
+from data import DataError, diagnostics, lock, write_whole
 from data.hellaswag import HELLASWAG_CHANCE, HELLASWAG_GPT2_124M, HELLASWAG_GPT3_124M
 from data.shards import Split
 
@@ -64,6 +65,7 @@ class Run:
         tensorboard: bool = False,
     ):
         self.folder, self.landmarks, self.services = folder, landmarks or {}, []
+        self.published = {} if config.get("hellaswag_input") else HELLASWAG  # true of HellaSwag's own questions alone
         wandb = wandb and _optional("wandb", "wandb")
         tensorboard = tensorboard and _optional("torch.utils.tensorboard", "tensorboard")
         if afresh and folder.exists():
@@ -91,7 +93,7 @@ class Run:
         self._log.write(json.dumps(record) + "\n")
         self._log.flush()
         for service in self.services:
-            service({name: value for name, value in record.items() if value is not None})
+            service({name: value for name, value in record.items() if isinstance(value, int | float)})
         if "val_loss" in record:
             self._val = f" val {record['val_loss']:.3f}"
         mfu = "" if record["mfu"] is None else f" MFU {record['mfu']:.1%}"
@@ -138,8 +140,8 @@ class Run:
                 f"{losses[-1]:.4f} nats per token, perplexity {math.exp(min(losses[-1], 700)):.2f}"
             )
         if scores := self._curve("hellaswag_acc_norm")[1]:
-            published = ", ".join(f"{name} {score}" for name, score in HELLASWAG.items())
-            rows["HellaSwag acc_norm"] = f"{scores[-1]:.4f} (published: {published})"
+            published = ", ".join(f"{name} {score}" for name, score in self.published.items())
+            rows["HellaSwag acc_norm"] = f"{scores[-1]:.4f}" + (f" (published: {published})" if published else "")
         return rows
 
     def sample(self, step: int, text: str) -> None:
@@ -164,13 +166,14 @@ class Run:
         if scores:
             panels[1].set(ylabel="HellaSwag acc_norm")
             panels[1].plot(tokens, scores, "o-", markersize=4, label=f"this run: {scores[-1]:.4f} at the end")
-            _draw_levels(panels[1], {"guessing at random": HELLASWAG_CHANCE, **HELLASWAG})
+            _draw_levels(panels[1], {"guessing at random": HELLASWAG_CHANCE, **self.published})
         for axes in panels:
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 5M and not 5 with a 1e6 in the corner
             axes.grid(alpha=0.3)
             axes.legend(fontsize="small")
         panels[-1].set(xlabel="tokens")
         write_whole(self.folder / "loss.png", lambda file: figure.savefig(file, format="png", dpi=120))
+        diagnostics.draw(self.records, self.folder / "diagnostics.png", self.folder.name)
 
     def _curve(self, name: str) -> tuple[list[float], list[float]]:
         records = [record for record in self.records if name in record]
@@ -216,6 +219,21 @@ class _Hashed:
 
     def flush(self) -> None:
         self.file.flush()
+
+
+def check_first_loss(loss: float, vocab_size: int) -> None:
+    """Untrained, every token is as likely as any other: a first loss far from ln V means broken data or weights."""
+    if abs(loss - math.log(vocab_size)) > 0.5:
+        expected = f"ln({vocab_size}) = {math.log(vocab_size):.3f}"
+        tqdm.write(f"warning: the first loss is {loss:.3f}, far from {expected}: look at the data", file=sys.stderr)
+
+
+def profiler(folder: str) -> torch.profiler.profile:
+    """Records steps 6 to 8 of this process into trace.json, for ui.perfetto.dev; `.step()` ends a step."""
+    return torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=4, warmup=1, active=3, repeat=1),
+        on_trace_ready=lambda done: done.export_chrome_trace(f"{folder}/trace.json"),
+    )
 
 
 def _draw_levels(axes, levels: dict[str, float]) -> None:

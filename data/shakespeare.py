@@ -36,7 +36,7 @@ def prepare(
     Args:
         folder: The folder to write; datasets/shakespeare-TOKENIZER if not given.
         input: A file to read in place of the download.
-        tokenizer: Characters, GPT-2's tokens, or those of a file that holds a tokenizer.
+        tokenizer: Characters, GPT-2's tokens, or those of a file or folder that holds a tokenizer.
     """
     folder = folder or Path("datasets", f"shakespeare-{Path(tokenizer).stem}")
     text = download(url) if input is None else read_input(input)

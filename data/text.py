@@ -38,7 +38,7 @@ def prepare(
     Args:
         files: Text files in UTF-8.
         folder: The folder to write.
-        tokenizer: Characters, GPT-2's tokens, or those of a file that holds a tokenizer.
+        tokenizer: Characters, GPT-2's tokens, or those of a file or folder that holds a tokenizer.
         lines: One document a line, where otherwise a file is one.
     """
     documents = read_documents(files, lines)
@@ -63,10 +63,13 @@ def read_text(path: str | Path) -> str:
     try:
         return content.decode().removeprefix("\ufeff").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        what = f"byte 0x{content[error.start]:02x} at offset {error.start}"
-        raise DataError(
-            f"{path} is not UTF-8: {what}: convert it, for example with `iconv -f latin1 -t utf-8`"
-        ) from None
+        raise not_utf8(path, content[error.start], error.start) from None
+
+
+def not_utf8(path: str | Path, byte: int, offset: int) -> DataError:
+    """The error that names the first byte of a file which is not UTF-8."""
+    what = f"byte 0x{byte:02x} at offset {offset}"
+    return DataError(f"{path} is not UTF-8: {what}: convert it, for example with `iconv -f latin1 -t utf-8`")
 
 
 def read_documents(files: Sequence[str | Path], lines: bool) -> list[str]:

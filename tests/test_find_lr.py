@@ -25,9 +25,9 @@ def quadratic(curvature=100.0):
 def test_the_suggestion_for_a_bowl_lies_below_the_rate_that_explodes_and_high_enough_to_get_down():
     result = find_lr.find(quadratic(), 1e-6, 10.0, 300)
     assert 1e-4 < result.suggestion < 2e-2
-    assert result.foot[0] < result.suggestion < result.foot[1] < 2e-2
+    assert result.valley[0] < result.suggestion < result.valley[1] < 4e-2
     assert result.rates[-1] < 1.0  # it stopped when the loss exploded
-    for number in (result.foot[0], result.foot[1]):
+    for number in (result.valley[0], result.valley[1]):
         assert f"{number:.1e}" in result.reason
 
 
@@ -65,11 +65,11 @@ def test_noise_of_the_loss_moves_the_suggestion_little():
         return 3 + (math.log10(rate) + 2.5) ** 2 / 4
 
     plain = find_lr.find(curve).suggestion
-    assert 10**-3.1 < plain < 10**-2.7  # the lowest is at -2.5, and a tenth of the fall is still to come at -3.3
+    assert plain == pytest.approx(10**-2.5, rel=0.1)
     for seed in range(20):
         noise = random.Random(seed)
         noisy = find_lr.find(lambda rate, noise=noise: curve(rate) + noise.gauss(0, 0.1)).suggestion
-        assert max(plain / noisy, noisy / plain) < 1.8
+        assert max(plain / noisy, noisy / plain) < 2
 
 
 def test_smoothing_does_not_lag_and_the_slope_is_per_tenfold_rate():
@@ -117,8 +117,7 @@ def config(tmp_path_factory):
     # fmt: off
     return dataclasses.replace(
         train_gpt2.LAPTOP, data=str(folder), n_layer=2, n_head=2, n_embd=32, block_size=32, batch_tokens=256,
-        micro_batch=8, eval_tokens=4096, dtype="float32", max_steps=150, warmup_steps=15,
-        optimizer="adamw",
+        micro_batch=8, eval_tokens=4096, dtype="float32", max_steps=100, warmup_steps=10,
     )
     # fmt: on
 
@@ -140,6 +139,6 @@ def test_a_small_gpt_trains_better_at_the_suggestion_than_nine_times_below_or_ab
         step = next(steps)
         return train_gpt2.train_step(trainer, *loader.batch(step), step + 1)[0]
 
-    rate = find_lr.find(step_with_lr, steps=400).suggestion
+    rate = find_lr.find(step_with_lr).suggestion
     losses = {lr: trained(dataclasses.replace(config, lr=lr)) for lr in (rate / 9, rate, rate * 9)}
     assert min(losses, key=losses.get) == rate, losses

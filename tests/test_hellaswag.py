@@ -65,14 +65,14 @@ def characters(questions):
 
 @pytest.fixture(scope="module")
 def rendered(questions, characters):
-    return render(questions, characters, block_size=128)
+    return render(questions, characters, block_size=256)  # all of it: the lengths differ
 
 
 @pytest.fixture(scope="module")
 def small(characters):
     """A GPT of characters: quick, and with weights so large that its answers differ."""
     torch.manual_seed(0)
-    network = gpt.GPT(gpt.GPTConfig(2, 2, 32, block_size=128, vocab_size=characters.vocab_size)).eval()
+    network = gpt.GPT(gpt.GPTConfig(2, 2, 32, block_size=256, vocab_size=characters.vocab_size)).eval()
     for parameter in network.parameters():
         parameter.data *= 10 if parameter.dim() == 2 else 1
     return network
@@ -133,6 +133,13 @@ def test_the_batch_size_does_not_matter(rendered, small):
     one_by_one = torch.cat([ending_losses(small, [question], "cpu") for question in rendered])
     torch.testing.assert_close(together, one_by_one, rtol=0, atol=1e-4)
     assert len({tuple(evaluate(small, rendered, batch, "cpu").tolist()) for batch in (1, 7, 20, 50)}) == 1
+
+
+def test_questions_of_like_lengths_share_a_batch_and_the_longest_come_first(rendered, small):
+    shapes = []
+    evaluate(lambda tokens: shapes.append(tokens.shape) or small(tokens), rendered[::-1], 3, "cpu")
+    lengths = sorted((max(map(len, question.rows)) - 1 for question in rendered), reverse=True)
+    assert shapes == [(12, T) for T in lengths[:18:3]] + [(8, lengths[18])]
 
 
 def test_a_model_that_knows_the_answers_is_always_right_and_its_opposite_never(rendered, characters):
@@ -368,14 +375,27 @@ def test_the_command_scores_a_hugging_face_folder(tmp_path, monkeypatch, capsys,
 def test_the_command_scores_a_run_with_its_own_tokenizer(tmp_path, monkeypatch, capsys):
     tokenizer = CharTokenizer.train("abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ", documents=True)
     config = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 32, "vocab_size": tokenizer.vocab_size}
-    weights = gpt.GPT(gpt.GPTConfig(**config)).state_dict()
-    checkpoint = {"step": 1, "model": weights, "optimizers": [], "config": config, "tokenizer": tokenizer.spec()}
+    config["dropout"] = 0.9  # which scoring must switch off
+    network = gpt.GPT(gpt.GPTConfig(**config)).eval()
+    for parameter in network.parameters():
+        parameter.data *= 10
+    checkpoint = {
+        "step": 1,
+        "model": network.state_dict(),
+        "optimizers": [],
+        "config": config,
+        "tokenizer": tokenizer.spec(),
+    }
     with Run(tmp_path / "run", {}, 0, 1) as run:
         run.save({**checkpoint, "run": {}}, keep=1)
     path = write_questions(tmp_path / "twenty.jsonl")
     capsys.readouterr()
     out, err, status = command(monkeypatch, capsys, "--model", tmp_path / "run", "--input", path, "--device", "cpu")
-    assert status == 0 and "run: 20 questions, acc 0." in out
+    rendered = render(read_questions(path), tokenizer, block_size=32)
+    correct, correct_norm, _ = evaluate(network, rendered, 20, "cpu").tolist()
+    assert status == 0
+    assert f"run: 20 questions, acc {correct / 20:.4f}, acc_norm {correct_norm / 20:.4f} (" in out
+    assert "OpenAI" not in out
     assert "note: the char tokenizer lacks 4 characters, ',.[]': they are left out of 20 of 20 questions" in err
 
 
