@@ -61,6 +61,11 @@ def write_dataset(
         shards[split] = [write_shard(folder / f"{split}_{i:06d}.npy", tokens) for i, tokens in pieces]
         if not shards[split]:
             raise DataError(f"the {split} split of {folder} would be empty: give more text")
+    return write_meta(folder, tokenizer, shards, command)
+
+
+def write_meta(folder: Path, tokenizer: Tokenizer, shards: dict[str, list[dict]], command: str | None) -> dict:
+    """Writes meta.json, which makes a dataset of the shards in `folder`, and returns what it holds."""
     meta = {"format": 1, "tokenizer": tokenizer.spec(), "vocab_size": tokenizer.vocab_size, "command": command}
     meta["shards"] = shards
     write_whole(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
