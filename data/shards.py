@@ -3,7 +3,8 @@
 A dataset is a folder. It exists if and only if it holds `meta.json`, which is written last:
 
     meta.json          {"format": 1, "tokenizer": SPEC, "vocab_size": V, "command": HOW IT WAS PREPARED or null,
-                        "shards": {"train": [{"file": ..., "tokens": N, "sha256": ...}, ...], "val": [...]}}
+                        "shards": {"train": [{"file": ..., "tokens": N, "sha256": ...}, ...], "val": [...]},
+                        "baselines": WHAT COUNTING REACHES, see baselines.py, or absent}
     train_000000.npy   one-dimensional, little-endian uint16, or uint32 when V > 65,536
     val_000000.npy
 
@@ -28,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data import DataError, write_whole
+from data import DataError, baselines, write_whole
 from data.tokenizer import Tokenizer, token_dtype
 
 BIN_MAGIC, BIN_VERSION, BIN_HEADER_BYTES = 20240520, 1, 1024
@@ -64,10 +65,20 @@ def write_dataset(
     return write_meta(folder, tokenizer, shards, command)
 
 
-def write_meta(folder: Path, tokenizer: Tokenizer, shards: dict[str, list[dict]], command: str | None) -> dict:
-    """Writes meta.json, which makes a dataset of the shards in `folder`, and returns what it holds."""
-    meta = {"format": 1, "tokenizer": tokenizer.spec(), "vocab_size": tokenizer.vocab_size, "command": command}
-    meta["shards"] = shards
+def write_meta(
+    folder: str | Path, tokenizer: Tokenizer, shards: dict[str, list[dict]], command: str | None = None
+) -> dict:
+    """Writes meta.json whole, which makes the shards in `folder` a dataset, in place of an older one; returns it.
+
+    shards: {"train": entries, "val": entries}, each entry what `write_shard` returned, in the order of reading.
+    The baselines are counted from the files: under a minute, however large the dataset. DataError when a shard is
+    missing or not what its entry says.
+    """
+    folder, V = Path(folder), tokenizer.vocab_size
+    meta = {"format": 1, "tokenizer": tokenizer.spec(), "vocab_size": V, "command": command, "shards": shards}
+    if shards.get("train") and shards.get("val"):
+        train, val = (_split_of(folder, meta, name, "prepare the dataset again") for name in ("train", "val"))
+        meta["baselines"] = baselines.measure(train, val, V)
     write_whole(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
     return meta
 
@@ -140,13 +151,14 @@ class Shard(NamedTuple):
 class Split:
     """One split of a dataset, read as if its shards were a single array of n_tokens token ids.
 
+    `baselines` is what counting alone reaches on the dataset (see baselines.py), {} where nobody has counted;
     `fingerprint` is a hex string that two processes share when they see the same list of shards (names, lengths,
     checksums where the format has them).
     """
 
     def __init__(self, label: str, tokenizer_spec: dict, vocab_size: int, shards: list[Shard], remedy: str):
         self.label, self.tokenizer_spec, self.vocab_size = label, tokenizer_spec, vocab_size
-        self.shards, self.remedy = shards, remedy
+        self.shards, self.remedy, self.baselines = shards, remedy, {}
         self.borders = np.cumsum([0] + [len(shard.tokens) for shard in shards])  # shard i holds borders[i:i+2]
         self.n_tokens = int(self.borders[-1])
         listing = [vocab_size] + [[s.path.name, len(s.tokens), s.sha256] for s in shards]
@@ -213,16 +225,22 @@ def _open_npy(folder: Path, split: str) -> Split:
         meta = json.loads(path.read_text("utf-8"))
         if command := meta.get("command"):
             remedy += f" with `{command}`"
-        number, spec, vocab_size = meta["format"], dict(meta["tokenizer"]), int(meta["vocab_size"])
-        entries = [
-            (Path(str(s["file"])).name, int(s["tokens"]), str(s["sha256"])) for s in meta["shards"].get(split, ())
-        ]
+        number, counted = meta["format"], dict(meta.get("baselines", {}))
+        if number != 1:
+            raise DataError(f"{path} has format {number}, this version reads format 1: {remedy}")
+        opened = _split_of(folder, meta, split, remedy)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error}): {remedy}") from None
-    if number != 1:
-        raise DataError(f"{path} has format {number}, this version reads format 1: {remedy}")
-    if not entries:
+    if not opened.shards:
         raise DataError(f"the dataset in {folder} has no {split!r} split, only {sorted(meta['shards'])}: {remedy}")
+    opened.baselines = counted
+    return opened
+
+
+def _split_of(folder: Path, meta: dict, split: str, remedy: str) -> Split:
+    """A split of the dataset that `meta` describes, perhaps without shards; ValueError, KeyError ... for damage."""
+    spec, vocab_size = dict(meta["tokenizer"]), int(meta["vocab_size"])
+    entries = [(Path(str(s["file"])).name, int(s["tokens"]), str(s["sha256"])) for s in meta["shards"].get(split, ())]
     shards = [_map_npy(folder / name, n_tokens, sha256, vocab_size, remedy) for name, n_tokens, sha256 in entries]
     return Split(f"the {split} split of {folder}", spec, vocab_size, shards, remedy)
 
