@@ -67,16 +67,21 @@ def encode_in_order(
     alone; the others end with it, also when it is killed.
     """
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_start_worker)
-    ahead = deque()
+    batches, ahead, failure = iter(batches), deque(), None
     try:
-        for label, texts in batches:
-            ahead.append((label, pool.submit(encode_documents, texts)))
-            if len(ahead) > 2 * processes + 2:  # enough that nobody waits, few enough to hold in memory
+        while failure is None or ahead:
+            # Enough ahead that nobody waits, few enough to hold in memory.
+            while failure is None and len(ahead) < 2 * processes + 2:
+                try:
+                    label, texts = next(batches)
+                    ahead.append((label, pool.submit(encode_documents, texts)))
+                except Exception as error:  # after what was read before it
+                    failure = error
+            if ahead:
                 label, future = ahead.popleft()
                 yield label, future.result()
-        while ahead:
-            label, future = ahead.popleft()
-            yield label, future.result()
+        if not isinstance(failure, StopIteration):
+            raise failure
     except BrokenProcessPool:
         raise DataError(
             "a process that tokenizes has died, perhaps for want of memory: repeat the same command, which goes on "

@@ -20,15 +20,18 @@ import os
 import re
 import shlex
 import shutil
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import tyro
 
-from data import DataError, lock, run_script
+from data import DataError, lock, run_script, writing
 from data.encode import encode_in_order
 from data.resumable import Position, Record, read_record, remove_shards, write_shards
 from data.tokenizer import gpt2
@@ -39,8 +42,11 @@ HUB_DATASET = "HuggingFaceFW/fineweb-edu"
 HUB_TOKENS = {"sample-10BT": 10**10, "sample-100BT": 10**11, "sample-350BT": 35 * 10**10}
 PRETOKENIZED = "kjj0/fineweb10B-gpt2"
 BYTES_PER_TOKEN = 4.5  # of English; only the estimates of disk and time rest on it
-BATCH_CHARACTERS = 1_000_000  # what a process tokenizes at a time, in about 50 ms
-WITHOUT_NETWORK = "without network, give files of your own with --input FILES --out FOLDER"
+BATCH_CHARACTERS = 300_000  # what a process tokenizes at a time, in about 15 ms
+WITHOUT_NETWORK = (
+    "without network, give files of your own with --input FILES --out FOLDER, or copy here what --pretokenized "
+    "downloaded elsewhere"
+)
 
 
 def prepare(
@@ -80,15 +86,20 @@ def prepare(
     k, n = _parse_part(part)
     prefix, record_name = ("", "progress.json") if part is None else (f"part{k}of{n}_", f"part{k}of{n}.json")
     folder.mkdir(parents=True, exist_ok=True)
-    with lock(folder / f".{record_name}.lock", f"another process is at work on {record_name} in {folder}: wait for it"):
+    # Parts may share a folder, so that each has a lock of its own.
+    busy = f"another process is writing {record_name} in {folder}: wait for it"
+    with lock(folder / f".{record_name}.lock", busy) if part else writing(folder):
         record = read_record(folder / record_name)
         if record is None and (folder / "meta.json").exists():
             raise DataError(f"{folder} holds another dataset: give another folder with --out, or delete it")
         recipe, files = _recipe(None if input else name, input, part, shard_tokens, record)
-        record = _same(record, recipe, folder / record_name) or Record(recipe)
+        first, end = (k - 1) * len(files) // n, k * len(files) // n
+        if record:
+            _same(record, recipe, first, folder / record_name)
+        record = replace(record, recipe=recipe) if record else Record(recipe)
         if not record.finished:
-            remove_shards(folder, record_name, prefix, only_unfinished=record.position != Position())
-            share = files[(k - 1) * len(files) // n : k * len(files) // n]
+            remove_shards(folder, record_name, prefix, only_unfinished=bool(record.tokens()))
+            share = files[first:end]
             _check_space(folder, 2 * (sum(file.tokens for file in share) - record.tokens()))
             encoded = _shown(share, record, encode_in_order(read_batches(share, record.position), processes))
             record = write_shards(folder / record_name, record, encoded, shard_tokens, prefix, val=k == 1)
@@ -167,30 +178,52 @@ def read_batches(files: Sequence[File], start: Position) -> Iterator[tuple[Posit
 
 def read_rows(file: File, start: int) -> Iterator[str | None]:
     """The texts of a file from row `start` on; DataError names the file and the row where it is damaged."""
-    from datasets import load_dataset
-    from datasets.utils import logging
-
-    logging.set_verbosity(logging.CRITICAL)  # it logs an error as well as raising it
-    kind = Path(file.name).suffix
-    # Lines are parsed here: the JSON reader of `datasets` gives up when a later line has another set of keys.
-    options = {".parquet": {"columns": ["text"]}, ".jsonl": {}, ".txt": {"sample_by": "document"}}[kind]
-    builder, row = "parquet" if kind == ".parquet" else "text", 0
+    row, kind = 0, Path(file.name).suffix
     try:
-        rows = load_dataset(builder, data_files=[file.place], split="train", streaming=True, **options)
-        for table in rows.with_format("arrow").iter(batch_size=1000):
-            column = table["text"].slice(max(start - row, 0))
-            row += len(table) - len(column)
-            for text in column.to_pylist():
+        for column in _columns(file.place, kind):
+            skipped = min(max(start - row, 0), len(column))
+            row += skipped
+            for text in column[skipped:]:
                 if row == 0 and kind != ".parquet":
                     text = text.removeprefix("\ufeff")
                 yield _text_of_line(text) if kind == ".jsonl" else text
                 row += 1
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        remedy = "mend it or leave it out"
+        remedy = "mend it and repeat the same command, which goes on where it stopped, or begin again without it"
         if file.place.startswith("hf://"):
             remedy = "when the network is back, repeat the same command, which goes on where it stopped"
         raise DataError(f"cannot read {file.name} past row {row} ({reason}): {remedy}") from None
+
+
+def _columns(place: str, kind: str) -> Iterator[list[str | None]]:
+    """The rows of a file, as many at a time as `datasets` reads at once: a row group of Parquet, 10 MB of lines."""
+    from datasets import load_dataset
+    from datasets.utils import logging
+
+    logging.set_verbosity(logging.CRITICAL)  # it logs an error as well as raising it
+    # Lines are parsed here: the JSON reader of `datasets` gives up when a later line has another set of keys.
+    builder = "parquet" if kind == ".parquet" else "text"
+    options = {".parquet": {"columns": ["text"]}, ".jsonl": {}, ".txt": {"sample_by": "document"}}[kind]
+    rows = load_dataset(builder, data_files=[place], split="train", streaming=True, **options).with_format("arrow")
+
+    def read(part) -> list[str | None]:
+        return [text for table in part.iter(batch_size=1000) for text in table["text"].to_pylist()]
+
+    if kind != ".parquet":
+        yield from (table["text"].to_pylist() for table in rows.iter(batch_size=1000))
+        return
+    # Row group by row group. Read as one, the file would be decoded as fast as it comes, and fill the memory where
+    # tokenizing is slower. From the Hub, several at a time hide the time to the first byte of each.
+    rows = rows.reshard()
+    with ThreadPoolExecutor(ahead := 8 if place.startswith("hf://") else 2) as readers:
+        groups = deque()
+        for i in range(rows.num_shards):
+            groups.append(readers.submit(read, rows.shard(rows.num_shards, i)))
+            if len(groups) > ahead:
+                yield groups.popleft().result()
+        while groups:
+            yield groups.popleft().result()
 
 
 def _text_of_line(line: str) -> str | None:
@@ -255,18 +288,32 @@ def _recipe(
     return recipe | {"tokenizer": gpt2().spec(), "files": [[file.name, file.bytes] for file in files]}, files
 
 
-def _same(record: Record | None, recipe: dict, path: Path) -> Record | None:
-    if record is None or record.recipe == recipe:
-        return record
-    options = {"name": "--name", "part": "--part", "shard_tokens": "--shard-tokens", "files": "--input"}
-    for key, option in options.items():
-        if record.recipe.get(key) != recipe[key]:
-            before = "other files" if key == "files" else record.recipe.get(key) or "none"
+def _same(record: Record, recipe: dict, first: int, path: Path) -> None:
+    """DataError unless the record at `path` is of this recipe; first: the number of the first file of the share.
+
+    A file that is not read to its end yet may have another length now, so that a damaged one can be mended.
+    """
+    settled = first + record.position.file
+    for key, option in {
+        "name": "--name",
+        "part": "--part",
+        "shard_tokens": "--shard-tokens",
+        "files": "--input",
+    }.items():
+        before, now = record.recipe.get(key), recipe[key]
+        same = before == now
+        if key == "files" and not same:
+            same = _names(before) == _names(now) and before[first:settled] == now[first:settled]
+            before = f"{len(before)} files"
+        if not same:
             raise DataError(
-                f"{path} was begun with another {option} ({before}): repeat the command as it was, give another folder "
-                f"with --out, or delete {path.parent}"
+                f"{path} was begun with another {option} ({before or 'none'}): repeat the command as it was, give "
+                f"another folder with --out, or delete {path.parent}"
             )
-    raise DataError(f"{path} is of another version: give another folder with --out, or delete {path.parent}")
+
+
+def _names(files: list) -> list[str]:
+    return [name for name, _ in files]
 
 
 def _join(folder: Path, record: Record, n: int, command: str) -> str:
@@ -279,7 +326,8 @@ def _join(folder: Path, record: Record, n: int, command: str) -> str:
             f"all into one folder and repeat the command of any (still missing here: {', '.join(missing)})"
         )
     for k, other in records.items():
-        if other.recipe | {"part": None} != record.recipe | {"part": None}:
+        alike = {"part": None, "files": _names(record.recipe["files"])}
+        if other.recipe | alike | {"files": _names(other.recipe["files"])} != record.recipe | alike:
             raise DataError(
                 f"part{k}of{n}.json in {folder} was made of other files or options than part {record.recipe['part']}: "
                 "prepare it again with the same"
@@ -357,7 +405,7 @@ def download_shards(folder: Path) -> str:
     from data.shards import open_split
 
     folder.mkdir(parents=True, exist_ok=True)
-    with lock(folder / ".download.lock", f"another process is downloading to {folder}: wait for it"):
+    with writing(folder):
         if (folder / "meta.json").exists():
             raise DataError(f"{folder} holds another dataset: give another folder with --out, or delete it")
         with _hub_errors(f"list the files of {PRETOKENIZED}"):
