@@ -97,9 +97,9 @@ def _encoding():
     import tiktoken
 
     stock = gpt2()._encoding
-    return tiktoken.Encoding(
-        "gpt2-automaton", pat_str=PATTERN, mergeable_ranks=stock._mergeable_ranks, special_tokens={}
-    )
+    # With no special token at all, the search for them would stop at every character.
+    special, ranks = stock._special_tokens, stock._mergeable_ranks
+    return tiktoken.Encoding("gpt2-automaton", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
 def _encode(text: str) -> np.ndarray:

@@ -23,7 +23,7 @@ import shutil
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -101,8 +101,12 @@ def prepare(
             remove_shards(folder, record_name, prefix, only_unfinished=bool(record.tokens()))
             share = files[first:end]
             _check_space(folder, 2 * (sum(file.tokens for file in share) - record.tokens()))
-            encoded = _shown(share, record, encode_in_order(read_batches(share, record.position), processes))
-            record = write_shards(folder / record_name, record, encoded, shard_tokens, prefix, val=k == 1)
+            # Closed here, so that the processes and the progress bar have ended when an error is shown.
+            with (
+                closing(encode_in_order(read_batches(share, record.position), processes)) as encoded,
+                closing(_shown(share, record, encoded)) as shown,
+            ):
+                record = write_shards(folder / record_name, record, shown, shard_tokens, prefix, val=k == 1)
         source = ["--input", *input] if input else ["--name", name]
         command = shlex.join(map(str, ["python", "-m", "data.fineweb", *source, "--out", folder]))
         command += f" --shard-tokens {shard_tokens}" * (shard_tokens != 100_000_000)
