@@ -10,12 +10,13 @@ how a file is written whole or not at all.
 """
 
 import functools
+import hashlib
 import importlib
 import io
 import os
 import secrets
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import BinaryIO, TextIO, TypeVar
@@ -141,6 +142,18 @@ def parse_options(command_line: Callable[[], T]) -> T:
     raise SystemExit(2)
 
 
+def check_numbers(options: dict, above_zero: Iterable[str], zero_or_more: Iterable[str]) -> None:
+    """DataError for a number among the options of a command that is out of range, nan or infinite; words pass."""
+    bounds = dict.fromkeys(zero_or_more, "0 or more") | dict.fromkeys(above_zero, "above 0")
+    for name, value in options.items():
+        if not isinstance(value, int | float):
+            continue
+        low = name in bounds and not (value > 0 or value == 0 and bounds[name] == "0 or more")
+        if low or not value < 2**63:
+            right = bounds[name] if low else "an ordinary number"
+            raise DataError(f"--{name.replace('_', '-')} is {value}, but must be {right}")
+
+
 def run_script(prepare: Callable[..., str], prog: str) -> None:
     """The main of a data script: the command line is the arguments of `prepare`, and what it returns is printed."""
     import tyro
@@ -177,3 +190,23 @@ def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> N
         with suppress(OSError):
             os.fsync(folder)
         os.close(folder)
+
+
+def download(url: str, sha256: str, what: str, option: str = "--input FILE") -> bytes:
+    """The file at `url`, whole and with that checksum; DataError otherwise, saying that `option` takes a copy."""
+    import http.client  # here, not above, since few commands download
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            content = response.read()
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        raise DataError(f"cannot download {url} ({reason}): give a copy of it with {option}") from None
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise DataError(
+            f"{url} sent {len(content)} bytes with sha256 {found}, which is not {what} ({sha256}): try again, or give "
+            f"a copy with {option}"
+        )
+    return content

@@ -3,8 +3,9 @@ A run's folder: what training leaves on disk, and how it is read back; and the s
 
     config.json                    the options of the run
     log.jsonl                      a line a step: step, tokens, loss, lr, grad_norm, ms, tokens_per_s, mfu, and
-                                   val_loss when it was measured
+                                   val_loss, hellaswag_acc, hellaswag_acc_norm when they were measured
     loss.png                       the same as a picture
+    diagnostics.png                with --diagnose, what goes on in every layer; in log.jsonl under "diagnostics"
     samples.txt                    text that the model wrote
     checkpoints/step_NNNNNN.pt     after NNNNNN steps: torch.save of a dict, read with weights_only=True
     checkpoints/step_NNNNNN.pt.sha256
@@ -29,9 +30,17 @@ from typing import BinaryIO
 import torch
 from tqdm import tqdm
 
-from data import DataError, lock, write_whole
+from data import DataError, diagnostics, lock, write_whole
+from data.hellaswag import HELLASWAG_CHANCE, HELLASWAG_GPT2_124M, HELLASWAG_GPT3_124M
+from data.shards import Split
 
 CHECKPOINT_KEYS = {"step", "model", "optimizers", "config", "tokenizer", "run"}  # what a checkpoint holds at least
+GPT2_124M = "OpenAI's GPT-2 (124M)"
+PUBLISHED = {
+    "fineweb-edu": 3.2924,
+    "fineweb": 3.425,
+}  # its loss, nats per token, on the validation shard of either text
+HELLASWAG = {GPT2_124M: HELLASWAG_GPT2_124M, "GPT-3 (124M)": HELLASWAG_GPT3_124M}
 SAMPLE_LINE = "-" * 40  # begins each sample in samples.txt
 
 
@@ -39,14 +48,24 @@ class Run:
     """
     The folder of a run that has done `step` of its `max_steps` steps, and its bar in the terminal.
 
-    Lines of log.jsonl past `step` were lost with a crash and go; `afresh` moves an older run aside first. wandb and
-    tensorboard log there too; DataError where the package is missing.
+    Lines of log.jsonl past `step` were lost with a crash and go; `afresh` moves an older run aside first. `landmarks`
+    are validation losses to compare with, named: see loss_landmarks. wandb and tensorboard log there too; DataError
+    where the package is missing.
     """
 
     def __init__(
-        self, folder: Path, config: dict, step: int, max_steps: int, afresh=False, wandb=False, tensorboard=False
+        self,
+        folder: Path,
+        config: dict,
+        step: int,
+        max_steps: int,
+        landmarks: dict[str, float] | None = None,
+        afresh: bool = False,
+        wandb: bool = False,
+        tensorboard: bool = False,
     ):
-        self.folder, self.services = folder, []
+        self.folder, self.landmarks, self.services = folder, landmarks or {}, []
+        self.published = {} if config.get("hellaswag_input") else HELLASWAG  # true of HellaSwag's own questions alone
         wandb = wandb and _optional("wandb", "wandb")
         tensorboard = tensorboard and _optional("torch.utils.tensorboard", "tensorboard")
         if afresh and folder.exists():
@@ -74,7 +93,7 @@ class Run:
         self._log.write(json.dumps(record) + "\n")
         self._log.flush()
         for service in self.services:
-            service({name: value for name, value in record.items() if value is not None})
+            service({name: value for name, value in record.items() if isinstance(value, int | float)})
         if "val_loss" in record:
             self._val = f" val {record['val_loss']:.3f}"
         mfu = "" if record["mfu"] is None else f" MFU {record['mfu']:.1%}"
@@ -92,39 +111,69 @@ class Run:
 
     def finish(self) -> None:
         """The end in the terminal: what the model writes, the figures, and where the files are."""
-        last, rates = self.records[-1], sorted(record["tokens_per_s"] for record in self.records)
-        if "val_loss" in last and (self.folder / "samples.txt").exists():
-            print(
-                (self.folder / "samples.txt").read_text(encoding="utf-8").rpartition(SAMPLE_LINE)[2].partition("\n")[2]
-            )
-        if "val_loss" in last:
-            loss = last["val_loss"]
-            print(f"validation loss {loss:.4f} nats per token, perplexity {math.exp(min(loss, 700.0)):.2f}")
-        print(f"{last['step']:,} steps, {last['tokens']:,} tokens, median {rates[len(rates) // 2]:,.0f} tokens/s")
+        if "val_loss" in self.records[-1] and (self.folder / "samples.txt").exists():
+            texts = (self.folder / "samples.txt").read_text(encoding="utf-8")
+            print(texts.rpartition(SAMPLE_LINE)[2].partition("\n")[2])
+        for name, value in self.summary().items():
+            print(f"{name:<26} {value}")
+        for name, loss in self.landmarks.items():
+            print(f"{'compare: ' + name:<26} {loss:.4f}")
         print(f"{self.folder} holds loss.png, log.jsonl, samples.txt and checkpoints")
         print(f'python model.py {self.folder} --prompt "..." writes more')
+
+    def summary(self) -> dict[str, str]:
+        """What the run came to, named; of val_loss and HellaSwag the last that were measured."""
+        last = self.records[-1]
+        rates = sorted(record["tokens_per_s"] for record in self.records)
+        shares = sorted(record["mfu"] for record in self.records if record["mfu"] is not None)
+        minutes, seconds = divmod(round(sum(record["ms"] for record in self.records) / 1000), 60)
+        rows = {
+            "steps": f"{last['step']:,}",
+            "tokens": f"{last['tokens']:,}",
+            "time in training steps": f"{minutes // 60} h {minutes % 60} min {seconds} s",
+            "tokens/s, median": f"{rates[len(rates) // 2]:,.0f}",
+        }
+        if shares:
+            rows["MFU, median"] = f"{shares[len(shares) // 2]:.1%}"
+        if losses := self._curve("val_loss")[1]:
+            rows["validation loss"] = (
+                f"{losses[-1]:.4f} nats per token, perplexity {math.exp(min(losses[-1], 700)):.2f}"
+            )
+        if scores := self._curve("hellaswag_acc_norm")[1]:
+            published = ", ".join(f"{name} {score}" for name, score in self.published.items())
+            rows["HellaSwag acc_norm"] = f"{scores[-1]:.4f}" + (f" (published: {published})" if published else "")
+        return rows
 
     def sample(self, step: int, text: str) -> None:
         """Add a text to samples.txt."""
         with (self.folder / "samples.txt").open("a", encoding="utf-8") as file:
             file.write(f"{SAMPLE_LINE} after {step} steps\n{text}\n")
 
-    def draw(self, vocab_size: int) -> None:
-        """loss.png: training and validation loss against tokens seen, and where guessing at random stands."""
+    def draw(self) -> None:
+        """loss.png: training and validation loss against tokens seen, the landmarks, and HellaSwag where measured."""
         from matplotlib.figure import Figure
         from matplotlib.ticker import EngFormatter
 
-        axes = (figure := Figure(figsize=(8, 5), layout="constrained")).add_subplot()
-        axes.set(xlabel="tokens", ylabel="loss, nats per token", title=self.folder.name)
-        axes.plot(*self._curve("loss"), linewidth=0.6, label="training")
-        tokens, losses = self._curve("val_loss")
+        tokens, scores = self._curve("hellaswag_acc_norm")
+        figure = Figure(figsize=(8, 8 if scores else 5), layout="constrained")
+        panels = figure.subplots(2 if scores else 1, squeeze=False, sharex=True)[:, 0]
+        panels[0].set(ylabel="loss, nats per token", title=self.folder.name)
+        panels[0].plot(*self._curve("loss"), linewidth=0.6, label="training")
+        at, losses = self._curve("val_loss")
         if losses:
-            axes.plot(tokens, losses, "o-", markersize=4, label=f"validation: {losses[-1]:.3f} at the end")
-        axes.axhline(math.log(vocab_size), linestyle=":", color="grey", label=f"ln {vocab_size:,}: guessing at random")
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 5M and not 5 with a 1e6 in the corner
-        axes.grid(alpha=0.3)
-        axes.legend()
+            panels[0].plot(at, losses, "o-", markersize=4, label=f"validation: {losses[-1]:.3f} at the end")
+        _draw_levels(panels[0], self.landmarks)
+        if scores:
+            panels[1].set(ylabel="HellaSwag acc_norm")
+            panels[1].plot(tokens, scores, "o-", markersize=4, label=f"this run: {scores[-1]:.4f} at the end")
+            _draw_levels(panels[1], {"guessing at random": HELLASWAG_CHANCE, **self.published})
+        for axes in panels:
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 5M and not 5 with a 1e6 in the corner
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize="small")
+        panels[-1].set(xlabel="tokens")
         write_whole(self.folder / "loss.png", lambda file: figure.savefig(file, format="png", dpi=120))
+        diagnostics.draw(self.records, self.folder / "diagnostics.png", self.folder.name)
 
     def _curve(self, name: str) -> tuple[list[float], list[float]]:
         records = [record for record in self.records if name in record]
@@ -170,6 +219,39 @@ class _Hashed:
 
     def flush(self) -> None:
         self.file.flush()
+
+
+def check_first_loss(loss: float, vocab_size: int) -> None:
+    """Untrained, every token is as likely as any other: a first loss far from ln V means broken data or weights."""
+    if abs(loss - math.log(vocab_size)) > 0.5:
+        expected = f"ln({vocab_size}) = {math.log(vocab_size):.3f}"
+        tqdm.write(f"warning: the first loss is {loss:.3f}, far from {expected}: look at the data", file=sys.stderr)
+
+
+def profiler(folder: str) -> torch.profiler.profile:
+    """Records steps 6 to 8 of this process into trace.json, for ui.perfetto.dev; `.step()` ends a step."""
+    return torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=4, warmup=1, active=3, repeat=1),
+        on_trace_ready=lambda done: done.export_chrome_trace(f"{folder}/trace.json"),
+    )
+
+
+def _draw_levels(axes, levels: dict[str, float]) -> None:
+    for (name, value), style in zip(
+        levels.items(), [":", "-.", "--", (0, (6, 2)), (0, (1, 3)), (0, (9, 3))], strict=False
+    ):
+        axes.axhline(value, linestyle=style, linewidth=1, color="grey", label=f"{name}: {value:.4g}")
+
+
+def loss_landmarks(split: Split) -> dict[str, float]:
+    """Losses to compare a model's with, in nats per token: what counting the training text gives, what is published."""
+    names = {"uniform": "guessing at random", "unigram": "token frequencies", "bigram": "bigrams counted"}
+    names["trigram"] = "trigrams counted"
+    counted = {names[name]: split.baselines[name] for name in names if name in split.baselines}
+    first = split.shards[0].path
+    text = "fineweb-edu" if "edu" in f"{first.parent.name}/{first.name}" else "fineweb"
+    known = {GPT2_124M: PUBLISHED[text]} if "fineweb" in str(first) else {}
+    return {"guessing at random": math.log(split.vocab_size), **counted, **known}
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -2,17 +2,21 @@
 
 import hashlib
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 import tyro
 
 from data import DataError, clear_errors, parse_options
-from data.run import Run, checkpoints, load_checkpoint, newest_checkpoint, read_log
+from data.run import GPT2_124M, Run, checkpoints, load_checkpoint, loss_landmarks, newest_checkpoint, read_log
+from data.shards import open_split, write_dataset
+from data.tokenizer import CharTokenizer
 
 
 def record(step, **more):
-    return {"step": step, "tokens": 10 * step, "loss": 1 / step, "mfu": None, "tokens_per_s": 5.0} | more
+    return {"step": step, "tokens": 10 * step, "loss": 1 / step, "mfu": None, "tokens_per_s": 5.0, "ms": 2.0} | more
 
 
 def checkpoint(step, weight):
@@ -119,14 +123,38 @@ def test_a_checkpoint_runs_no_code_when_it_is_read(folder):
         load_checkpoint(path)
 
 
-def test_the_picture_is_drawn_with_and_without_validation(folder):
-    with Run(folder, {}, 0, 9) as run:
-        run.log(record(1))
-        run.draw(vocab_size=65)
-        first = (folder / "loss.png").read_bytes()
-        run.log(record(2, val_loss=1.0))
-        run.draw(vocab_size=65)
-    assert first.startswith(b"\x89PNG") and (folder / "loss.png").read_bytes() != first
+def test_the_picture_is_drawn_with_what_was_measured(folder):
+    pictures = []
+    with Run(folder, {}, 0, 9, landmarks={"guessing at random": 4.2}) as run:
+        for measured in ({}, {"val_loss": 1.0}, {"hellaswag_acc_norm": 0.3}):
+            run.log(record(len(pictures) + 1, **measured))
+            run.draw()
+            pictures.append((folder / "loss.png").read_bytes())
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures) and len(set(pictures)) == 3
+
+
+def test_the_summary_adds_up_the_steps_and_takes_the_last_measurements(folder, capsys):
+    with Run(folder, {}, 0, 9, landmarks={"bigrams counted": 2.5}) as run:
+        run.log(record(1, ms=40_000.0, tokens_per_s=1.0, mfu=0.2, val_loss=3.0, hellaswag_acc_norm=0.25))
+        run.log(record(2, ms=50_000.0, tokens_per_s=2.0, mfu=0.4, val_loss=2.0, hellaswag_acc_norm=0.27))
+        run.log(record(3, ms=3_600_000.0, tokens_per_s=9.0, mfu=0.3))
+        found = run.summary()
+        run.finish()
+    assert found["time in training steps"] == "1 h 1 min 30 s" and found["tokens"] == "30"
+    assert found["tokens/s, median"] == "2" and found["MFU, median"] == "30.0%"
+    assert found["validation loss"] == "2.0000 nats per token, perplexity 7.39"
+    assert found["HellaSwag acc_norm"].startswith("0.2700") and "0.2955" in found["HellaSwag acc_norm"]
+    assert "bigrams counted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, published", [("fineweb-edu-10B", 3.2924), ("fineweb10B", 3.425), ("mine", None)])
+def test_landmarks_are_what_the_text_gives_and_what_is_published_for_it(tmp_path, name, published):
+    tokens = np.tile(np.arange(5), 40)
+    write_dataset(tmp_path / name, CharTokenizer("abcde", documents=False), {"train": [tokens], "val": [tokens[:90]]})
+    found = loss_landmarks(open_split(tmp_path / name, "val"))
+    assert found["guessing at random"] == pytest.approx(math.log(5))
+    assert found["bigrams counted"] < found["token frequencies"]
+    assert found.get(GPT2_124M) == published
 
 
 def test_tensorboard_gets_every_number(folder):
