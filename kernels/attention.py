@@ -57,35 +57,59 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import check_tensors, first_derivative_only, matmul_dtype, on_device_of, tl, triton
+from kernels import (
+    architecture,
+    check_tensors,
+    first_derivative_only,
+    matmul_dtype,
+    of_architecture,
+    on_device_of,
+    tl,
+    triton,
+)
 
 LOG2E = tl.constexpr(math.log2(math.e))
 MAX_HEADS = 65535  # sequences times heads: CUDA's limit on the second dimension of a grid
 STAGES = 2  # blocks of keys or queries in flight: a third costs shared memory, and with it a block at a time
-LAUNCH = {  # kernel -> (bits, BLOCK_D up to) -> (BLOCK_Q, BLOCK_K, warps) where the blocks divide T, and where not
+LAUNCH = {  # kernel -> (bits, BLOCK_D at most) -> GPU -> BLOCK_Q, BLOCK_K, warps where the blocks divide T; where not
     "forward": {
-        (16, 64): ((128, 64, 4), (64, 64, 4)),
-        (16, 128): ((128, 64, 8), (128, 32, 8)),
-        (32, 128): ((32, 16, 4), (32, 16, 4)),
+        (16, 64): {
+            "sm_80": ((128, 64, 4), (64, 64, 4)),
+            "sm_90": ((128, 64, 8), (128, 64, 8)),
+            "sm_100": ((128, 64, 8), (64, 64, 4)),
+            "sm_120": ((128, 64, 4), (64, 64, 4)),
+        },
+        (16, 128): {"sm_80": ((128, 64, 8), (128, 32, 8))},
+        (32, 128): {"sm_80": ((32, 16, 4), (32, 16, 4))},
     },
     "backward_dq": {
-        (16, 64): ((128, 32, 4), (64, 32, 4)),
-        (16, 128): ((128, 32, 8), (64, 32, 8)),
-        (32, 128): ((32, 16, 8), (32, 16, 8)),
+        (16, 64): {
+            "sm_80": ((128, 32, 4), (64, 32, 4)),
+            "sm_90": ((128, 64, 8), (128, 64, 8)),
+            "sm_120": ((128, 32, 4), (64, 32, 4)),
+        },
+        (16, 128): {"sm_80": ((128, 32, 8), (64, 32, 8))},
+        (32, 128): {"sm_80": ((32, 16, 8), (32, 16, 8))},
     },
     "backward_dkdv": {
-        (16, 64): ((32, 128, 4), (32, 64, 4)),
-        (16, 128): ((32, 128, 8), (32, 64, 8)),
-        (32, 128): ((16, 32, 4), (16, 32, 4)),
+        (16, 64): {
+            "sm_80": ((32, 128, 4), (32, 64, 4)),
+            "sm_86": ((64, 128, 8), (32, 64, 4)),
+            "sm_90": ((32, 128, 4), (32, 64, 4)),
+            "sm_100": ((64, 128, 8), (32, 64, 4)),
+        },
+        (16, 128): {"sm_80": ((32, 128, 8), (32, 64, 8)), "sm_120": ((64, 64, 8), (32, 64, 8))},
+        (32, 128): {"sm_80": ((16, 32, 4), (16, 32, 4))},
     },
 }
 
 
-def launch_parameters(kernel: str, T: int, D: int, dtype: torch.dtype) -> dict[str, int]:
+def launch_parameters(kernel: str, T: int, D: int, dtype: torch.dtype, gpu: str) -> dict[str, int]:
     """For one kernel of LAUNCH: the blocks, whether they divide T, the width of a head in registers, the warps."""
     BLOCK_D = max(16, triton.next_power_of_2(D))  # 16 is the least that tl.dot takes
     bits = 8 * dtype.itemsize
-    whole, parts = next(row for (b, width), row in LAUNCH[kernel].items() if b == bits and width >= BLOCK_D)
+    rows = next(rows for (b, width), rows in LAUNCH[kernel].items() if b == bits and width >= BLOCK_D)
+    whole, parts = of_architecture(rows, gpu)
     BLOCK_Q, BLOCK_K, num_warps = whole if T % max(whole[:2]) == 0 else parts
     blocks = {"BLOCK_Q": BLOCK_Q, "BLOCK_K": BLOCK_K, "BLOCK_D": BLOCK_D, "EVEN": T % max(BLOCK_Q, BLOCK_K) == 0}
     return blocks | {"num_warps": num_warps, "num_stages": STAGES}
@@ -375,7 +399,7 @@ def _launch(kernel, name: str, tensors: tuple[Tensor, ...], qkv: Tensor, n_head:
     B, T, D = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3 // n_head
     if qkv.numel() == 0:
         return
-    launch = launch_parameters(name, T, D, qkv.dtype)
+    launch = launch_parameters(name, T, D, qkv.dtype, architecture(qkv))
     rows = launch["BLOCK_K" if name == "backward_dkdv" else "BLOCK_Q"]
     with on_device_of(qkv):
         kernel[(triton.cdiv(T, rows), B * n_head)](*tensors, 1 / math.sqrt(D), T, H=n_head, D=D, **launch)

@@ -159,7 +159,10 @@ def time_operations(chosen: argparse.Namespace, device: torch.device, shape: Sha
     interpreted = not on_gpu and os.environ.get("TRITON_INTERPRET") == "1"
     dtype = choose_dtype("auto", device)
     gpu = named_gpu(torch.cuda.get_device_name(device)) if on_gpu else None
-    counted = report.count(shape) if on_gpu else []
+    counted = []
+    if on_gpu:  # counted in another process, on a CPU, as launched here
+        here = kernels.architecture(torch.empty(0, device=device))
+        counted = report.count(shape, [here])[here]
     rows = []
     for operation in calls_per_step(shape):
         least = needed(operation, shape, counted, gpu)

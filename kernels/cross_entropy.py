@@ -44,7 +44,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import check_tensors, first_derivative_only, matmul_dtype, on_device_of, tl, triton
+from kernels import (
+    architecture,
+    check_tensors,
+    first_derivative_only,
+    matmul_dtype,
+    of_architecture,
+    on_device_of,
+    tl,
+    triton,
+)
 
 IGNORE = -100  # a target with this value adds nothing to the loss: PyTorch's own default
 CHUNK_BYTES = 2**14  # of a column of logits: 8,192 tokens in 16 bits, 4,096 in 32; 824 MB a chunk for GPT-2
@@ -54,9 +63,12 @@ LN2 = tl.constexpr(math.log(2))
 IGNORE_TARGET = tl.constexpr(IGNORE)
 
 
-def launch_parameters(width: int) -> dict[str, int]:
+BLOCK = {"sm_80": 8192, "sm_86": 4096, "sm_90": 8192, "sm_120": 4096}  # GPU -> columns at a time: two rows fit at once
+
+
+def launch_parameters(width: int, gpu: str) -> dict[str, int]:
     """For all three kernels: a block of columns at a time, 8 numbers a thread."""
-    block = min(8192, max(VECTOR.value, triton.next_power_of_2(width)))
+    block = min(of_architecture(BLOCK, gpu), max(VECTOR.value, triton.next_power_of_2(width)))
     return {"BLOCK": block, "num_warps": max(1, block // 256)}
 
 
@@ -223,7 +235,9 @@ def _cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int) -> tuple[Te
     if N > 0:
         with on_device_of(logits):
             arguments = (logits, targets, losses, largest, total, logits.stride(0))
-            _forward_kernel[(N,)](*arguments, V=vocab_size, WIDTH=width, **launch_parameters(width))
+            _forward_kernel[(N,)](
+                *arguments, V=vocab_size, WIDTH=width, **launch_parameters(width, architecture(logits))
+            )
     n = _rows_counted(targets)
     return losses.sum() / n, n, largest, total
 
@@ -249,7 +263,9 @@ def _backward(
     if N > 0:
         with on_device_of(logits):
             arguments = (logits, targets, largest, total, scale, dlogits, logits.stride(0))
-            _backward_kernel[(N,)](*arguments, V=vocab_size, WIDTH=width, **launch_parameters(width))
+            _backward_kernel[(N,)](
+                *arguments, V=vocab_size, WIDTH=width, **launch_parameters(width, architecture(logits))
+            )
     return dlogits
 
 
@@ -288,7 +304,7 @@ def _linear_cross_entropy(
     losses = x.new_empty(N, dtype=torch.float32)
     buffer = x.new_empty(min(N, chunk), width)
     weight = weight.to(x.dtype)
-    launch = {"V": vocab_size, "WIDTH": width, **launch_parameters(width)}
+    launch = {"V": vocab_size, "WIDTH": width, **launch_parameters(width, architecture(x))}
     with torch.autocast(x.device.type, enabled=False), on_device_of(x):
         for start in range(0, N, chunk):
             rows = slice(start, min(start + chunk, N))

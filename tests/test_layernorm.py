@@ -57,7 +57,7 @@ def test_add_layer_norm_is_as_right_as_pytorch_and_fills_every_element(shape, dt
 
 
 def test_more_rows_than_the_programs_take_at_once(monkeypatch):
-    monkeypatch.setattr(layernorm, "WARPS_IN_FLIGHT", 3)  # 3 programs for 100 rows: 34, 33 and 33 each
+    monkeypatch.setattr(layernorm, "LAUNCH", {"sm_80": (1024, 3)})  # 3 programs for 100 rows: 34, 33 and 33 each
     tensors, dy, _ = inputs((100, 65), torch.float32)
     check_all(layer_norm, layer_norm_torch, layer_norm_reference, tensors, (dy,), eps=EPS)
 
