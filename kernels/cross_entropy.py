@@ -329,10 +329,15 @@ def _linear_cross_entropy_outputs(x, weight, targets, vocab_size, with_gradient)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
-    """total = a @ b, plus total where it is to be kept; added up in float32 whatever the dtype of a and b."""
+    """
+    total = a @ b, plus total where it is to be kept; added up in float32 whatever the dtype of a and b.
+
+    NVIDIA's GPUs multiply 16-bit numbers straight into float32: aten::addmm.dtype_out has no kernel for a CPU, takes a
+    total in float32 from PyTorch 2.10 on, and is left alone on AMD's GPUs, where it is not promised.
+    """
     beta = 1 if keep else 0
-    if a.is_cuda and a.dtype != torch.float32:
-        torch.addmm(total, a, b, beta=beta, out_dtype=torch.float32, out=total)  # not on a CPU
+    if a.is_cuda and not torch.version.hip and a.dtype != torch.float32:
+        torch.addmm(total, a, b, beta=beta, out_dtype=torch.float32, out=total)
     else:
         torch.addmm(total, a.float(), b.float(), beta=beta, out=total)
 
