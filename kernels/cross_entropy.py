@@ -22,11 +22,15 @@ All of it happens in the forward, when a gradient will be wanted at all. What is
 only multiplies them by dloss / n. A logit is read twice and written once; the second read, 100 KB after the first, is
 meant to come from the L2 cache, two rows at a time on a multiprocessor. No row fits its registers beside a second one.
 
-Compiled, not timed: sm_80 (sm_90 is within 2 %), bfloat16, V = 50,257 padded to 50,304, 32 warps. Registers a thread,
-rows at a time on a multiprocessor, instructions a logit; none spills:
+Compiled, not timed: sm_80 (sm_90 is within 2 %), bfloat16, V = 50,257 padded to 50,304, 32 warps unless said. Registers
+a thread, rows at a time on a multiprocessor, instructions a logit; none spills:
 
     kernel                                          registers   rows   instructions
     in place, blocks of 8,192 columns                      32      2           17.6   kept
+    in place, blocks of 4,096, 16 warps                    40      3           15.3   three quarters of the warps
+    in place, blocks of 2,048, 8 warps                     32      8           14.0   87 MB of rows, the L2 cache has 40
+    the same three on sm_89                        64, 63, 40  1, 2, 6   17.6, 15.3, 14.0   the second is kept
+    the same three on sm_120                       64, 62, 47  1, 2, 5   16.0, 13.8, 12.3   likewise
     forward / backward, the same blocks               32 / 31      2     11.4 / 9.2   kept
     in place, the scale as a factor, not 1                 32      2           18.9
     in place, V unpadded (50,257 columns)                  43      1           17.7   16-bit accesses
