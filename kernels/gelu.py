@@ -20,7 +20,7 @@ Bytes, z and y in bfloat16: forward 4 a number (read, write), backward 6 (two re
 bias is read once for every ROWS rows, and the partial sums for dbias add at most a quarter of a byte.
 
 Compiled, not timed: sm_80 (the others are within 4 registers, 46 forward on sm_86 and sm_120 aside), bfloat16, 3,072
-columns. Registers a thread, instructions a number (in the backward those of its loop), bytes of shared memory; no spill:
+columns. Registers a thread, instructions a number (back: those of its loop), bytes of shared memory. No spill:
 
     kernel, tile, warps                            registers   instructions   shared
     forward, 8 x 512, 4                                   32           15.4     2048   kept

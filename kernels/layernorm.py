@@ -33,7 +33,7 @@ backward those of its loop), barriers in the program; sm_80 unless named, the ot
     backward, 1024, 1                      217       0           18.1          0   kept
     backward, 1024, 2                      140       0           19.1         18   kept on sm_120
     backward, 1280, 2                      223       0           24.8         30   kept
-    backward, 1280, 4                      128       0           33.5         18   twice the warps, the same rows at once
+    backward, 1280, 4                      128       0           33.5         18   twice the warps, no more rows
     backward, 1600, 1                      255     376           24.1          0
     backward, 1600, 2                      254       0           21.9         30   kept
     backward, 1600, 2, sm_120              255      56           23.8         30
