@@ -4,12 +4,15 @@ import os
 import signal
 import subprocess
 import time
+from pydoc_data.topics import topics
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hellaswag_questions import write_questions
 from runs import ROOT, TORCHRUN, assert_same_run, command, curve, train, wait_for_step
 
-from data import text
+from data import fineweb, text
 from data.run import newest_checkpoint
 
 SCRIPT = str(ROOT / "train_gpt2.py")
@@ -69,16 +72,30 @@ def test_a_run_goes_on_in_another_mode_and_with_another_number_of_processes(data
     assert curve(out, "hellaswag_acc_norm") == curve(alone, "hellaswag_acc_norm")
 
 
-def test_a_process_that_dies_is_started_again_and_the_run_ends_as_if_it_had_not(dataset, tmp_path):
-    arguments = {"checkpoint_every": 3, "optimizer": "muon", "micro_batch": 2, "max_steps": 40}
-    finished(torchrun(2, command(dataset, tmp_path / "left-alone", **arguments)))
-    process = torchrun(2, command(dataset, tmp_path / "killed", **arguments), options=("--max-restarts=1",))
-    wait_for_step(process, tmp_path / "killed", 5)
-    workers = children(process.pid)
-    assert len(workers) == 2
-    os.kill(workers[-1], signal.SIGKILL)
-    finished(process)
+def test_prepared_trained_killed_and_restarted_a_run_ends_as_if_it_had_been_left_alone(tmp_path):
+    """Web pages from a Parquet file become shards; two processes train, evaluate and answer; one of them is killed."""
+    pages = [f"{title}\n{page}" for title, page in topics.items()]
+    pq.write_table(pa.table({"text": pages}), tmp_path / "pages.parquet")
+    fineweb.prepare(folder=tmp_path / "web", input=(tmp_path / "pages.parquet",), processes=2, shard_tokens=20_000)
+    questions = write_questions(tmp_path / "questions.jsonl")
+    evaluations = {
+        "eval_every": 10,
+        "hellaswag_every": 10,
+        "hellaswag_input": questions,
+        "checkpoint_every": 4,
+        "sample_every": 0,
+    }
+    options = {"max_steps": 24, "optimizer": "muon", "micro_batch": 2, "n_embd": 16} | evaluations
+    finished(torchrun(2, command(tmp_path / "web", tmp_path / "left-alone", **options)))
+    arguments = command(tmp_path / "web", tmp_path / "killed", **options)
+    process = torchrun(2, arguments, options=("--max-restarts=1",))
+    wait_for_step(process, tmp_path / "killed", 7)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    assert "another process of the run is gone" in finished(process)
     assert_same_run(tmp_path / "killed", tmp_path / "left-alone")
+    for name in ("hellaswag_acc", "hellaswag_acc_norm"):
+        assert curve(tmp_path / "killed", name) == curve(tmp_path / "left-alone", name)
+    assert set(curve(tmp_path / "killed", "hellaswag_acc_norm")) == {10, 20, 24}
 
 
 def children(pid: int) -> list[int]:
