@@ -23,17 +23,17 @@ from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
 
-from data import DataError, folder_of, lock, prepare_if_missing, shards, write_whole
+from data import DataError, folder_of, lock, parse_options, prepare_if_missing, shards, write_whole
 from data.run import loss_landmarks, read_log
 
-SET_BY_US = {"out_dir", "resume", "sweep", "ladder"}
+SET_BY_US = {"out_dir", "resume", "sweep", "ladder", "plan", "find_lr"}  # not for a cell to have of its own
 # Options that leave the losses of a run as they are: a finished cell stays valid when they change.
 WITHOUT_EFFECT = SET_BY_US | {
     "device", "keep", "checkpoint_every", "sample_every", "hellaswag_every", "hellaswag_input", "diagnose", "check",
     "profile", "wandb", "tensorboard",
 }  # fmt: skip
 
-Parse = Callable[[list[str]], object]  # a command line -> the options, a dataclass; SystemExit or an exception if wrong
+Parse = Callable[[list[str]], object]  # a call of tyro.cli: a command line -> the options, a dataclass
 
 
 @dataclasses.dataclass
@@ -61,13 +61,13 @@ class Cell:
 
 
 def parsed(parse: Parse, arguments: list[str], where: str):
-    """What `arguments` parse to; DataError says where the mistake is, whichever way `parse` reports it."""
+    """What `arguments` parse to; DataError says where the mistake is, tyro's own kind or the options'."""
     shown = io.StringIO()
     try:
         with redirect_stderr(shown):
-            return parse(arguments)
+            return parse_options(lambda: parse(arguments))
     except SystemExit:
-        message = shown.getvalue().removeprefix("error:").strip()
+        message = shown.getvalue().removeprefix("error:").removesuffix("(--help shows every option)\n").strip()
     except Exception as error:
         message = str(error)
     raise DataError(f"{where}: {message}")

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 import model as gpt
 import train_gpt2
-from data import DataError, cells, parse_options, sweep
+from data import DataError, cells, sweep
 from data.shards import write_dataset
 from data.tokenizer import CharTokenizer
 
@@ -24,7 +24,7 @@ TOKENIZER = CharTokenizer.train("abcdefgh", documents=False)
 
 
 def parse(arguments):
-    return parse_options(lambda: tyro.extras.overridable_config_cli(train_gpt2.PRESETS, args=arguments))
+    return tyro.extras.overridable_config_cli(train_gpt2.PRESETS, args=arguments)
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,13 @@ from matplotlib.figure import Figure
 
 import model as gpt
 import train_gpt2
-from data import DataError, cells, ladder, parse_options
+from data import DataError, cells, ladder
 from data.shards import write_dataset
 from data.tokenizer import CharTokenizer
 
 
 def parse(arguments):
-    return parse_options(lambda: tyro.extras.overridable_config_cli(train_gpt2.PRESETS, args=arguments))
+    return tyro.extras.overridable_config_cli(train_gpt2.PRESETS, args=arguments)
 
 
 def test_each_rung_changes_one_dimension_from_a_bigram_up_and_can_be_built():
