@@ -13,10 +13,10 @@ functions, `ops`, which kernels.select() fills with Triton or PyTorch versions.
 Source: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, and OpenAI's released weights.
 
     python model.py RUN_OR_NAME --prompt "Hello, I'm a language model,"     write text with a run, gpt2, gpt2-xl ...
+    python model.py RUN_OR_NAME --export FOLDER                             write it in Hugging Face's format
 """
 
 import dataclasses
-import json
 import math
 import sys
 import time
@@ -34,21 +34,6 @@ from kernels import devices
 
 EPS = 1e-5  # of every layer norm: part of GPT-2, so not an option
 VOCAB_MULTIPLE = 128  # rows of wte are padded to it: tensor cores and 128-bit loads want even shapes
-
-ONLY_GPT2 = {  # fields of Hugging Face's config.json that change the arithmetic -> the values that GPT-2 has
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "layer_norm_epsilon": (EPS,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "tie_word_embeddings": (True,),
-}
-
-PRETRAINED = {  # Hugging Face's names -> (n_layer, n_head, n_embd)
-    "gpt2": (12, 12, 768),
-    "gpt2-medium": (24, 16, 1024),
-    "gpt2-large": (36, 20, 1280),
-    "gpt2-xl": (48, 25, 1600),
-}
 
 
 class ModelError(Exception):
@@ -259,6 +244,24 @@ class GPT(nn.Module):
         matmul_parameters = self.parameter_count() - self.transformer.wpe.weight.numel()
         return 6 * matmul_parameters + 12 * c.n_layer * c.n_embd * c.block_size
 
+    @staticmethod
+    def from_pretrained(name_or_folder: str, ops: kernels.Ops | None = None) -> "GPT":
+        """OpenAI's GPT-2 of a name, or the one in a Hugging Face folder: `from_pretrained` below."""
+        return from_pretrained(name_or_folder, ops)
+
+    def take_weights(self, name: str, tokenizer_spec: dict) -> None:
+        """Copy those of a model that `load` finds, which may have a longer block size; ModelError where they differ."""
+        source, spec = load(name)
+        if spec != tokenizer_spec:
+            raise ModelError(f"--init-from {name} reads other tokens than --data: prepare the text with its tokenizer")
+        same = {"block_size": self.config.block_size, "dropout": self.config.dropout}
+        shorter = source.config.block_size < self.config.block_size
+        if shorter or dataclasses.replace(source.config, **same) != self.config:
+            raise ModelError(f"--init-from {name} has another shape: {source.config} there, {self.config} here")
+        weights = source.state_dict()
+        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: self.config.block_size]
+        self.load_state_dict(weights)
+
     # ------------------------------------------------------------------------------------------------------ sampling
 
     @torch.no_grad()
@@ -314,10 +317,8 @@ def sample(
         logits[:, top_k:] = float("-inf")
     probabilities = logits.softmax(dim=-1)
     if top_p is not None:
-        before = (
-            probabilities.cumsum(dim=-1) - probabilities
-        )  # a token stays while those ahead of it sum to less than p
-        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
+        ahead = probabilities.cumsum(dim=-1) - probabilities  # a token stays while those ahead of it sum to less than p
+        probabilities = probabilities.masked_fill(ahead >= top_p, 0.0)
     choice = torch.multinomial(probabilities, 1, generator=generator)
     return order.gather(1, choice)[:, 0]
 
@@ -327,96 +328,82 @@ def sample(
 
 def from_pretrained(name_or_folder: str, ops: kernels.Ops | None = None) -> GPT:
     """
-    A GPT with the weights of a Hugging Face GPT-2: one of PRETRAINED by name, or a folder in that format.
+    A GPT with the weights of a Hugging Face GPT-2: gpt2, gpt2-medium, gpt2-large or gpt2-xl, or a folder.
 
-    The folder holds config.json and model.safetensors. Raises ModelError where they cannot be had or do not fit.
+    The folder holds config.json and model.safetensors. Raises data.DataError where they cannot be had or are not of a
+    GPT-2, ModelError where their shape cannot be.
     """
-    from huggingface_hub import hf_hub_download
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from data import hugging_face  # here, not above: the model itself needs no data
 
-    folder = Path(name_or_folder)
-    try:
-        if name_or_folder in PRETRAINED and not folder.is_dir():
-            repository = f"openai-community/{name_or_folder}"
-            paths = [Path(hf_hub_download(repository, name)) for name in ("config.json", "model.safetensors")]
-        else:
-            paths = [folder / "config.json", folder / "model.safetensors"]
-        theirs, weights = json.loads(paths[0].read_text(encoding="utf-8")), load_file(paths[1])
-    except (OSError, SafetensorError, ValueError) as error:
-        known = ", ".join(PRETRAINED)
-        raise ModelError(
-            f"no weights for {name_or_folder!r}: {_one_line(error)}; give one of {known} (a download), a run's folder, "
-            "or a folder with config.json and model.safetensors"
-        ) from error
-    try:
-        other = {name: theirs[name] for name, ours in ONLY_GPT2.items() if theirs.get(name, ours[0]) not in ours}
-        if other or theirs.get("n_inner") not in (None, 4 * theirs["n_embd"]):
-            raise ModelError(f"{name_or_folder!r} is a variant of GPT-2 that this model is not: {other or 'n_inner'}")
-        config = GPTConfig(
-            theirs["n_layer"], theirs["n_head"], theirs["n_embd"], theirs["n_positions"], theirs["vocab_size"]
-        )
-        model = GPT(config, ops)
-        model.load_state_dict(_from_hugging_face(weights, config))
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ModelError(f"{name_or_folder!r} is not a GPT-2: {_one_line(error)}") from error
-    return model
-
-
-def _from_hugging_face(weights: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """Their state dict as ours: matrices of their Conv1D are stored transposed, and wte without our padding."""
-    ours = {}
-    for name, tensor in weights.items():
-        name = name if name.startswith("transformer.") else f"transformer.{name}"
-        if name.endswith((".attn.bias", ".attn.masked_bias")) or "lm_head" in name:
-            continue  # the causal mask, and a second name for wte
-        transposed = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-        ours[name] = tensor.t().contiguous() if transposed else tensor
-    wte = ours["transformer.wte.weight"]
-    if wte.shape[0] != config.vocab_size:
-        raise RuntimeError(f"wte has {wte.shape[0]} rows, the vocabulary {config.vocab_size} tokens")
-    ours["transformer.wte.weight"] = F.pad(wte, (0, 0, 0, config.padded_vocab_size - wte.shape[0]))
-    return ours
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-# -------------------------------------------------------------------------------------------------------- command line
+    shape, weights = hugging_face.read(name_or_folder)
+    config, wte = GPTConfig(**shape), weights["transformer.wte.weight"]
+    weights["transformer.wte.weight"] = F.pad(wte, (0, 0, 0, config.padded_vocab_size - config.vocab_size))
+    return _with_weights(config, weights, name_or_folder, ops)
 
 
 def load(name: str, ops: kernels.Ops | None = None) -> tuple[GPT, dict]:
     """A model and what describes its tokenizer, from a run's folder, a checkpoint file, or as from_pretrained."""
-    from data.run import load_checkpoint, newest_checkpoint  # here, not above: the model itself needs no data
+    from data.hugging_face import read_tokenizer_spec
+    from data.run import load_checkpoint, newest_checkpoint
 
-    path, checkpoint = Path(name), None
+    path = Path(name)
     if path.is_file():
         checkpoint = load_checkpoint(path)
     elif (path / "checkpoints").is_dir():
         _, checkpoint = newest_checkpoint(path)
         if checkpoint is None:
             raise ModelError(f"{path} holds no whole checkpoint: train_gpt2.py writes one there")
-    if checkpoint is None:
+    else:
         model = from_pretrained(name, ops)
-        if model.config.vocab_size != 50257:
-            raise ModelError(f"{name!r} has {model.config.vocab_size} tokens, GPT-2's tokenizer 50257: it is another's")
-        return model, {"type": "gpt2"}
-    model = GPT(GPTConfig(**checkpoint["config"]), ops)
-    model.load_state_dict(checkpoint["model"])
-    return model, checkpoint["tokenizer"]
+        return model, read_tokenizer_spec(name, model.config.vocab_size)
+    return _with_weights(GPTConfig(**checkpoint["config"]), checkpoint["model"], name, ops), checkpoint["tokenizer"]
+
+
+def _with_weights(config: GPTConfig, weights: dict[str, Tensor], name: str, ops: kernels.Ops | None) -> GPT:
+    """A GPT that takes these tensors as its own, without drawing random ones first."""
+    with torch.device("meta"):
+        model = GPT(config, ops)
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise ModelError(f"{name!r} is not a GPT-2: {' '.join(str(error).split())[:300]}") from error
+    return model
+
+
+def export(name: str, folder: str) -> None:
+    """Write the model of that name, as `load` takes it, and its tokenizer as a Hugging Face folder."""
+    from data import hugging_face, tokenizer
+
+    model, spec = load(name)
+    shape, weights = dataclasses.asdict(model.config), model.state_dict()
+    weights["transformer.wte.weight"] = weights["transformer.wte.weight"][: model.config.vocab_size]
+    hugging_face.write(folder, shape, weights, tokenizer.from_spec(spec))
+
+
+# -------------------------------------------------------------------------------------------------------- command line
 
 
 def start_tokens(tokenizer) -> list[int]:
     """What stands before the first token of a text: end-of-text, else a line break, else the first token there is."""
     if tokenizer.eot is not None:
         return [tokenizer.eot]
-    return next(ids for ids in ([i for i in range(tokenizer.vocab_size) if tokenizer.decode([i]) == "\n"], [0]) if ids)
+    return [next((i for i in range(tokenizer.vocab_size) if tokenizer.decode([i]) == "\n"), 0)]
+
+
+def sample_text(model: GPT, tokenizer, length: int, seed: int) -> str:
+    """A text of `length` tokens that begins as a document does; for the same weights and seed the same."""
+    device = model.transformer.wte.weight.device
+    start = torch.tensor([start_tokens(tokenizer)], device=device)
+    training = model.training
+    model.eval()
+    ids = model.generate(start, length, temperature=0.8, generator=torch.Generator(device).manual_seed(seed))
+    model.train(training)
+    return tokenizer.decode(ids[0, start.shape[1] :].tolist())
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleOptions:
-    """Write text with a trained GPT."""
+    """Write text with a trained GPT, or write the GPT in Hugging Face's format."""
 
     model: Annotated[str, tyro.conf.Positional]
     """a run's folder, a checkpoint file, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a Hugging Face folder"""
@@ -440,6 +427,8 @@ class SampleOptions:
     """families in Triton: all, none, or a list of layernorm,gelu,attention,cross_entropy"""
     cache: bool = True
     """keep keys and values; the text is the same without, and the time is not"""
+    export: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = ""
+    """write no text, but the model into this new folder, in Hugging Face's format"""
 
     def __post_init__(self):
         bounds = {"max_new_tokens": 1, "num_samples": 1, "temperature": 0, "top_k": 1, "top_p": 1e-6, "seed": 0}
@@ -488,7 +477,12 @@ def main(arguments: list[str] | None = None) -> None:
 
     sys.stdout.reconfigure(errors="replace")  # where a terminal lacks a character of the text
     with clear_errors(ModelError, kernels.KernelError, devices.DeviceError):
-        continue_prompt(parse_options(lambda: tyro.cli(SampleOptions, args=arguments)))
+        options = parse_options(lambda: tyro.cli(SampleOptions, args=arguments))
+        if options.export:
+            export(options.model, options.export)
+            print(f"{options.export} is ready for transformers: GPT2LMHeadModel.from_pretrained({options.export!r})")
+        else:
+            continue_prompt(options)
 
 
 if __name__ == "__main__":

@@ -23,19 +23,17 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import tyro
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
 import kernels
 import model as gpt
-from data import shards, tokenizer
-from data.run import Run, StopRequest, load_checkpoint, newest_checkpoint
-from kernels import devices
-from kernels.cross_entropy import check_targets
+from data import diagnostics, find_lr, hellaswag, ladder, shards, sweep, tokenizer
+from data.parallel import Mode, Processes
+from data.run import Run, StopRequest, find_checkpoint, loss_landmarks, profiler
+from kernels import devices, plan
 
 BETAS = (0.9, 0.95)  # of AdamW, GPT-3's
 
@@ -51,7 +49,7 @@ class RunError(Exception):
 class Config:
     """Train a GPT-2."""
 
-    data: str = "datasets/fineweb-edu-10B"  # pydocs, shakespeare-char, shakespeare-gpt2, or a folder of shards
+    data: str = "fineweb-edu-10B"  # pydocs, shakespeare-char, shakespeare-gpt2, fineweb-edu-..., a folder of shards
     out_dir: str = "runs/gpt2-124m"  # folder of the run
     n_layer: int = 12  # blocks; 0 leaves a bigram model
     n_head: int = 12  # attention heads a block
@@ -71,6 +69,8 @@ class Config:
     shuffle: bool = True  # a new order of the sequences in every epoch; without it, the order on disk
     eval_every: int = 250  # steps between validations; 0: only at the end
     eval_tokens: int = 10_485_760  # validation tokens, the same every time; all there are where they are fewer
+    hellaswag_every: int = 1000  # steps between HellaSwag evaluations, and at the end; 0: never
+    hellaswag_input: str = ""  # a file of questions in HellaSwag's format; none: its validation set, a download
     sample_every: int = 1000  # steps between samples; 0: only at the end
     checkpoint_every: int = 1000  # steps between checkpoints; one is always written at the end
     keep: int = 3  # checkpoints kept, the newest
@@ -80,26 +80,31 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 where it is fast
     kernels: str = "auto"  # all, none, or a list of layernorm,gelu,attention,cross_entropy; auto: what runs on a GPU
     compile: bool = True  # torch.compile the model
+    parallel: Mode = "ddp"  # among processes; zero1: share optimizer state; fsdp: weights and gradients too
     check: bool = False  # check the token ids of every batch before they are used: slower, for debugging
+    diagnose: int = 0  # steps between diagnoses of every layer, into log.jsonl and diagnostics.png; 0: none
+    plan: bool = False  # train nothing: print the memory, time, money and disk that the run would take
+    find_lr: bool = False  # train nothing to keep: sweep the learning rate, find_lr.png, and suggest one
+    sweep: tuple[str, ...] = ()  # train a grid of runs: --sweep lr=1e-4,3e-4 n_layer=4,6
+    ladder: bool = False  # train from a bigram to a small GPT, one dimension at a time, on tiny shakespeare
     profile: bool = False  # write a torch.profiler trace of steps 6 to 8 to trace.json
     wandb: bool = False  # log to Weights & Biases too
     tensorboard: bool = False  # log to TensorBoard too
 
     def __post_init__(self):
         self.shape(vocab_size=1)
-        positive = ["block_size", "batch_tokens", "max_steps", "lr", "eval_tokens", "checkpoint_every", "keep"]
-        for name in positive + ["micro_batch"] * (self.micro_batch != "auto"):
-            if not getattr(self, name) > 0:
-                raise RunError(f"{flag(name)} is {getattr(self, name)}, but must be above 0")
-        for name in ["warmup_steps", "eval_every", "sample_every", "weight_decay", "grad_clip", "seed", "min_lr"]:
-            if (getattr(self, name) or 0) < 0:
-                raise RunError(f"{flag(name)} is {getattr(self, name)}, but must be 0 or more")
-        for name, value in dataclasses.asdict(self).items():
-            if isinstance(value, int | float) and not value < 2**63:
-                raise RunError(f"{flag(name)} is {value}, but must be an ordinary number")
+        above_zero = ["block_size", "batch_tokens", "micro_batch", "max_steps", "lr", "eval_tokens", "checkpoint_every"]
+        zero_or_more = ["warmup_steps", "eval_every", "sample_every", "hellaswag_every", "seed", "diagnose", "min_lr"]
+        data.check_numbers(
+            dataclasses.asdict(self), [*above_zero, "keep"], [*zero_or_more, "weight_decay", "grad_clip"]
+        )
         self.sequences_of_one(processes=1)
         if self.dropout and self.kernels != "auto" and "attention" in kernels.families(self.kernels):
             raise RunError("the Triton attention has no dropout: use --dropout 0, or --kernels without attention")
+        if self.diagnose and self.parallel != "ddp":
+            raise RunError(f"--diagnose needs every weight on one process, which --parallel {self.parallel} shares out")
+        if self.parallel == "fsdp" and self.optimizer == "muon":
+            raise RunError("--optimizer muon needs whole matrices, which --parallel fsdp cuts: use zero1 or ddp")
 
     def sequences_of_one(self, processes: int) -> int:
         """Sequences in one process's share of a step's batch; RunError where the batch cannot be shared evenly."""
@@ -125,11 +130,12 @@ def flag(name: str) -> str:
 LAPTOP = Config(
     data="pydocs", out_dir="runs/laptop", n_layer=4, n_head=6, n_embd=192, block_size=128, batch_tokens=16 * 128,
     micro_batch=16, max_steps=1100, optimizer="muon", lr=4e-3, weight_decay=0.3, warmup_steps=100, eval_every=100,
-    eval_tokens=48_896, sample_every=500, checkpoint_every=500, compile=False,
+    eval_tokens=48_896, hellaswag_every=0, sample_every=500, checkpoint_every=500, compile=False,
 )
 CHARACTERS = Config(
     data="shakespeare-char", out_dir="runs/shakespeare-char", n_layer=6, n_head=6, n_embd=384, block_size=256,
     dropout=0.2, batch_tokens=64 * 256, max_steps=5000, lr=1e-3, warmup_steps=100, eval_tokens=111_360,
+    hellaswag_every=0,
 )
 # fmt: on
 
@@ -155,20 +161,20 @@ def learning_rate(step: int, config: Config) -> float:
     return low + (config.lr - low) * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
 
-def make_optimizers(model: gpt.GPT, config: Config) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: gpt.GPT, config: Config, ranks: Processes) -> list[torch.optim.Optimizer]:
     """AdamW for everything; with --optimizer muon, Muon for the blocks' matrices and AdamW for the rest."""
     groups = model.parameter_groups(config.weight_decay)
     adamw = {"lr": config.lr, "betas": BETAS, "fused": next(model.parameters()).device.type in ("cpu", "cuda")}
     if config.optimizer == "adamw":
-        return [torch.optim.AdamW(groups, **adamw)]
+        return [ranks.optimizer(torch.optim.AdamW, groups, **adamw)]
     hidden = [p for p in model.transformer.h.parameters() if p.dim() == 2]
     if not hidden:
         raise RunError("--optimizer muon needs blocks, whose matrices it trains: use --n-layer 1 or more, or adamw")
     chosen = {id(p) for p in hidden}
     rest = [{**group, "params": [p for p in group["params"] if id(p) not in chosen]} for group in groups]
     # match_rms_adamw scales Muon's updates to the size of AdamW's, so that one learning rate serves both
-    muon = torch.optim.Muon(hidden, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-    return [muon, torch.optim.AdamW(rest, **adamw)]
+    muon = {"lr": config.lr, "weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+    return [ranks.optimizer(torch.optim.Muon, hidden, **muon), ranks.optimizer(torch.optim.AdamW, rest, **adamw)]
 
 
 def seed_dropout(*numbers: int) -> None:
@@ -185,7 +191,7 @@ def due(step: int, every: int, last: int) -> bool:
 
 @dataclasses.dataclass
 class Trainer:
-    """What a step works with. `model` is what trains (compiled, DDP); `raw` is the same weights, plain."""
+    """What a step works with. `model` is what trains (compiled, DDP); `raw` is the same weights, neither."""
 
     config: Config
     raw: gpt.GPT
@@ -194,23 +200,10 @@ class Trainer:
     device: torch.device
     dtype: torch.dtype
     micro_batch: int  # sequences
-    rank: int = 0
-    world_size: int = 1
+    ranks: Processes = Processes()
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-    def sum_over_ranks(self, value: Tensor) -> Tensor:
-        if self.world_size > 1:
-            dist.all_reduce(value)  # a sum: gloo has no mean
-        return value
-
-    def greatest(self, number: int) -> int:
-        """The greatest of the processes' numbers."""
-        value = torch.tensor(number, device=self.device)
-        if self.world_size > 1:
-            dist.all_reduce(value, dist.ReduceOp.MAX)
-        return value.item()
 
 
 def train_step(trainer: Trainer, inputs: Tensor, targets: Tensor, step: int) -> tuple[float, float]:
@@ -221,19 +214,18 @@ def train_step(trainer: Trainer, inputs: Tensor, targets: Tensor, step: int) -> 
     Returns the mean loss over processes and micro-steps, in nats per token, and the gradient's norm before clipping.
     Raises RunError, with the weights as they were, when either is not finite.
     """
-    config = trainer.config
-    seed_dropout(config.seed, step, trainer.rank)
+    config, ranks = trainer.config, trainer.ranks
+    seed_dropout(config.seed, step, ranks.rank)
     micro_batches = list(zip(inputs.split(trainer.micro_batch), targets.split(trainer.micro_batch), strict=True))
     loss_sum = torch.zeros((), device=trainer.device)
     for micro_step, (x, y) in enumerate(micro_batches, start=1):
-        if trainer.world_size > 1:  # before the forward: DDP reads it there too
-            trainer.model.require_backward_grad_sync = micro_step == len(micro_batches)
+        ranks.average_gradients(trainer.model, now=micro_step == len(micro_batches))
         with trainer.autocast():
             loss = trainer.model(x, y) / len(micro_batches)
         loss.backward()
         loss_sum += loss.detach()
-    mean_loss = (trainer.sum_over_ranks(loss_sum) / trainer.world_size).item()
-    grad_norm = nn.utils.clip_grad_norm_(trainer.raw.parameters(), config.grad_clip or math.inf).item()
+    mean_loss = (ranks.sum(loss_sum) / ranks.world_size).item()
+    grad_norm = ranks.item(nn.utils.clip_grad_norm_(trainer.raw.parameters(), config.grad_clip or math.inf))
     if not math.isfinite(mean_loss + grad_norm):
         raise RunError(
             f"step {step} has loss {mean_loss} and gradient norm {grad_norm}: stopped before the update, and the "
@@ -252,61 +244,42 @@ def validate(trainer: Trainer, split: shards.Split) -> float:
     """Mean loss in nats per token over --eval-tokens of the split: the same tokens whatever the batch or world size."""
     block_size = trainer.config.block_size
     starts = shards.evaluation_windows(split, block_size, trainer.config.eval_tokens)
-    mine = starts[trainer.rank :: trainer.world_size]
+    ranks, size = trainer.ranks, trainer.micro_batch
+    mine = starts[ranks.rank :: ranks.world_size]
     trainer.raw.eval()
     loss_sum = torch.zeros((), dtype=torch.float64)
-    for first in range(0, len(mine), trainer.micro_batch):
-        windows = mine[first : first + trainer.micro_batch]
-        inputs, targets = (t.to(trainer.device) for t in shards.read_windows(split, windows, block_size))
+    for first in range(0, math.ceil(len(starts) / ranks.world_size), size):
+        windows = mine[first : first + size]
+        some = windows if len(windows) else starts[:1]  # under fsdp all processes call the model equally often
+        inputs, targets = (t.to(trainer.device) for t in shards.read_windows(split, some, block_size))
         with trainer.autocast():
             loss_sum += trainer.raw(inputs, targets).item() * len(windows)
     trainer.raw.train()
-    return trainer.sum_over_ranks(loss_sum.to(trainer.device, torch.float32)).item() / len(starts)
+    return ranks.sum(loss_sum.to(trainer.device, torch.float32)).item() / len(starts)
 
 
 # -------------------------------------------------------------------------------------------------------- beginning
 
 
-def choose_kernels(config: Config, device: torch.device) -> kernels.Ops:
-    """The operations for --kernels; auto: Triton on a GPU, except for attention when there is dropout."""
-    names = config.kernels
-    if names == "auto":
-        runs, _ = kernels.available(device)
-        on_gpu = runs and device.type == "cuda"
-        names = ",".join(f for f in kernels.FAMILIES if f != "attention" or not config.dropout) if on_gpu else "none"
-    return kernels.select(names, device)
-
-
 def choose_micro_batch(trainer: Trainer, sequences: int) -> int:
     """--micro-batch auto: the largest divisor of `sequences`, a process's share of the batch, that memory holds."""
-    divisors = [n for n in range(sequences, 0, -1) if sequences % n == 0]
+    block_size = trainer.config.block_size
     if trainer.device.type != "cuda":  # 16,384 tokens: more gain a CPU nothing
-        return next((n for n in divisors if n * trainer.config.block_size <= 16_384), 1)
-
-    def attempt(n: int) -> None:
-        # held aside: AdamW's two moments, and under DDP a second copy of the gradients
-        copies = 2 if trainer.world_size == 1 else 3
-        held = [torch.empty_like(p) for p in trainer.raw.parameters() for _ in range(copies)]
-        tokens = torch.zeros(n, trainer.config.block_size, dtype=torch.int64, device=trainer.device)
-        with trainer.autocast():
-            trainer.raw(tokens, tokens).backward()
-        del held
-
-    largest = devices.largest_that_fits(divisors, attempt)
-    trainer.raw.zero_grad(set_to_none=True)
-    least = -trainer.greatest(-largest)
+        enough = max(1, 16_384 // block_size)
+        return max(n for n in range(1, min(enough, sequences) + 1) if sequences % n == 0)
+    # held aside: AdamW's two moments, and under DDP a second copy of the gradients
+    copies = 2 if trainer.ranks.world_size == 1 else 3
+    largest = devices.largest_micro_batch(trainer.raw, block_size, sequences, copies, trainer.autocast)
+    least = -trainer.ranks.greatest(-largest)
     if least == 0:
         raise RunError("not even one sequence fits in the GPU's memory: lower --block-size, or take a smaller model")
     return least
 
 
-def starting_point(config: Config, split: shards.Split) -> dict | None:
+def starting_point(config: Config, split: shards.Split, restarted: bool) -> dict | None:
     """The checkpoint to go on from, if there is one; RunError where it is of another model, text or batch order."""
-    if config.resume == "auto":
-        path, checkpoint = newest_checkpoint(Path(config.out_dir))
-    elif config.resume != "never":
-        path, checkpoint = config.resume, load_checkpoint(Path(config.resume))
-    if config.resume == "never" or checkpoint is None:
+    path, checkpoint = find_checkpoint(Path(config.out_dir), config.resume, restarted)
+    if checkpoint is None:
         return None
     there, here = checkpoint["run"], dataclasses.asdict(config)
     fixed = ["n_layer", "n_head", "n_embd", "block_size", "optimizer", "batch_tokens", "seed", "shuffle"]
@@ -321,71 +294,103 @@ def starting_point(config: Config, split: shards.Split) -> dict | None:
     return checkpoint
 
 
-def initialise_from(raw: gpt.GPT, name: str, split: shards.Split) -> None:
-    """Copy the weights of a released GPT-2 or of a run; it may have a longer block size than this model."""
-    source, tokenizer_spec = gpt.load(name)
-    weights = source.state_dict()
-    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: raw.config.block_size]
-    theirs = dataclasses.replace(source.config, block_size=raw.config.block_size, dropout=raw.config.dropout)
-    if theirs != raw.config or source.config.block_size < raw.config.block_size:
-        raise RunError(f"--init-from {name} has another shape: {source.config} there, {raw.config} here")
-    if tokenizer_spec != split.tokenizer_spec:
-        raise RunError(f"--init-from {name} reads other tokens than {split.label}: prepare the text with its tokenizer")
-    raw.load_state_dict(weights)
-
-
-def set_up(config: Config, rank: int, local_rank: int, world_size: int):
+def set_up(config: Config, ranks: Processes):
     """What the loop needs: trainer, loader, validation split, tokenizer, and the checkpoint to go on from or None."""
-    sequences = config.sequences_of_one(world_size)
-    device = devices.choose_device(config.device, local_rank)
-    dtype, ops = devices.choose_dtype(config.dtype, device), choose_kernels(config, device)
+    sequences = config.sequences_of_one(ranks.world_size)
+    device = devices.choose_device(config.device, ranks.local_rank)
+    dtype, ops = devices.choose_dtype(config.dtype, device), kernels.select(config.kernels, device, config.dropout)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32
-    if local_rank == 0:  # once on every machine
-        data.prepare_if_missing(config.data)
-    if world_size > 1:
-        dist.barrier()
     train_split, val_split = (shards.open_split(data.folder_of(config.data), name) for name in ("train", "val"))
     for split in (train_split, val_split):
-        split.verify(rank, world_size)
+        split.verify(ranks.rank, ranks.world_size)
     shards.evaluation_windows(val_split, config.block_size, config.eval_tokens)  # too short a split fails here, early
-    order = {"seed": config.seed, "shuffle": config.shuffle, "rank": rank, "world_size": world_size}
-    loader = shards.Loader(train_split, config.block_size, sequences * world_size, device=device, **order)
-    checkpoint = starting_point(config, train_split)
+    order = {"seed": config.seed, "shuffle": config.shuffle, "rank": ranks.rank, "world_size": ranks.world_size}
+    order["check"] = config.check
+    loader = shards.Loader(train_split, config.block_size, sequences * ranks.world_size, device=device, **order)
+    checkpoint = starting_point(config, train_split, ranks.restarted)
+    for what, number in [
+        ("--data", int(train_split.fingerprint[:12], 16)),
+        ("checkpoint", checkpoint["step"] if checkpoint else 0),
+    ]:
+        if ranks.differ(number):
+            raise RunError(f"the processes see different files for {what}: they must share it, or hold equal copies")
 
     torch.manual_seed(config.seed)
     raw = gpt.GPT(config.shape(train_split.vocab_size), ops)
     if checkpoint:
         raw.load_state_dict(checkpoint["model"])
     elif config.init_from:
-        initialise_from(raw, config.init_from, train_split)
+        raw.take_weights(config.init_from, train_split.tokenizer_spec)
     raw.to(device)
-    trainer = Trainer(
-        config, raw, raw, make_optimizers(raw, config), device, dtype, config.micro_batch, rank, world_size
-    )
-    for what, number in [
-        ("--data", int(train_split.fingerprint[:12], 16)),
-        ("checkpoint", checkpoint["step"] if checkpoint else 0),
-    ]:
-        if trainer.greatest(number) != -trainer.greatest(-number):
-            raise RunError(f"the processes see different files for {what}: they must share it, or hold equal copies")
-    for optimizer, state in zip(trainer.optimizers, checkpoint["optimizers"] if checkpoint else (), strict=False):
-        optimizer.load_state_dict(state)
+    trainer = Trainer(config, raw, raw, [], device, dtype, config.micro_batch, ranks)
     if config.micro_batch == "auto":  # a run that goes on keeps its size, and so its bits
         before = checkpoint["micro_batch"] if checkpoint else sequences + 1
         trainer.micro_batch = choose_micro_batch(trainer, sequences) if sequences % before else before
-    trainer.model = torch.compile(raw) if config.compile else raw
-    if world_size > 1:
-        trainer.model = DistributedDataParallel(trainer.model, gradient_as_bucket_view=True)
+    ranks.shard(raw, list(raw.transformer.h))
+    trainer.optimizers = make_optimizers(raw, config, ranks)
+    for optimizer, state in zip(trainer.optimizers, checkpoint["optimizers"] if checkpoint else (), strict=False):
+        ranks.load_optimizer_state(optimizer, state)
+    trainer.model = ranks.replicate(torch.compile(raw) if config.compile else raw)
     return trainer, loader, val_split, tokenizer.from_spec(train_split.tokenizer_spec), checkpoint
 
 
 # --------------------------------------------------------------------------------------------------------------- main
 
 
-def measured(trainer: Trainer, step: int, loss: float, grad_norm: float, seconds: float) -> dict:
-    """The line of log.jsonl for a step: loss in nats per token, ms and tokens_per_s of the step without validation."""
+def sample(trainer: Trainer, run: Run | None, tokens: tokenizer.Tokenizer, step: int, length: int = 300) -> None:
+    """Adds to samples.txt `length` tokens that begin as a document does, drawn with the same seed every time."""
+    model, ranks = trainer.raw, trainer.ranks
+    weights = ranks.whole(model.state_dict()) if ranks.mode == "fsdp" else None
+    if run is None:
+        return
+    if weights:
+        model = gpt.GPT(model.config, model.ops).to(trainer.device)
+        model.load_state_dict(weights)
+    with trainer.autocast():
+        run.sample(step, gpt.sample_text(model, tokens, length, trainer.config.seed))
+
+
+def save(trainer: Trainer, run: Run | None, tokens: tokenizer.Tokenizer, step: int) -> None:
+    """A checkpoint and the pictures. What is random depends on seed and step alone: there is no state of it to save."""
+    checkpoint = {
+        "step": step,
+        "model": trainer.ranks.whole(trainer.raw.state_dict()),
+        "optimizers": [trainer.ranks.optimizer_state(optimizer) for optimizer in trainer.optimizers],
+        "config": dataclasses.asdict(trainer.raw.config),
+        "tokenizer": tokens.spec(),
+        "run": dataclasses.asdict(trainer.config),
+        "micro_batch": trainer.micro_batch,
+    }
+    if run:
+        run.save(checkpoint, trainer.config.keep)
+        run.draw()
+
+
+def start_run(trainer: Trainer, val_split: shards.Split, step: int):
+    """The run's folder, behind a few lines that say what is about to be trained; on the first process alone."""
+    config, shape, device, ranks = trainer.config, trainer.raw.config, trainer.device, trainer.ranks
+    if ranks.rank > 0:
+        return contextlib.nullcontext()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"{trainer.raw.parameter_count() / 1e6:.2f}M parameters, vocabulary of {shape.vocab_size:,} tokens")
+    print(f"{ranks.world_size} x {device.type} ({name}), {str(trainer.dtype).removeprefix('torch.')}")
+    print(f"{config.batch_tokens:,} tokens a step, {trainer.micro_batch} sequences a micro-step; into {config.out_dir}")
+    afresh = config.resume == "never" and not ranks.restarted
+    return Run(Path(config.out_dir), dataclasses.asdict(config), step, loss_landmarks(val_split), afresh)
+
+
+def run_step(trainer: Trainer, loader: shards.Loader, watch: diagnostics.Diagnostics, step: int) -> dict:
+    """One step with its batch, measured: the line of log.jsonl, ms and tokens_per_s without what --diagnose takes."""
     config, peak = trainer.config, devices.peak_flops(trainer.device)
+    began = time.perf_counter()
+    inputs, targets = loader.batch(step - 1)
+    diagnosed = trainer.ranks.rank == 0 and config.diagnose and (step == 1 or step % config.diagnose == 0)
+    with watch.watching(inputs, targets) if diagnosed else contextlib.nullcontext({}) as found:
+        loss, grad_norm = train_step(trainer, inputs, targets, step)
+    seconds = time.perf_counter() - began - found.get("ms", 0.0) / 1000
+    for sentence in watch.news(found) if found else ():
+        tqdm.write(f"warning: step {step}: {sentence}", file=sys.stderr)
     tokens_per_s = config.batch_tokens / seconds
     return {
         "step": step,
@@ -395,102 +400,37 @@ def measured(trainer: Trainer, step: int, loss: float, grad_norm: float, seconds
         "grad_norm": grad_norm,
         "ms": round(seconds * 1000, 3),
         "tokens_per_s": round(tokens_per_s, 1),
-        "mfu": tokens_per_s * trainer.raw.flops_per_token() / (peak * trainer.world_size) if peak else None,
-    }
+        "mfu": tokens_per_s * trainer.raw.flops_per_token() / (peak * trainer.ranks.world_size) if peak else None,
+    } | ({"diagnostics": found} if found else {})
 
 
-def check_batch(inputs: Tensor, targets: Tensor, vocab_size: int) -> None:
-    """RunError where a token id is past the vocabulary."""
-    try:
-        check_targets(inputs, vocab_size)
-        check_targets(targets, vocab_size)
-    except ValueError as error:
-        raise RunError(f"{error}; the dataset is not of this vocabulary") from error
-
-
-def check_first_loss(loss: float, vocab_size: int) -> None:
-    """Untrained, every token is as likely as any other: a first loss far from ln V means broken data or weights."""
-    if abs(loss - math.log(vocab_size)) > 0.5:
-        expected = f"ln({vocab_size}) = {math.log(vocab_size):.3f}"
-        tqdm.write(f"warning: the first loss is {loss:.3f}, far from {expected}: look at the data", file=sys.stderr)
-
-
-def profiler(config: Config, rank: int):
-    """With --profile, records steps 6 to 8 of the first process into trace.json, for ui.perfetto.dev."""
-    if not config.profile or rank > 0:
-        return contextlib.nullcontext()
-    return torch.profiler.profile(
-        schedule=torch.profiler.schedule(wait=4, warmup=1, active=3, repeat=1),
-        on_trace_ready=lambda done: done.export_chrome_trace(f"{config.out_dir}/trace.json"),
-    )
-
-
-def sample_text(trainer: Trainer, tokens: tokenizer.Tokenizer, length: int = 300) -> str:
-    """A sample of `length` tokens that begins as a document does; the same seed every time."""
-    start = gpt.start_tokens(tokens)
-    generator = torch.Generator(trainer.device).manual_seed(trainer.config.seed)
-    trainer.raw.eval()
-    context = torch.tensor([start], device=trainer.device)
-    with trainer.autocast():
-        ids = trainer.raw.generate(context, length, temperature=0.8, generator=generator)
-    trainer.raw.train()
-    return tokens.decode(ids[0, len(start) :].tolist())
-
-
-def save(trainer: Trainer, run: Run, tokens: tokenizer.Tokenizer, step: int) -> None:
-    """A checkpoint and the picture of the loss. What is random depends on seed and step alone: no state to save."""
-    checkpoint = {
-        "step": step,
-        "model": trainer.raw.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
-        "config": dataclasses.asdict(trainer.raw.config),
-        "tokenizer": tokens.spec(),
-        "run": dataclasses.asdict(trainer.config),
-        "micro_batch": trainer.micro_batch,
-    }
-    run.save(checkpoint, trainer.config.keep)
-    run.draw(trainer.raw.config.vocab_size)
-
-
-def start_run(trainer: Trainer, step: int) -> Run:
-    """The run's folder, behind a few lines in the terminal that say what is about to be trained."""
-    config, shape, device = trainer.config, trainer.raw.config, trainer.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"{trainer.raw.parameter_count() / 1e6:.2f}M parameters, vocabulary of {shape.vocab_size:,} tokens")
-    print(f"{trainer.world_size} x {device.type} ({name}), {str(trainer.dtype).removeprefix('torch.')}")
-    print(f"{config.batch_tokens:,} tokens a step, {trainer.micro_batch} sequences a micro-step; into {config.out_dir}")
-    folder, afresh = Path(config.out_dir), config.resume == "never"
-    return Run(folder, dataclasses.asdict(config), step, config.max_steps, afresh, config.wandb, config.tensorboard)
-
-
-def train(config: Config, rank: int, local_rank: int, world_size: int) -> int:
+def train(config: Config, ranks: Processes) -> int:
     """A run, or the rest of one. Returns the exit status: 0, or 128 + the signal that ended it early."""
-    trainer, loader, val_split, tokens, checkpoint = set_up(config, rank, local_rank, world_size)
+    trainer, loader, val_split, tokens, checkpoint = set_up(config, ranks)
     first, last = checkpoint["step"] if checkpoint else 0, config.max_steps
     if first >= last:
         print(f"{config.out_dir} has done its {first} steps: raise --max-steps, or start afresh with --resume never")
         return 0
+    questions = []
+    if config.hellaswag_every:
+        questions = hellaswag.questions_for(config.hellaswag_input, tokens, config.block_size, ranks)
+    watch = diagnostics.Diagnostics(trainer.raw, trainer.optimizers, trainer.autocast)
+    trace = profiler(config.out_dir) if config.profile and ranks.rank == 0 else contextlib.nullcontext()
     stopping = 0
-    running = start_run(trainer, first) if rank == 0 else contextlib.nullcontext()
-    with running as run, StopRequest() as stop, profiler(config, rank) as profiling:
+    with start_run(trainer, val_split, first) as run, StopRequest() as stop, trace as profiling:
         for step in range(first + 1, last + 1):
-            began = time.perf_counter()
-            inputs, targets = loader.batch(step - 1)
-            if config.check:
-                check_batch(inputs, targets, trainer.raw.config.vocab_size)
-            loss, grad_norm = train_step(trainer, inputs, targets, step)
-            record = measured(trainer, step, loss, grad_norm, time.perf_counter() - began)
-            if step == 1 and not config.init_from:
-                check_first_loss(loss, trainer.raw.config.vocab_size)
+            record = run_step(trainer, loader, watch, step)
             if due(step, config.eval_every, last):
                 record["val_loss"] = validate(trainer, val_split)
-            stopping = trainer.greatest(stop.signal)  # all processes stop after the same step
+            if questions and due(step, config.hellaswag_every, last):
+                record |= hellaswag.scores(trainer.raw, questions, trainer.device, ranks, trainer.autocast)
+            stopping = ranks.greatest(stop.signal)  # all processes stop after the same step
             if run:
                 run.log(record)
-            if run and (stopping or due(step, config.checkpoint_every, last)):
+            if stopping or due(step, config.checkpoint_every, last):
                 save(trainer, run, tokens, step)
-            if run and due(step, config.sample_every, last):
-                run.sample(step, sample_text(trainer, tokens))
+            if due(step, config.sample_every, last):
+                sample(trainer, run, tokens, step)
             if profiling:
                 profiling.step()
             if stopping:
@@ -500,25 +440,61 @@ def train(config: Config, rank: int, local_rank: int, world_size: int) -> int:
     return 128 + stopping if stopping else 0
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command line, sys.argv by default; under torchrun, one process of several. Ends with SystemExit."""
-    rank, local_rank, world_size = (int(os.environ.get(n, "0")) for n in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    world_size = max(1, world_size)
-    sys.stdout.reconfigure(errors="replace")  # where a terminal lacks a character of a sample
-    with data.clear_errors(RunError, gpt.ModelError, kernels.KernelError, devices.DeviceError):
-        config = data.parse_options(
-            lambda: tyro.extras.overridable_config_cli(PRESETS, prog="train_gpt2.py", args=arguments)
-        )
-        if world_size > 1:
-            dist.init_process_group("nccl" if torch.cuda.is_available() and config.device != "cpu" else "gloo")
+def find_learning_rate(config: Config, ranks: Processes) -> int:
+    """--find-lr: a sweep over weights that are thrown away, into find_lr.png and a line that suggests a rate."""
+    trainer, loader, *_ = set_up(dataclasses.replace(config, resume="never"), ranks)
+
+    def loss_at(rate: float, step: int) -> float:
+        trainer.config = dataclasses.replace(config, lr=rate, min_lr=rate, warmup_steps=0)
+        return train_step(trainer, *loader.batch(step - 1), step)[0]
+
+    find_lr.run(loss_at, RunError, Path(config.out_dir), quiet=ranks.rank > 0)
+    return 0
+
+
+def run(config: Config) -> int:
+    """Prepare the data, join the other processes, and train, or sweep the learning rate. Returns the exit status."""
+    ranks = Processes.of_torchrun(config.parallel)
+    data.prepare_if_missing(config.data)  # before they form a group: whoever waits inside one runs out of time
+    if config.hellaswag_every:
+        hellaswag.prepare_if_missing(config.hellaswag_input)
+    with ranks.joined(gpus=torch.cuda.is_available() and config.device != "cpu"):
         try:
-            status = train(config, rank, local_rank, world_size)
+            return find_learning_rate(config, ranks) if config.find_lr else train(config, ranks)
         except (RuntimeError, MemoryError) as error:
             if devices.out_of_memory(error):
                 raise RunError("out of memory: lower --micro-batch, or take a smaller model") from error
             raise
-        if world_size > 1:
-            dist.destroy_process_group()
+
+
+def show_plan(config: Config) -> int:
+    """--plan: what a run with these options would take, for as many GPUs as torchrun starts processes."""
+    folder = data.folder_of(config.data)
+    vocab_size = shards.open_split(folder, "train").vocab_size if folder.exists() else 50257
+    job = plan.Job.of_options(dataclasses.asdict(config), vocab_size, int(os.environ.get("WORLD_SIZE", 1)))
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(plan.plan(job))
+    return 0
+
+
+def parse(arguments: list[str]) -> Config:
+    return tyro.extras.overridable_config_cli(PRESETS, prog="train_gpt2.py", args=arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line, sys.argv by default; under torchrun, one process of several. Ends with SystemExit."""
+    sys.stdout.reconfigure(errors="replace")  # where a terminal lacks a character of a sample
+    with data.clear_errors(RunError, gpt.ModelError, kernels.KernelError, devices.DeviceError, plan.PlanError):
+        arguments, grid = sweep.take_grid(sys.argv[1:] if arguments is None else arguments)
+        config = data.parse_options(lambda: parse(arguments))
+        if config.plan:
+            status = show_plan(config)
+        elif grid:
+            status = sweep.run(Path(__file__), arguments, grid, parse)
+        elif config.ladder:
+            status = ladder.climb(Path(__file__), [word for word in arguments if word != "--ladder"], parse)
+        else:
+            status = run(config)
     raise SystemExit(status)
 
 

@@ -1,12 +1,13 @@
 """The language topics of `help()`: about 465 KB of English that every CPython carries (`pydoc_data.topics`).
 
-`python -m data.pydocs` makes a dataset of characters from it, with no download. Each topic is one document. Many topics
-repeat whole sections of others ("compound" holds all of "if", "while" and "try"), and a model must not be tested on
-what it has read. So validation, about a tenth of the text, is every sixth of the topics that share no paragraph with
-any other. The text, and with it every count, differs a little between versions of Python.
+`python -m data.pydocs` makes a dataset from it, with no download: characters, or other tokens. Each topic is one
+document. Many topics repeat whole sections of others ("compound" holds all of "if", "while" and "try"), and a model
+must not be tested on what it has read. So validation, about a tenth of the text, is every sixth of the topics that
+share no paragraph with any other. The text, and with it every count, differs a little between versions of Python.
 """
 
 import importlib
+import shlex
 import sys
 from collections import Counter
 from pathlib import Path
@@ -16,26 +17,33 @@ import tyro
 
 from data import DataError, run_script
 from data.shards import summary, write_dataset
-from data.tokenizer import CharTokenizer, encode_documents
+from data.tokenizer import choose, encode_documents
 
 PARAGRAPH_CHARACTERS = 40  # shorter ones ("See also:") are alike by chance
 VALIDATION_STRIDE = 6
 
 
-def prepare(folder: Annotated[Path, tyro.conf.arg(name="out", metavar="FOLDER")] = Path("datasets/pydocs")) -> str:
-    """Makes a dataset of characters from the language topics of Python's help().
+def prepare(
+    folder: Annotated[Path | None, tyro.conf.arg(name="out", metavar="FOLDER")] = None,
+    tokenizer: Annotated[str, tyro.conf.arg(metavar="char|gpt2|FILE")] = "char",
+) -> str:
+    """Makes a dataset from the language topics of Python's help().
 
-    Returns a line that sums it up; DataError where this Python comes without the topics.
+    Returns a line that sums it up; DataError where this Python comes without the topics, or without such a tokenizer.
 
     Args:
-        folder: The folder to write.
+        folder: The folder to write; datasets/pydocs if not given, or datasets/pydocs-TOKENIZER for other tokens.
+        tokenizer: Characters, GPT-2's tokens, or those of a file or folder that holds a tokenizer.
     """
+    folder = folder or Path("datasets", "pydocs" if tokenizer == "char" else f"pydocs-{Path(tokenizer).stem}")
     topics = read_topics()
     held_out = validation_topics(topics)
-    tokenizer = CharTokenizer.train("".join(topics.values()), documents=True)
+    chosen = choose(tokenizer, "".join(topics.values()), documents=True)
     names = {"train": [name for name in topics if name not in held_out], "val": held_out}
-    splits = {split: encode_documents(tokenizer, [topics[name] for name in names[split]]) for split in names}
-    return summary(folder, write_dataset(folder, tokenizer, splits, command=f"python -m data.pydocs --out {folder}"))
+    # Encoded before anything is written, since a tokenizer may lack a character of the text.
+    splits = {split: [*encode_documents(chosen, [topics[name] for name in names[split]])] for split in names}
+    command = "python -m data.pydocs " + shlex.join(["--out", str(folder), "--tokenizer", tokenizer])
+    return summary(folder, write_dataset(folder, chosen, splits, command=command))
 
 
 def read_topics(module: str = "pydoc_data.topics") -> dict[str, str]:

@@ -3,8 +3,9 @@ A run's folder: what training leaves on disk, and how it is read back; and the s
 
     config.json                    the options of the run
     log.jsonl                      a line a step: step, tokens, loss, lr, grad_norm, ms, tokens_per_s, mfu, and
-                                   val_loss when it was measured
+                                   val_loss, hellaswag_acc, hellaswag_acc_norm when they were measured
     loss.png                       the same as a picture
+    diagnostics.png                with --diagnose, what goes on in every layer; in log.jsonl under "diagnostics"
     samples.txt                    text that the model wrote
     checkpoints/step_NNNNNN.pt     after NNNNNN steps: torch.save of a dict, read with weights_only=True
     checkpoints/step_NNNNNN.pt.sha256
@@ -29,26 +30,37 @@ from typing import BinaryIO
 import torch
 from tqdm import tqdm
 
-from data import DataError, lock, write_whole
+from data import DataError, diagnostics, lock, write_whole
+from data.hellaswag import HELLASWAG_CHANCE, HELLASWAG_GPT2_124M, HELLASWAG_GPT3_124M
+from data.shards import Split
 
 CHECKPOINT_KEYS = {"step", "model", "optimizers", "config", "tokenizer", "run"}  # what a checkpoint holds at least
+GPT2_124M = "OpenAI's GPT-2 (124M)"
+PUBLISHED = {
+    "fineweb-edu": 3.2924,
+    "fineweb": 3.425,
+}  # its loss, nats per token, on the validation shard of either text
+HELLASWAG = {GPT2_124M: HELLASWAG_GPT2_124M, "GPT-3 (124M)": HELLASWAG_GPT3_124M}
+RANDOM = "guessing at random"
 SAMPLE_LINE = "-" * 40  # begins each sample in samples.txt
 
 
 class Run:
     """
-    The folder of a run that has done `step` of its `max_steps` steps, and its bar in the terminal.
+    The folder of a run that has done `step` of its steps, and its bar in the terminal.
 
-    Lines of log.jsonl past `step` were lost with a crash and go; `afresh` moves an older run aside first. wandb and
-    tensorboard log there too; DataError where the package is missing.
+    config:    the options of train_gpt2.py, of which max_steps, init_from, hellaswag_input, wandb and tensorboard count
+    landmarks: validation losses to compare with, named: see loss_landmarks
+    afresh:    moves an older run aside first; else lines of log.jsonl past `step`, lost with a crash, go
+    DataError where another process writes to the folder, or the package of a service is missing.
     """
 
-    def __init__(
-        self, folder: Path, config: dict, step: int, max_steps: int, afresh=False, wandb=False, tensorboard=False
-    ):
-        self.folder, self.services = folder, []
-        wandb = wandb and _optional("wandb", "wandb")
-        tensorboard = tensorboard and _optional("torch.utils.tensorboard", "tensorboard")
+    def __init__(self, folder: Path, config: dict, step: int, landmarks: dict[str, float], afresh: bool = False):
+        self.folder, self.landmarks, self.services = folder, landmarks, []
+        self.published = {} if config.get("hellaswag_input") else HELLASWAG  # true of HellaSwag's own questions alone
+        self._untrained = not config.get("init_from")
+        wandb = config.get("wandb") and _optional("wandb", "wandb")
+        tensorboard = config.get("tensorboard") and _optional("torch.utils.tensorboard", "tensorboard")
         if afresh and folder.exists():
             _move_aside(folder)
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -66,15 +78,17 @@ class Run:
         self._log = (folder / "log.jsonl").open("a", encoding="utf-8")
         self._val = next((f" val {r['val_loss']:.3f}" for r in reversed(self.records) if "val_loss" in r), "")
         seconds = 0.1 if sys.stderr.isatty() else 10.0  # between refreshes: a log file needs few
-        self._bar = tqdm(initial=step, total=max_steps, unit="step", mininterval=seconds, dynamic_ncols=True)
+        self._bar = tqdm(initial=step, total=config["max_steps"], unit="step", mininterval=seconds, dynamic_ncols=True)
 
     def log(self, record: dict) -> None:
         """A step: a line in log.jsonl, a move of the bar, and to wandb and TensorBoard where they were asked for."""
+        if record["step"] == 1 and self._untrained:
+            _check_first_loss(record["loss"], self.landmarks[RANDOM])
         self.records.append(record)
         self._log.write(json.dumps(record) + "\n")
         self._log.flush()
         for service in self.services:
-            service({name: value for name, value in record.items() if value is not None})
+            service({name: value for name, value in record.items() if isinstance(value, int | float)})
         if "val_loss" in record:
             self._val = f" val {record['val_loss']:.3f}"
         mfu = "" if record["mfu"] is None else f" MFU {record['mfu']:.1%}"
@@ -92,39 +106,69 @@ class Run:
 
     def finish(self) -> None:
         """The end in the terminal: what the model writes, the figures, and where the files are."""
-        last, rates = self.records[-1], sorted(record["tokens_per_s"] for record in self.records)
-        if "val_loss" in last and (self.folder / "samples.txt").exists():
-            print(
-                (self.folder / "samples.txt").read_text(encoding="utf-8").rpartition(SAMPLE_LINE)[2].partition("\n")[2]
-            )
-        if "val_loss" in last:
-            loss = last["val_loss"]
-            print(f"validation loss {loss:.4f} nats per token, perplexity {math.exp(min(loss, 700.0)):.2f}")
-        print(f"{last['step']:,} steps, {last['tokens']:,} tokens, median {rates[len(rates) // 2]:,.0f} tokens/s")
+        if "val_loss" in self.records[-1] and (self.folder / "samples.txt").exists():
+            texts = (self.folder / "samples.txt").read_text(encoding="utf-8")
+            print(texts.rpartition(SAMPLE_LINE)[2].partition("\n")[2])
+        for name, value in self.summary().items():
+            print(f"{name:<26} {value}")
+        for name, loss in self.landmarks.items():
+            print(f"{'compare: ' + name:<26} {loss:.4f}")
         print(f"{self.folder} holds loss.png, log.jsonl, samples.txt and checkpoints")
         print(f'python model.py {self.folder} --prompt "..." writes more')
+
+    def summary(self) -> dict[str, str]:
+        """What the run came to, named; of val_loss and HellaSwag the last that were measured."""
+        last = self.records[-1]
+        rates = sorted(record["tokens_per_s"] for record in self.records)
+        shares = sorted(record["mfu"] for record in self.records if record["mfu"] is not None)
+        minutes, seconds = divmod(round(sum(record["ms"] for record in self.records) / 1000), 60)
+        rows = {
+            "steps": f"{last['step']:,}",
+            "tokens": f"{last['tokens']:,}",
+            "time in training steps": f"{minutes // 60} h {minutes % 60} min {seconds} s",
+            "tokens/s, median": f"{rates[len(rates) // 2]:,.0f}",
+        }
+        if shares:
+            rows["MFU, median"] = f"{shares[len(shares) // 2]:.1%}"
+        if losses := self._curve("val_loss")[1]:
+            rows["validation loss"] = (
+                f"{losses[-1]:.4f} nats per token, perplexity {math.exp(min(losses[-1], 700)):.2f}"
+            )
+        if scores := self._curve("hellaswag_acc_norm")[1]:
+            published = ", ".join(f"{name} {score}" for name, score in self.published.items())
+            rows["HellaSwag acc_norm"] = f"{scores[-1]:.4f}" + (f" (published: {published})" if published else "")
+        return rows
 
     def sample(self, step: int, text: str) -> None:
         """Add a text to samples.txt."""
         with (self.folder / "samples.txt").open("a", encoding="utf-8") as file:
             file.write(f"{SAMPLE_LINE} after {step} steps\n{text}\n")
 
-    def draw(self, vocab_size: int) -> None:
-        """loss.png: training and validation loss against tokens seen, and where guessing at random stands."""
+    def draw(self) -> None:
+        """loss.png: training and validation loss against tokens seen, the landmarks, and HellaSwag where measured."""
         from matplotlib.figure import Figure
         from matplotlib.ticker import EngFormatter
 
-        axes = (figure := Figure(figsize=(8, 5), layout="constrained")).add_subplot()
-        axes.set(xlabel="tokens", ylabel="loss, nats per token", title=self.folder.name)
-        axes.plot(*self._curve("loss"), linewidth=0.6, label="training")
-        tokens, losses = self._curve("val_loss")
+        tokens, scores = self._curve("hellaswag_acc_norm")
+        figure = Figure(figsize=(8, 8 if scores else 5), layout="constrained")
+        panels = figure.subplots(2 if scores else 1, squeeze=False, sharex=True)[:, 0]
+        panels[0].set(ylabel="loss, nats per token", title=self.folder.name)
+        panels[0].plot(*self._curve("loss"), linewidth=0.6, label="training")
+        at, losses = self._curve("val_loss")
         if losses:
-            axes.plot(tokens, losses, "o-", markersize=4, label=f"validation: {losses[-1]:.3f} at the end")
-        axes.axhline(math.log(vocab_size), linestyle=":", color="grey", label=f"ln {vocab_size:,}: guessing at random")
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 5M and not 5 with a 1e6 in the corner
-        axes.grid(alpha=0.3)
-        axes.legend()
+            panels[0].plot(at, losses, "o-", markersize=4, label=f"validation: {losses[-1]:.3f} at the end")
+        _draw_levels(panels[0], self.landmarks)
+        if scores:
+            panels[1].set(ylabel="HellaSwag acc_norm")
+            panels[1].plot(tokens, scores, "o-", markersize=4, label=f"this run: {scores[-1]:.4f} at the end")
+            _draw_levels(panels[1], {RANDOM: HELLASWAG_CHANCE, **self.published})
+        for axes in panels:
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 5M and not 5 with a 1e6 in the corner
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize="small")
+        panels[-1].set(xlabel="tokens")
         write_whole(self.folder / "loss.png", lambda file: figure.savefig(file, format="png", dpi=120))
+        diagnostics.draw(self.records, self.folder / "diagnostics.png", self.folder.name)
 
     def _curve(self, name: str) -> tuple[list[float], list[float]]:
         records = [record for record in self.records if name in record]
@@ -170,6 +214,39 @@ class _Hashed:
 
     def flush(self) -> None:
         self.file.flush()
+
+
+def _check_first_loss(loss: float, random: float) -> None:
+    """Untrained, every token is as likely as any other: a first loss far from ln V means broken data or weights."""
+    if abs(loss - random) > 0.5:
+        sentence = f"the first loss is {loss:.3f}, far from {random:.3f}, that of guessing: look at the data"
+        tqdm.write(f"warning: {sentence}", file=sys.stderr)
+
+
+def profiler(folder: str) -> torch.profiler.profile:
+    """Records steps 6 to 8 of this process into trace.json, for ui.perfetto.dev; `.step()` ends a step."""
+    return torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=4, warmup=1, active=3, repeat=1),
+        on_trace_ready=lambda done: done.export_chrome_trace(f"{folder}/trace.json"),
+    )
+
+
+def _draw_levels(axes, levels: dict[str, float]) -> None:
+    for (name, value), style in zip(
+        levels.items(), [":", "-.", "--", (0, (6, 2)), (0, (1, 3)), (0, (9, 3))], strict=False
+    ):
+        axes.axhline(value, linestyle=style, linewidth=1, color="grey", label=f"{name}: {value:.4g}")
+
+
+def loss_landmarks(split: Split) -> dict[str, float]:
+    """Losses to compare a model's with, in nats per token: what counting the training text gives, what is published."""
+    names = {"uniform": RANDOM, "unigram": "token frequencies", "bigram": "bigrams counted"}
+    names["trigram"] = "trigrams counted"
+    counted = {names[name]: split.baselines[name] for name in names if name in split.baselines}
+    first = split.shards[0].path
+    text = "fineweb-edu" if "edu" in f"{first.parent.name}/{first.name}" else "fineweb"
+    known = {GPT2_124M: PUBLISHED[text]} if "fineweb" in str(first) else {}
+    return {RANDOM: math.log(split.vocab_size), **counted, **known}
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -244,6 +321,14 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict] | tuple[None, None]:
     if paths:
         raise DataError(f"no checkpoint in {folder} can be read: --resume never starts afresh and moves the run aside")
     return None, None
+
+
+def find_checkpoint(folder: Path, resume: str, restarted: bool) -> tuple[Path, dict] | tuple[None, None]:
+    """The checkpoint that --resume means, behind its path, or two None; after a restart first the run's own newest."""
+    path, checkpoint = newest_checkpoint(folder) if resume == "auto" or restarted else (None, None)
+    if checkpoint is None and resume not in ("auto", "never"):
+        return Path(resume), load_checkpoint(Path(resume))
+    return path, checkpoint
 
 
 class StopRequest:

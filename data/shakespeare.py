@@ -5,15 +5,14 @@ it is another text. The first 90% of the characters are for training, the rest f
 """
 
 import hashlib
-import http.client
 import shlex
 import sys
-import urllib.request
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+import data
 from data import DataError, run_script
 from data.shards import summary, write_dataset
 from data.text import read_text, split_documents
@@ -37,7 +36,7 @@ def prepare(
     Args:
         folder: The folder to write; datasets/shakespeare-TOKENIZER if not given.
         input: A file to read in place of the download.
-        tokenizer: Characters, GPT-2's tokens, or those of a file that holds a tokenizer.
+        tokenizer: Characters, GPT-2's tokens, or those of a file or folder that holds a tokenizer.
     """
     folder = folder or Path("datasets", f"shakespeare-{Path(tokenizer).stem}")
     text = download(url) if input is None else read_input(input)
@@ -51,19 +50,7 @@ def prepare(
 
 def download(url: str) -> str:
     """The text at `url`, whole and with the checksum above; DataError otherwise."""
-    try:
-        with urllib.request.urlopen(url, timeout=30) as response:
-            content = response.read()
-    except (OSError, http.client.HTTPException) as error:
-        way_out = "give a copy of it with --input FILE"
-        raise DataError(f"cannot download {url} ({getattr(error, 'reason', error)}): {way_out}") from None
-    found = hashlib.sha256(content).hexdigest()
-    if found != SHA256:
-        raise DataError(
-            f"{url} sent {len(content)} bytes with sha256 {found}, which is not tiny Shakespeare ({SHA256}): "
-            "try again, or give a copy with --input FILE"
-        )
-    return content.decode()
+    return data.download(url, SHA256, "tiny Shakespeare").decode()
 
 
 def read_input(path: Path) -> str:

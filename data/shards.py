@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data import DataError, baselines, write_whole
+from data import DataError, baselines, write_whole, writing
 from data.tokenizer import Tokenizer, token_dtype
 
 BIN_MAGIC, BIN_VERSION, BIN_HEADER_BYTES = 20240520, 1, 1024
@@ -50,19 +50,20 @@ def write_dataset(
     documents: 1-D integer arrays of token ids, end-of-text tokens included. They are read one by one and written a
         shard at a time, so that memory holds one shard.
     command: what prepares this dataset again, for error messages.
-    Returns what meta.json holds. DataError when a split has no tokens or an id is past the vocabulary; the folder then
-    holds no dataset.
+    Returns what meta.json holds. DataError when a split has no tokens or an id is past the vocabulary, the folder then
+    holds no dataset; or when another process is writing to the folder.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    clear_dataset(folder)
-    shards = {}
-    for split, documents in splits.items():
-        pieces = enumerate(_cut(documents, shard_tokens, tokenizer.vocab_size))
-        shards[split] = [write_shard(folder / f"{split}_{i:06d}.npy", tokens) for i, tokens in pieces]
-        if not shards[split]:
-            raise DataError(f"the {split} split of {folder} would be empty: give more text")
-    return write_meta(folder, tokenizer, shards, command)
+    with writing(folder):
+        clear_dataset(folder)
+        shards = {}
+        for split, documents in splits.items():
+            pieces = enumerate(_cut(documents, shard_tokens, tokenizer.vocab_size))
+            shards[split] = [write_shard(folder / f"{split}_{i:06d}.npy", tokens) for i, tokens in pieces]
+            if not shards[split]:
+                raise DataError(f"the {split} split of {folder} would be empty: give more text")
+        return write_meta(folder, tokenizer, shards, command)
 
 
 def write_meta(
@@ -285,7 +286,8 @@ class Loader:
     Without, the offset is 0 and the windows come as in the text.
 
     Of the global sequences step * batch_sequences + j, rank r takes those with j in [r * b, (r + 1) * b), where
-    b = batch_sequences / world_size. DataError when that does not divide, or the split is shorter than one window.
+    b = batch_sequences / world_size. DataError when that does not divide, or the split is shorter than one window; with
+    `check` also for a token id past the vocabulary.
     """
 
     def __init__(
@@ -298,6 +300,7 @@ class Loader:
         world_size: int = 1,
         device: str | torch.device = "cpu",
         shuffle: bool = True,
+        check: bool = False,
     ):
         _check_length(split, block_size)
         if batch_sequences < 1 or batch_sequences % world_size:
@@ -305,7 +308,7 @@ class Loader:
         if seed < 0:
             raise DataError(f"the seed is {seed}: it must be 0 or more")
         self.split, self.block_size, self.batch_sequences = split, block_size, batch_sequences
-        self.seed, self.shuffle, self.device = seed, shuffle, torch.device(device)
+        self.seed, self.shuffle, self.check, self.device = seed, shuffle, check, torch.device(device)
         if self.device == torch.device("cuda"):  # which one: the thread that reads ahead would take GPU 0
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.sequences = batch_sequences // world_size
@@ -331,6 +334,11 @@ class Loader:
         first = step * self.batch_sequences + self.first
         places = (divmod(i, self.windows) for i in range(first, first + self.sequences))
         rows = _read_rows(self.split, [self._epoch_starts(epoch)[k] for epoch, k in places], self.block_size)
+        if self.check and (largest := int(rows.max())) >= self.split.vocab_size:
+            raise DataError(
+                f"step {step} reads token id {largest} from {self.split.label}, past its vocabulary of "
+                f"{self.split.vocab_size}: {self.split.remedy}"
+            )
         if self.device.type != "cuda":
             return rows
         with torch.cuda.device(self.device):

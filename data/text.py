@@ -6,17 +6,22 @@ last tenth of the characters, wherever that cuts. Lines are shuffled first, alwa
 sorted; files keep the order in which they are given. All the text is held in memory at once.
 """
 
+import itertools
+import json
 import random
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import tyro
 
-from data import DataError, run_script
-from data.shards import summary, write_dataset
-from data.tokenizer import choose, encode_documents
+from data import DataError, folder_of, run_script
+from data.shards import open_split, summary, write_dataset
+from data.tokenizer import choose, encode_documents, from_spec
+
+MOST_DOCUMENT_TOKENS = 100_000_000  # that new_documents holds in memory, as text
 
 
 def prepare(
@@ -33,7 +38,7 @@ def prepare(
     Args:
         files: Text files in UTF-8.
         folder: The folder to write.
-        tokenizer: Characters, GPT-2's tokens, or those of a file that holds a tokenizer.
+        tokenizer: Characters, GPT-2's tokens, or those of a file or folder that holds a tokenizer.
         lines: One document a line, where otherwise a file is one.
     """
     documents = read_documents(files, lines)
@@ -58,10 +63,13 @@ def read_text(path: str | Path) -> str:
     try:
         return content.decode().removeprefix("\ufeff").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        what = f"byte 0x{content[error.start]:02x} at offset {error.start}"
-        raise DataError(
-            f"{path} is not UTF-8: {what}: convert it, for example with `iconv -f latin1 -t utf-8`"
-        ) from None
+        raise not_utf8(path, content[error.start], error.start) from None
+
+
+def not_utf8(path: str | Path, byte: int, offset: int) -> DataError:
+    """The error that names the first byte of a file which is not UTF-8."""
+    what = f"byte 0x{byte:02x} at offset {offset}"
+    return DataError(f"{path} is not UTF-8: {what}: convert it, for example with `iconv -f latin1 -t utf-8`")
 
 
 def read_documents(files: Sequence[str | Path], lines: bool) -> list[str]:
@@ -92,6 +100,43 @@ def split_documents(documents: list[str]) -> tuple[list[str], list[str]]:
         val.append(document[max(cut, 0) :])
         cut -= len(document)
     return [text for text in train if text], [text for text in val if text]
+
+
+def new_documents(run: str | Path, samples: Sequence[Sequence[int]], prompt: str = "") -> list[str]:
+    """The documents that a run wrote and has not read: each sample up to its end-of-text token, behind the prompt.
+
+    run: a run's folder or one of its checkpoints; samples: token ids without the prompt
+    DataError when it is no run, or its training text is not here, has no documents, or is too large to hold in memory.
+    """
+    folder = Path(run).parents[1] if Path(run).is_file() else Path(run)
+    try:
+        data = json.loads((folder / "config.json").read_text(encoding="utf-8"))["data"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(
+            f"{run} is no run of train_gpt2.py, whose training text a sample could be compared with"
+        ) from None
+    known = training_documents(folder_of(data))
+    tokenizer = from_spec(open_split(folder_of(data), "train").tokenizer_spec)
+    written = (prompt + tokenizer.decode(_until(ids, tokenizer.eot)) for ids in samples)
+    return [document for document in written if document and document not in known]
+
+
+def training_documents(folder: str | Path) -> set[str]:
+    """The documents of a dataset's train split, told apart by the end-of-text token in front of each."""
+    split = open_split(folder, "train")
+    tokenizer = from_spec(split.tokenizer_spec)
+    if tokenizer.eot is None:
+        raise DataError(f"{split.label} is one text, without documents: prepare it with several files, or --lines")
+    if split.n_tokens > MOST_DOCUMENT_TOKENS:
+        raise DataError(f"{split.label} has {split.n_tokens:,} tokens, too many to compare a sample with each document")
+    tokens = split.read(0, split.n_tokens)
+    pieces = np.split(tokens, np.flatnonzero(tokens == tokenizer.eot))
+    return {tokenizer.decode(piece[piece != tokenizer.eot]) for piece in pieces if len(piece)}
+
+
+def _until(ids: Sequence[int], eot: int) -> list[int]:
+    """The ids before the first `eot`, all of them where there is none."""
+    return list(itertools.takewhile(lambda token: token != eot, ids))
 
 
 def main() -> None:

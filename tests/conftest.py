@@ -18,3 +18,13 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """The folder of Python's documentation as characters."""
+    from data import pydocs
+
+    folder = tmp_path_factory.mktemp("datasets") / "pydocs"
+    pydocs.prepare(folder)
+    return folder

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 import kernels
 import model as gpt
+from data.hugging_face import RELEASES, other_layout
 from kernels import devices
 
 SMALL = gpt.GPTConfig(n_layer=2, n_head=4, n_embd=32, block_size=24, vocab_size=150)  # 106 columns of padding
@@ -48,7 +49,7 @@ def theirs(tmp_path_factory):
 
 def test_logits_loss_and_every_gradient_are_those_of_transformers(theirs):
     judge, folder = theirs
-    ours = gpt.from_pretrained(str(folder))
+    ours = gpt.GPT.from_pretrained(str(folder))
     tokens, targets = random_tokens(3, 20), random_tokens(3, 20)
 
     their_logits = judge(tokens).logits
@@ -59,10 +60,11 @@ def test_logits_loss_and_every_gradient_are_those_of_transformers(theirs):
 
     torch.testing.assert_close(ours(tokens), their_logits, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(loss, their_loss, rtol=1e-5, atol=1e-5)
-    their_gradients = gpt._from_hugging_face({name: p.grad for name, p in judge.named_parameters()}, ours.config)
+    their_gradients = {name: other_layout(name, p.grad) for name, p in judge.named_parameters()}
     assert set(their_gradients) == {name for name, _ in ours.named_parameters()}
     for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter.grad, their_gradients[name], rtol=1e-5, atol=1e-5)
+        gradient = parameter.grad[:150] if "wte" in name else parameter.grad
+        torch.testing.assert_close(gradient, their_gradients[name], rtol=1e-5, atol=1e-5)
 
 
 def test_initialisation_is_gpt2s():
@@ -84,11 +86,12 @@ def test_initialisation_is_gpt2s():
     [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)],
 )
 def test_parameter_counts_are_the_published_ones(name, parameters):
-    n_layer, n_head, n_embd = gpt.PRETRAINED[name]
+    release = RELEASES[name]
     with torch.device("meta"):
-        model = gpt.GPT(gpt.GPTConfig(n_layer, n_head, n_embd))
+        model = gpt.GPT(gpt.GPTConfig(release.n_layer, release.n_head, release.n_embd))
     assert model.parameter_count() == parameters
-    assert model.flops_per_token() == 6 * (parameters - 1024 * n_embd) + 12 * n_layer * n_embd * 1024
+    attention = 12 * release.n_layer * release.n_embd * 1024
+    assert model.flops_per_token() == 6 * (parameters - 1024 * release.n_embd) + attention
 
 
 def test_padding_of_the_vocabulary_is_out_of_loss_gradient_and_samples(model):
@@ -226,35 +229,6 @@ def test_impossible_shapes_are_named(shape, names):
 def test_too_long_a_sequence_is_named(model):
     with pytest.raises(gpt.ModelError, match="25 tokens do not fit a block size of 24"):
         model(random_tokens(1, 25))
-
-
-def test_weights_that_are_not_a_gpt2_are_refused(tmp_path, theirs):
-    with pytest.raises(gpt.ModelError, match="no weights for"):
-        gpt.from_pretrained(str(tmp_path))
-    _, folder = theirs
-    for name in ("config.json", "model.safetensors"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
-    text = (tmp_path / "config.json").read_text()
-    (tmp_path / "config.json").write_text(text.replace('"n_layer": 2', '"n_layer": 3'))
-    with pytest.raises(gpt.ModelError, match="is not a GPT-2"):
-        gpt.from_pretrained(str(tmp_path))
-    (tmp_path / "model.safetensors").write_bytes(b"no weights at all")
-    with pytest.raises(gpt.ModelError, match="no weights for"):
-        gpt.from_pretrained(str(tmp_path))
-
-
-@pytest.mark.parametrize("field, value", [("activation_function", "relu"), ("layer_norm_epsilon", 1e-3)])
-def test_variants_of_gpt2_that_this_model_is_not_are_refused(tmp_path, theirs, field, value):
-    import json
-
-    _, folder = theirs
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {field: value}
-    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    with pytest.raises(gpt.ModelError, match=field):
-        gpt.from_pretrained(str(tmp_path))
-    with pytest.raises(gpt.ModelError, match="has 150 tokens"):
-        gpt.load(str(folder))
 
 
 def test_the_peak_of_a_gpu_is_found_by_its_name():

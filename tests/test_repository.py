@@ -116,6 +116,7 @@ def test_a_command_of_the_readme_exists_with_its_options(line):
             assert isinstance(config, train_gpt2.Config)
     elif words[0] == "python":
         target = words[1:3] if words[1] == "-m" else words[1:2]
+        target += words[3:4] if target[-1] == "data.tokenizer" else []  # which has commands, each with its options
         shown = subprocess.run([sys.executable, *target, "--help"], capture_output=True, text=True, cwd=ROOT).stdout
         for word in words[len(target) + 1 :]:
             assert not word.startswith("--") or word in shown, f"{word} is no option of {' '.join(target)}"

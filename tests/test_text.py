@@ -8,7 +8,7 @@ import pytest
 
 from data import DataError
 from data.shards import open_split
-from data.text import main, prepare, read_documents, split_documents
+from data.text import main, new_documents, prepare, read_documents, split_documents, training_documents
 from data.tokenizer import CharTokenizer, from_spec
 
 
@@ -121,6 +121,52 @@ def test_a_damaged_dataset_names_the_command_that_made_it(tmp_path):
     (out / "val_000000.npy").unlink()
     with pytest.raises(DataError, match=f"again with `python -m data.text {paths[0]} --out '{out}' --tokenizer char`"):
         open_split(out, "val")
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "gpt2"])
+def test_training_documents_come_back_whole_line_breaks_included(tmp_path, tokenizer):
+    texts = [f"document {i}\n\nsecond, naïve 🙂 paragraph\n" for i in range(10)]
+    prepare(files(tmp_path, *texts), tmp_path / "out", tokenizer)
+    assert training_documents(tmp_path / "out") == set(texts[:9])  # the tenth is for validation
+
+
+def run_on(folder, data):
+    (folder / "run" / "checkpoints").mkdir(parents=True)
+    (folder / "run" / "config.json").write_text(json.dumps({"data": str(data)}), encoding="utf-8")
+    (folder / "run" / "checkpoints" / "step_000001.pt").touch()
+    return folder / "run"
+
+
+def test_samples_end_with_their_document_and_what_was_read_is_left_out(tmp_path):
+    names = ["ada", "bea", "cab", "dee", "eva", "abe", "bab", "ace", "dab", "ebb"]
+    prepare(files(tmp_path, "\n".join(names)), tmp_path / "out", lines=True)
+    read = sorted(training_documents(tmp_path / "out"))
+    (held_out,) = set(names) - set(read)
+    tokenizer = from_spec(open_split(tmp_path / "out", "train").tokenizer_spec)
+    run = run_on(tmp_path, tmp_path / "out")
+
+    def ids(text):  # "|" stands for the end of a text
+        return [tokenizer.eot if c == "|" else int(tokenizer.encode(c)[0]) for c in text]
+
+    samples = [ids(text) for text in (f"{read[0]}|abba", "abba|a|", held_out, f"{read[1]}e|", "|ada")]
+    for place in (run, run / "checkpoints" / "step_000001.pt"):
+        assert new_documents(place, samples) == ["abba", held_out, f"{read[1]}e"]
+    rest = [ids(read[2][1:] + "|"), ids("bb")]
+    assert new_documents(run, rest, prompt=read[2][:1]) == [f"{read[2][0]}bb"]
+
+
+def test_what_samples_cannot_be_compared_with_is_named(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match="gpt2 is no run of train_gpt2.py"):
+        new_documents("gpt2", [])
+    prepare(files(tmp_path, "a single text"), tmp_path / "one")
+    with pytest.raises(DataError, match="is one text, without documents"):
+        new_documents(run_on(tmp_path, tmp_path / "one"), [])
+    prepare(files(tmp_path, "a\nb\nc"), tmp_path / "lines", lines=True)
+    monkeypatch.setattr("data.text.MOST_DOCUMENT_TOKENS", 3)
+    with pytest.raises(DataError, match="tokens, too many to compare"):
+        training_documents(tmp_path / "lines")
+    with pytest.raises(DataError, match="there is no dataset in"):
+        new_documents(run_on(tmp_path / "other", tmp_path / "gone"), [])
 
 
 def test_the_command_line(tmp_path, monkeypatch, capsys):

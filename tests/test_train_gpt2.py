@@ -7,87 +7,20 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hellaswag_questions import write_questions
+from runs import ROOT, assert_same_run, command, curve, start, train, wait_for_step, weights
 
 import train_gpt2
-from data import pydocs, shards, text, tokenizer
+from data import DataError, pydocs, shards, text, tokenizer
+from data.hugging_face import RELEASES
 from data.run import load_checkpoint, newest_checkpoint, read_log
 
-ROOT = Path(__file__).parents[1]
 SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
-TINY = {
-    "n-layer": 2,
-    "n-head": 2,
-    "n-embd": 32,
-    "block-size": 32,
-    "batch-tokens": 256,
-    "micro-batch": 8,
-    "max-steps": 12,
-    "warmup-steps": 3,
-    "eval-every": 5,
-    "eval-tokens": 640,
-    "sample-every": 6,
-    "checkpoint-every": 4,
-    "dtype": "float32",
-}
-
-
-@pytest.fixture(scope="session")
-def dataset(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("datasets") / "pydocs"
-    pydocs.prepare(folder)
-    return folder
-
-
-def command(dataset, out_dir, *flags, **options):
-    """The arguments of a tiny run; options replace those of TINY."""
-    options = {"data": dataset, "out-dir": out_dir} | TINY | {k.replace("_", "-"): v for k, v in options.items()}
-    return ["laptop", *flags, *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
-
-
-def train(*args, **options) -> int:
-    """Run it in this process; the exit status."""
-    with pytest.raises(SystemExit) as end:
-        train_gpt2.main(command(*args, **options))
-    return end.value.code
-
-
-def start(arguments, **options) -> subprocess.Popen:
-    """Run it as a process of its own."""
-    script = [sys.executable, str(ROOT / "train_gpt2.py"), *arguments]
-    return subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-
-
-def wait_for_step(process, out_dir, step) -> None:
-    """Until log.jsonl has reached the step."""
-    deadline = time.monotonic() + 60
-    while not (out_dir / "log.jsonl").exists() or (out_dir / "log.jsonl").read_bytes().count(b"\n") < step:
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def curve(out_dir, name="loss"):
-    return {record["step"]: record[name] for record in read_log(out_dir) if name in record}
-
-
-def weights(out_dir):
-    return newest_checkpoint(out_dir)[1]["model"]
-
-
-def assert_same_run(one, other):
-    """Bit for bit: every loss, gradient norm and validation loss, and every final weight."""
-    for name in ("loss", "grad_norm", "val_loss", "lr", "tokens"):
-        assert curve(one, name) == curve(other, name), name
-    for (name, a), b in zip(weights(one).items(), weights(other).values(), strict=True):
-        assert torch.equal(a, b), name
 
 
 # -------------------------------------------------------------------------------------------------------- a whole run
@@ -120,6 +53,19 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(dataset, tm
     assert curve(tmp_path / "a") != curve(tmp_path / "c")
 
 
+def test_hellaswag_is_scored_when_due_and_drawn(dataset, tmp_path, capsys):
+    questions = write_questions(tmp_path / "questions.jsonl")
+    out, options = tmp_path / "run", {"hellaswag_every": 5, "hellaswag_input": questions}
+    assert train(dataset, out, **options) == 0
+    assert set(curve(out, "hellaswag_acc")) == set(curve(out, "hellaswag_acc_norm")) == {5, 10, 12}
+    assert all(20 * score == round(20 * score) for score in curve(out, "hellaswag_acc_norm").values())
+    assert "HellaSwag acc_norm" in capsys.readouterr().out
+    assert train(dataset, tmp_path / "without") == 0
+    assert curve(tmp_path / "without") == curve(out)  # looking changes nothing
+    questions.write_text("{}\n", encoding="utf-8")
+    assert "line 1 is no question" in refused(capsys, dataset, tmp_path / "new", **options)
+
+
 def test_two_micro_batches_are_one_big_batch(dataset, tmp_path):
     for micro_batch in (8, 4, 1):
         assert train(dataset, tmp_path / str(micro_batch), micro_batch=micro_batch, optimizer="adamw") == 0
@@ -135,18 +81,6 @@ def test_validation_takes_the_same_tokens_whatever_the_batch(dataset, tmp_path):
         assert train(dataset, tmp_path / name, max_steps=1, lr=1e-12, warmup_steps=0, **options) == 0
     a, b, c = (curve(tmp_path / name, "val_loss")[1] for name in "abc")
     assert a == pytest.approx(b, abs=1e-6) and a == pytest.approx(c, abs=1e-6)
-
-
-def test_two_processes_give_the_losses_of_one(dataset, tmp_path):
-    assert train(dataset, tmp_path / "one", max_steps=6, optimizer="adamw") == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    arguments = command(dataset, tmp_path / "two", max_steps=6, micro_batch=2, optimizer="adamw")
-    done = subprocess.run(
-        [*torchrun, str(ROOT / "train_gpt2.py"), *arguments], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    for name in ("loss", "val_loss", "grad_norm"):
-        assert curve(tmp_path / "two", name) == pytest.approx(curve(tmp_path / "one", name), abs=1e-5), name
 
 
 def test_muon_trains_the_matrices_and_adamw_the_rest(dataset, tmp_path):
@@ -185,10 +119,8 @@ def test_presets_are_the_published_ones():
     c = presets["shakespeare-char"]
     assert (c.n_layer, c.n_head, c.n_embd, c.block_size, c.dropout) == (6, 6, 384, 256, 0.2)
     assert c.batch_tokens == 64 * 256
-    for name, shape in zip(
-        ("gpt2-124m", "gpt2-350m", "gpt2-774m", "gpt2-1558m"), train_gpt2.gpt.PRETRAINED.values(), strict=False
-    ):
-        assert (presets[name].n_layer, presets[name].n_head, presets[name].n_embd) == shape
+    for name, release in zip(("gpt2-124m", "gpt2-350m", "gpt2-774m", "gpt2-1558m"), RELEASES.values(), strict=True):
+        assert (presets[name].n_layer, presets[name].n_head, presets[name].n_embd) == release[:3]
 
 
 def test_auto_micro_batch_goes_down_until_memory_holds_it():
@@ -504,7 +436,7 @@ def test_a_checkpoint_of_another_shape_is_refused(dataset, tmp_path, capsys):
     (tmp_path / "text").write_text("another text, of fewer characters\n" * 100, encoding="utf-8")
     text.prepare([tmp_path / "text"], other)
     assert "another vocabulary" in refused(capsys, other, out, max_steps=2)
-    assert "has another shape" in refused(capsys, other, tmp_path / "new", init_from=out)
+    assert "reads other tokens" in refused(capsys, other, tmp_path / "new", init_from=out)
     (tmp_path / "text").write_text("".join(map(chr, range(1000, 1104))) * 10, encoding="utf-8")  # 104 other characters
     text.prepare([tmp_path / "text"], other)
     assert "reads other tokens" in refused(capsys, other, tmp_path / "new", init_from=out)
@@ -536,19 +468,19 @@ def test_profile_writes_a_trace(dataset, tmp_path):
     assert any("aten::" in event.get("name", "") for event in trace["traceEvents"])
 
 
-def test_check_names_a_token_past_the_vocabulary(dataset, tmp_path):
-    assert train(dataset, tmp_path / "run", "--check", max_steps=2) == 0
-    good, bad = torch.zeros(2, 4, dtype=torch.int64), torch.full((2, 4), 65)
-    for inputs, targets in [(good, bad), (bad, good), (good, -bad)]:
-        with pytest.raises(train_gpt2.RunError, match="65 .*out of range"):
-            train_gpt2.check_batch(inputs, targets, 65)
-
-
-def test_a_first_loss_far_from_the_logarithm_of_the_vocabulary_is_a_warning(capsys):
-    train_gpt2.check_first_loss(math.log(50257) + 0.1, 50257)
-    assert capsys.readouterr().err == ""
-    train_gpt2.check_first_loss(3.0, 50257)
-    assert "warning: the first loss is 3.000, far from ln(50257) = 10.825" in capsys.readouterr().err
+def test_check_names_a_token_past_the_vocabulary(tmp_path, capsys):
+    """One that appeared after the shards were verified, as a damaged memory or disk would have it."""
+    folder = tmp_path / "dataset"
+    pydocs.prepare(folder)
+    split = shards.open_split(folder, "train")
+    with (folder / "train_000000.npy").open("r+b") as file:
+        file.seek(-2 * 100_000, os.SEEK_END)
+        file.write(b"\xff\xff" * 100_000)
+    loader = shards.Loader(split, 32, 4, seed=1, check=True, shuffle=False)
+    loader.batch(0)
+    with pytest.raises(DataError, match="step 2500 reads token id 65535"):
+        loader.batch(2500)
+    assert train(folder, tmp_path / "run", "--check", max_steps=2) == 2  # found before the first step already
 
 
 # ------------------------------------------------------------------------------------------------ sampling from a run

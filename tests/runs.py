@@ -1,0 +1,74 @@
+"""Tiny runs for tests: their command lines, in this process and in others, and what they left."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_gpt2
+from data.run import newest_checkpoint, read_log
+
+ROOT = Path(__file__).parents[1]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+TINY = {
+    "n-layer": 2,
+    "n-head": 2,
+    "n-embd": 32,
+    "block-size": 32,
+    "batch-tokens": 256,
+    "micro-batch": 8,
+    "max-steps": 12,
+    "warmup-steps": 3,
+    "eval-every": 5,
+    "eval-tokens": 640,
+    "sample-every": 6,
+    "checkpoint-every": 4,
+    "dtype": "float32",
+}
+
+
+def command(dataset, out_dir, *flags, **options):
+    """The arguments of a tiny run; options replace those of TINY."""
+    options = {"data": dataset, "out-dir": out_dir} | TINY | {k.replace("_", "-"): v for k, v in options.items()}
+    return ["laptop", *flags, *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
+
+
+def train(*args, **options) -> int:
+    """Run it in this process; the exit status."""
+    with pytest.raises(SystemExit) as end:
+        train_gpt2.main(command(*args, **options))
+    return end.value.code
+
+
+def start(arguments, **options) -> subprocess.Popen:
+    """Run it as a process of its own."""
+    script = [sys.executable, str(ROOT / "train_gpt2.py"), *arguments]
+    return subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def wait_for_step(process, out_dir, step) -> None:
+    """Until log.jsonl has reached the step."""
+    deadline = time.monotonic() + 60
+    while not (out_dir / "log.jsonl").exists() or (out_dir / "log.jsonl").read_bytes().count(b"\n") < step:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def curve(out_dir, name="loss"):
+    return {record["step"]: record[name] for record in read_log(out_dir) if name in record}
+
+
+def weights(out_dir):
+    return newest_checkpoint(out_dir)[1]["model"]
+
+
+def assert_same_run(one, other):
+    """Bit for bit: every loss, gradient norm and validation loss, and every final weight."""
+    for name in ("loss", "grad_norm", "val_loss", "lr", "tokens"):
+        assert curve(one, name) == curve(other, name), name
+    for (name, a), b in zip(weights(one).items(), weights(other).values(), strict=True):
+        assert torch.equal(a, b), name

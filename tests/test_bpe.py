@@ -1,0 +1,365 @@
+"""data/bpe.py. The judge is Hugging Face's `tokenizers`: its trainer, and its reading of our tokenizer.json."""
+
+import inspect
+import itertools
+import json
+import random
+import subprocess
+import sys
+import tracemalloc
+import unicodedata
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import regex
+import tokenizers
+from tiktoken_ext import openai_public
+from tokenizers import models, pre_tokenizers, trainers
+
+from data import DataError, pydocs, shakespeare
+from data.bpe import compare, count_words, learn, main, read_chunks, train
+from data.pydocs import read_topics
+from data.shards import open_split
+from data.text import prepare, read_text
+from data.tokenizer import GPT4_PATTERN, byte_pairs, from_spec, gpt2, load, spelled, split_pattern
+
+ROOT = Path(__file__).parents[1]
+RUSSIAN = (ROOT / "tests" / "texts" / "russian.txt").read_text(encoding="utf-8")
+CODE = Path(json.__file__).with_name("decoder.py").read_text(encoding="utf-8")
+AWKWARD = (
+    "I'll it's DON'T 'twas 'l ''  x\t\ty \n\n z\n  \n\n12345 a1b2 --==>\n\n\n  (x)[0]: "
+    "日本語、中文。🙂👩\u200d🚀 e\u0301\u00a0\u3000 \x00\x1f\n"
+)
+TIES = "ab cd ef gh ba dc fe hg\n" * 3 + "aaaa aaa aaaaaa bbbbbbb abababab\n" * 2
+
+
+def judged(texts, n_merges, pattern="gpt2"):
+    """The tokens that Hugging Face's trainer learns from the texts, with bytes spelled as characters."""
+    judge = tokenizers.Tokenizer(models.BPE())
+    if pattern == "gpt2":
+        judge.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # brings GPT-2's pattern along
+    else:
+        words = tokenizers.Regex(GPT4_PATTERN.replace("{1,3}+", "{1,3}"))  # a + behind {1,3} is "once or more" there
+        of_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        judge.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "isolated"), of_bytes])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    judge.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(vocab_size=256 + n_merges, min_frequency=2, initial_alphabet=alphabet, show_progress=False),
+    )
+    vocabulary = judge.get_vocab()
+    return sorted(vocabulary, key=vocabulary.get)[256:]
+
+
+def learned(texts, n_merges, pattern="gpt2"):
+    words = sum((count_words([text], pattern) for text in texts), Counter())
+    return [spelled(token) for token in learn(words, n_merges)]
+
+
+@pytest.fixture(scope="module")
+def english():
+    return "\n\n".join(read_topics().values())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tokenizer of 600 tokens, and the command's answer."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "a.txt").write_text(CODE + RUSSIAN, encoding="utf-8")
+    line = train((folder / "a.txt",), 600, folder / "tokenizer")
+    assert line.startswith(f"{folder}/tokenizer/bpe.json: 600 tokens, learned from ")
+    return folder / "tokenizer"
+
+
+def run(*arguments, cwd=ROOT):
+    return subprocess.run(
+        [sys.executable, "-m", "data.tokenizer", *map(str, arguments)], capture_output=True, text=True, cwd=cwd
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- learning
+
+
+@pytest.mark.parametrize("pattern", ["gpt2", "gpt4"])
+def test_the_merges_are_those_of_hugging_face_s_trainer(pattern, english):
+    for texts, n_merges in (([english], 3839), ([CODE, RUSSIAN, AWKWARD * 2], 3000), ([TIES], 100), ([AWKWARD], 100)):
+        ours, theirs = learned(texts, n_merges, pattern), judged(texts, n_merges, pattern)
+        assert ours == theirs and len(ours) > 5
+
+
+def test_ties_go_to_the_smaller_ids_as_in_hugging_face_s_trainer():
+    """Random words over two or three letters: nearly every merge is a tie, and runs of one letter overlap."""
+    rng = random.Random(0)
+    for letters in ("ab", "é ", "aaab", "abc"):
+        for _ in range(20):
+            text = "".join(rng.choice(letters) for _ in range(300))
+            assert learned([text], 200) == judged([text], 200)
+
+
+def test_a_pair_is_merged_only_if_it_occurs_twice():
+    assert learn(Counter({"abc": 1}), 10) == [] and learn(Counter(), 10) == []
+    assert learn(Counter({"abc": 2}), 10) == [b"ab", b"abc"]
+    assert learn(Counter({"aaa": 1}), 10) == [b"aa"]  # which occurs twice, though once is all that is merged
+    assert learn(Counter({"abc": 2}), 0) == []
+
+
+def test_more_merges_begin_with_the_same_ones(english):
+    words = count_words([english], "gpt2")
+    assert learn(words, 500)[:100] == learn(words, 100)
+
+
+def test_counts_past_32_bits_are_counted():
+    assert learn(Counter({"ab": 2**33, "cd": 2**33 + 1, "ce": 2**40}), 3) == [b"ce", b"cd", b"ab"]
+    assert learn(Counter({"xab": 2**31 - 1, "yab": 2**31 - 1, "cd": 2**31}), 2) == [b"ab", b"cd"]
+
+
+# ------------------------------------------------------------------------------------------------------------- counting
+
+
+@pytest.mark.parametrize("pattern", ["gpt2", "gpt4"])
+def test_words_are_counted_the_same_however_the_text_is_cut(pattern):
+    text = (AWKWARD + TIES + RUSSIAN[:200] + "\n        \n \n\t" + "don't we'll 'LL\r\n\r\n" * 3 + " " * 30) * 2
+    whole = Counter(regex.findall(split_pattern(pattern), text))
+    for size in (1, 2, 3, 5, 7, 64, 1000, len(text)):
+        assert count_words((text[i : i + size] for i in range(0, len(text), size)), pattern) == whole
+    rng = random.Random(0)
+    for _ in range(100):
+        cuts = sorted(rng.sample(range(len(text)), 8))
+        chunks = [text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)])]
+        assert count_words(chunks, pattern) == whole
+
+
+def test_the_patterns_are_those_of_tiktoken():
+    assert GPT4_PATTERN in inspect.getsource(openai_public.cl100k_base) and split_pattern("gpt4") == GPT4_PATTERN
+    assert split_pattern("gpt2") == openai_public.r50k_pat_str
+
+
+def test_the_words_of_a_text_are_the_text():
+    every = "".join(map(chr, itertools.chain(range(0xD800), range(0xE000, 0x20000))))
+    for pattern in ("gpt2", "gpt4"):
+        assert "".join(regex.findall(split_pattern(pattern), every)) == every
+
+
+def test_memory_does_not_grow_with_the_length_of_the_text():
+    def peak(n_chunks):
+        tracemalloc.start()
+        count_words((chunk for _ in range(n_chunks)), "gpt2")
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    chunk = CODE * 10
+    assert peak(16) < 1.2 * peak(3)
+
+
+def test_learning_takes_at_most_fifty_bytes_a_byte_of_different_words():
+    rng = random.Random(0)
+    words = {"".join(rng.choices("etaoinshrdlu", k=30)): 2 for _ in range(10_000)}
+    tracemalloc.start()
+    assert len(learn(words, 300)) == 300
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 50 * 31 * len(words)
+
+
+def test_a_file_is_read_in_pieces_as_data_text_reads_it_whole(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    for content in (AWKWARD, "\ufeffx\r\ny\r\r\n\ufeff\r", "\r\n\r\r\n\r", "\ufeff\ufeff", "\r", ""):
+        path.write_bytes(content.encode())
+        for size in (1, 2, 3, 4, 100):
+            monkeypatch.setattr("data.bpe.CHUNK_BYTES", size)
+            assert "".join(read_chunks(path)) == read_text(path)
+
+
+def test_a_file_that_is_not_utf8_is_named_with_the_place(tmp_path, monkeypatch):
+    path = tmp_path / "latin.txt"
+    for content, place in ((b"caf\xe9 au lait", "0xe9 at offset 3"), (b"0123456789\xe4\xb8", "0xe4 at offset 10")):
+        path.write_bytes(content)
+        for size in (1, 4, 100):
+            monkeypatch.setattr("data.bpe.CHUNK_BYTES", size)
+            with pytest.raises(DataError, match=f"latin.txt is not UTF-8: byte {place}: convert it"):
+                [*read_chunks(path)]
+        with pytest.raises(DataError, match=f"latin.txt is not UTF-8: byte {place}: convert it"):
+            read_text(path)
+
+
+# ------------------------------------------------------------------------------------------------- the tokenizer itself
+
+
+@pytest.mark.parametrize("pattern", ["gpt2", "gpt4"])
+def test_hugging_face_reads_tokenizer_json_and_gives_the_same_ids(pattern, tmp_path):
+    (tmp_path / "a.txt").write_text(CODE + RUSSIAN + TIES, encoding="utf-8")
+    train((tmp_path / "a.txt",), 1000, tmp_path / "out", pattern)
+    ours, theirs = load(str(tmp_path / "out")), tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert ours.vocab_size == theirs.get_vocab_size() == 1000 and theirs.token_to_id("<|endoftext|>") == ours.eot == 999
+    for text in (CODE, RUSSIAN, AWKWARD, TIES, Path(__file__).read_text(encoding="utf-8"), "x" * 3000, "123456 " * 9):
+        text = text.replace("<|endoftext|>", "")
+        ids = ours.encode(text)
+        assert ids.tolist() == theirs.encode(text).ids and ours.decode(ids) == text == theirs.decode(ids)
+
+
+def test_text_becomes_the_tokens_that_training_left(folder):
+    """Merging the training text by the learned pairs, one after another, gives what tiktoken's encoder gives."""
+    tokenizer = load(str(folder))
+    text = CODE[:2000]
+    expected = []
+    for word in regex.findall(split_pattern("gpt2"), text):
+        parts = [bytes([byte]) for byte in word.encode()]
+        for i in range(256, tokenizer.eot):
+            token, place = tokenizer.decode_bytes([i]), 0
+            while place < len(parts) - 1:
+                if parts[place] + parts[place + 1] == token:
+                    parts[place : place + 2] = [token]
+                place += 1
+        expected += parts
+    assert [tokenizer.decode_bytes([i]) for i in tokenizer.encode(text)] == expected
+
+
+def test_any_bytes_round_trip(folder):
+    rng = np.random.default_rng(0)
+    contents = [b"", bytes(range(256)), rng.bytes(5000), RUSSIAN.encode()[1:-2], b"\xed\xa0\x80"]
+    contents += ["caf\xe9 \xff\xfe".encode("latin-1"), AWKWARD.encode(), AWKWARD.encode("utf-16")]
+    scripts = [chr(i) for i in range(0x30000) if unicodedata.category(chr(i)) not in ("Cs", "Cn")]
+    contents.append("".join(scripts[::7]).encode())
+    for tokenizer in (load(str(folder)), gpt2(), byte_pairs("gpt4", [])):
+        for content in contents:
+            ids = tokenizer.encode_bytes(content)
+            assert ids.dtype == np.uint16 and tokenizer.decode_bytes(ids) == content
+
+
+def test_bytes_that_are_text_become_the_tokens_of_the_text(folder):
+    tokenizer = load(str(folder))
+    assert tokenizer.encode_bytes(AWKWARD.encode()).tolist() == tokenizer.encode(AWKWARD).tolist()
+    ids = [*tokenizer.encode("self.def"), tokenizer.encode_bytes(b"\xff")[0], *tokenizer.encode("return")]
+    assert tokenizer.encode_bytes(b"self.def\xffreturn").tolist() == ids
+    assert tokenizer.decode(ids) == "self.def\ufffdreturn"
+
+
+def test_end_of_text_is_the_last_id_and_no_text_becomes_it(folder):
+    tokenizer = load(str(folder))
+    assert (tokenizer.name, tokenizer.vocab_size, tokenizer.eot) == ("bpe", 600, 599)
+    assert tokenizer.decode([599]) == "<|endoftext|>" and 599 not in tokenizer.encode("a<|endoftext|>b")
+
+
+def test_its_description_makes_it_again_also_through_a_dataset(folder, tmp_path):
+    tokenizer = load(str(folder))
+    spec = json.loads((folder / "bpe.json").read_text(encoding="utf-8"))
+    assert spec == tokenizer.spec() and from_spec(json.loads(json.dumps(spec))) == tokenizer
+    assert load(str(folder / "bpe.json")) == tokenizer
+    assert tokenizer != byte_pairs("gpt4", [tokenizer.decode_bytes([i]) for i in range(256, 599)])
+    (tmp_path / "mine.txt").write_text(CODE, encoding="utf-8")
+    line = prepare((tmp_path / "mine.txt",), tmp_path / "mine", tokenizer=str(folder))
+    assert "bpe tokenizer, vocabulary 600, tokens: " in line
+    opened = open_split(tmp_path / "mine", "train")
+    again = from_spec(opened.tokenizer_spec)
+    assert again == tokenizer and CODE.startswith(again.decode(opened.read(0, opened.n_tokens)))
+
+
+def test_every_data_script_takes_it(folder, tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text(CODE, encoding="utf-8")
+    for name, line in (
+        ("shakespeare", shakespeare.prepare(tmp_path / "shakespeare", path, str(folder))),
+        ("pydocs", pydocs.prepare(tmp_path / "pydocs", str(folder / "bpe.json"))),
+        ("lines", prepare((path,), tmp_path / "lines", str(folder), lines=True)),
+    ):
+        assert line.startswith(f"{tmp_path / name}: bpe tokenizer, vocabulary 600, tokens: ")
+        assert open_split(tmp_path / name, "val").tokenizer_spec == load(str(folder)).spec()
+    assert open_split(tmp_path / "pydocs", "train").read(0, 1) == [599]
+
+
+def test_a_damaged_description_is_named(folder):
+    good = {"type": "bpe", "pattern": "gpt2", "tokens": "ab abc"}
+    assert from_spec(good).encode("abcab").tolist() == [257, 256]
+    for change, complaint in (
+        ({"pattern": "gpt3"}, "needs a pattern, gpt2 or gpt4"),
+        ({"pattern": ["gpt2"]}, "needs a pattern, gpt2 or gpt4"),
+        ({"tokens": ["ab"]}, "needs a pattern, gpt2 or gpt4, and tokens, a text"),
+        ({"tokens": None}, "needs a pattern, gpt2 or gpt4, and tokens, a text"),
+        ({"tokens": "ab €"}, "'€' spells no token"),
+        ({"tokens": "ab abcd"}, "'abcd' is not a new token made of two earlier ones"),
+        ({"tokens": "abc ab"}, "'abc' is not a new token"),
+        ({"tokens": "ab ab"}, "'ab' is not a new token"),
+        ({"tokens": "ab a"}, "'a' is not a new token"),
+    ):
+        with pytest.raises(DataError, match="the description of the BPE tokenizer is damaged: .*" + complaint):
+            from_spec(good | change)
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+def test_the_train_command_writes_a_folder_or_one_file(tmp_path, capsys, monkeypatch):
+    (tmp_path / "a.txt").write_text(CODE, encoding="utf-8")
+    arguments = ["train", "--vocab-size", "300", str(tmp_path / "a.txt"), "--out"]
+    for out, written in (("folder/inside", {"bpe.json", "tokenizer.json"}), ("other/mine.json", {"mine.json"})):
+        monkeypatch.setattr(sys, "argv", ["tokenizer", *arguments, str(tmp_path / out)])
+        main()
+        assert "300 tokens" in capsys.readouterr().out and load(str(tmp_path / out)).vocab_size == 300
+        folder = tmp_path / out.removesuffix("mine.json")
+        assert {path.name for path in folder.iterdir()} == written
+
+
+def test_a_text_that_is_too_small_gives_a_smaller_vocabulary_and_a_note(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("abc abc\n", encoding="utf-8")
+    assert ": 259 tokens, learned from 3 words, 3 different" in train((tmp_path / "a.txt",), 4096, tmp_path / "out")
+    assert "note: this text gives 259 tokens, not 4,096" in capsys.readouterr().err
+    train((tmp_path / "a.txt",), 259, tmp_path / "out")
+    assert capsys.readouterr().err == "" and load(str(tmp_path / "out")).eot == 258
+    train((tmp_path / "a.txt",), 257, tmp_path / "out")
+    assert load(str(tmp_path / "out")).encode("abc").tolist() == [64, 65, 66]
+
+
+def test_what_cannot_be_trained_on_is_named_and_nothing_is_written(tmp_path):
+    (tmp_path / "good.txt").write_text(CODE, encoding="utf-8")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "blank.txt").write_text(" \n\n", encoding="utf-8")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    for names, vocab_size, complaint in (
+        (["good"], 256, "--vocab-size 256 is too small: .* at least 257"),
+        (["good"], -1, "--vocab-size -1 is too small"),
+        (["empty"], 300, "there is no text in .*empty.txt"),
+        (["empty", "blank"], 300, "there is no text in .*empty.txt, .*blank.txt"),
+        ([], 300, "there is no text in no files"),
+        (["good", "latin"], 300, "latin.txt is not UTF-8"),
+    ):
+        with pytest.raises(DataError, match=complaint):
+            train(tuple(tmp_path / f"{name}.txt" for name in names), vocab_size, tmp_path / "out")
+    with pytest.raises(FileNotFoundError):
+        train((tmp_path / "none.txt",), 300, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path):
+    for arguments, complaint in (
+        (["train", "--vocab-size", "200", "README.md", "--out", tmp_path / "out"], "--vocab-size 200 is too small"),
+        (["train", "--vocab-size", "300", tmp_path / "none.txt", "--out", tmp_path / "out"], "none.txt"),
+        (["learn"], "train, compare"),
+    ):
+        done = run(*arguments)
+        assert done.returncode == 2 and done.stdout == "" and complaint in done.stderr
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_hugging_face_s_file_in_place_of_ours_is_named(folder):
+    with pytest.raises(DataError, match="tokenizer.json holds no tokenizer: .*: bpe.json beside it does"):
+        load(str(folder / "tokenizer.json"))
+
+
+def test_compare_prints_the_bytes_a_token_of_each_tokenizer_on_each_file(folder, tmp_path):
+    (tmp_path / "code.txt").write_text(CODE, encoding="utf-8")
+    files = (tmp_path / "code.txt", ROOT / "tests" / "texts" / "russian.txt")
+    head, rule, *rows = compare(files, ("char", "gpt2", str(folder))).splitlines()
+    assert head == "| bytes a token | vocabulary | code.txt | russian.txt |" and set(rule) == {"|", " ", "-"}
+    for row, tokenizer in zip(rows, (None, gpt2(), load(str(folder))), strict=True):
+        name, vocabulary, *ratios = row.strip("| ").split(" | ")
+        for text, ratio in zip((CODE, RUSSIAN), ratios, strict=True):
+            tokens = tokenizer.encode(text) if tokenizer else text
+            assert ratio == f"{len(text.encode()) / len(tokens):.2f}"
+        assert vocabulary == f"{tokenizer.vocab_size if tokenizer else len(set(CODE + RUSSIAN)):,}"
+    (tmp_path / "empty.txt").touch()
+    for files in ((), (tmp_path / "empty.txt",), (tmp_path / "code.txt", tmp_path / "empty.txt")):
+        with pytest.raises(DataError, match=f"there is no text in {tmp_path / 'empty.txt' if files else 'no files'}"):
+            compare(files)

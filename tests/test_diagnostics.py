@@ -1,0 +1,326 @@
+"""Diagnostics: every figure against one computed another way, no trace in the training, and warnings only when due."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+import train_gpt2
+from data import diagnostics, pydocs
+from data.diagnostics import Diagnostics
+from model import GPT, GPTConfig
+
+V, T = 300, 32
+
+
+def small(n_layer=2, block_size=T, **options):
+    torch.manual_seed(0)
+    return GPT(GPTConfig(n_layer, 2, 32, block_size, V, **options))
+
+
+def batch(sequences=4, length=T):
+    tokens = torch.randint(V, (sequences, length + 1), generator=torch.Generator().manual_seed(1))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def step(model, optimizers, inputs, targets):
+    model(inputs, targets).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def diagnosed(model, optimizers, inputs, targets):
+    with Diagnostics(model, optimizers).watching(inputs, targets) as found:
+        step(model, optimizers, inputs, targets)
+    return found
+
+
+def close(found, expected):
+    """To the three digits that are kept."""
+    return found == pytest.approx(float(expected), rel=6e-3, abs=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------ the figures are right
+
+
+def test_gradients_and_updates_are_those_of_the_step():
+    model, (inputs, targets) = small(), batch()
+    model(inputs, targets).backward()
+    before = {name: (p.detach().clone(), p.grad.clone()) for name, p in model.named_parameters()}
+    model.zero_grad()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.5)
+    found = diagnosed(model, [optimizer], inputs, targets)
+    places = {
+        "c_attn": "h.{}.attn.c_attn",
+        "attn.c_proj": "h.{}.attn.c_proj",
+        "c_fc": "h.{}.mlp.c_fc",
+        "mlp.c_proj": "h.{}.mlp.c_proj",
+        "wte": "wte",
+        "wpe": "wpe",
+    }
+    assert set(places) == set(found["update_ratio"])
+    for kind, place in places.items():
+        for layer in range(2 if "{}" in place else 1):
+            name = f"transformer.{place.format(layer)}.weight"
+            weight, gradient = before[name]
+            rows = slice(V if kind == "wte" else None)  # the padding is no part of the vocabulary
+            update = dict(model.named_parameters())[name].detach() - weight
+            weight, gradient, update = weight[rows], gradient[rows], update[rows]
+            assert close(found["gradient_mean"][kind][layer], gradient.mean()), name
+            assert close(found["gradient_std"][kind][layer], gradient.std()), name
+            assert close(found["gradient_ratio"][kind][layer], (gradient.norm() / weight.norm()).log10()), name
+            assert close(found["update_ratio"][kind][layer], (update.norm() / weight.norm()).log10()), name
+    assert found["schedule"] == 1.0
+
+
+def test_activations_are_those_of_the_model():
+    model, (inputs, targets) = small(), batch()
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.mlp.c_fc.bias.uniform_(-6, 2)  # so that some units are dead
+            block.attn.c_attn.weight.mul_(40)  # and some queries have chosen their key
+        found = diagnostics.activations(model, inputs, targets)
+        stream = model.transformer.wte(inputs) + model.transformer.wpe(torch.arange(T))
+        streams = [stream]
+        for layer, block in enumerate(model.transformer.h):
+            norm = lambda x, ln: F.layer_norm(x, (32,), ln.weight, ln.bias)  # noqa: E731
+            qkv = block.attn.c_attn(norm(stream, block.ln_1))
+            branch = block.attn(norm(stream, block.ln_1), None)
+            streams.append(stream := stream + branch)
+            z = block.mlp.c_fc(norm(stream, block.ln_2))
+            streams.append(stream := stream + block.mlp(norm(stream, block.ln_2)))
+            gelu = F.gelu(z, approximate="tanh")
+            assert close(found["gelu_mean"][layer], gelu.mean()) and close(found["gelu_std"][layer], gelu.std())
+            assert 0.1 < found["gelu_dead"][layer] < 0.9
+            assert close(found["gelu_dead"][layer], (z < -3).float().mean())
+            assert close(found["attention_mean"][layer], branch.mean())
+            assert close(found["attention_std"][layer], branch.std())
+            q, k, _ = qkv.view(4, T, 3, 2, 16).permute(2, 0, 3, 1, 4)
+            scores = (q @ k.transpose(2, 3) / 4).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+            entropy = torch.distributions.Categorical(logits=scores[:, :, 8:]).entropy()
+            assert close(found["attention_entropy"][layer], (entropy / torch.arange(9, T + 1).log()).mean())
+            assert 0.05 < found["attention_focused"][layer] < 0.95
+            assert close(found["attention_focused"][layer], (entropy < 0.1).float().mean())
+        for place, x in enumerate(streams):
+            assert close(found["residual"][place], x.square().mean(-1).sqrt().median())
+        assert len(found["residual"]) == len(streams) == 5
+
+
+def test_predictions_are_those_of_the_model():
+    model, (inputs, targets) = small(), batch(length=21)
+    with torch.no_grad():
+        found, logits = diagnostics.activations(model, inputs, targets), model(inputs)
+    loss = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(0)
+    bins = [(0, 1), (1, 2), (2, 4), (4, 8), (8, 16), (16, 21)]
+    assert diagnostics.position_bins(21) == bins
+    assert found["loss_by_position"] == pytest.approx([loss[a:b].mean().item() for a, b in bins], rel=6e-3)
+    assert close(found["loss"], loss.mean()) and close(found["logit_std"], logits.std(-1).mean())
+    assert close(found["entropy"], torch.distributions.Categorical(logits=logits).entropy().mean())
+
+
+@pytest.mark.parametrize("n_layer, length", [(0, T), (1, 1), (1, 2), (1, 9)])
+def test_models_without_layers_and_blocks_of_a_token_or_two_have_records_and_pictures_too(tmp_path, n_layer, length):
+    model, (inputs, targets) = small(n_layer, length), batch(3, length)
+    found = diagnosed(model, [torch.optim.AdamW(model.parameters(), lr=1e-4)], inputs, targets)
+    json.dumps(found, allow_nan=False)
+    assert not found["warnings"]
+    if length in (1, T):  # a picture takes a second
+        diagnostics.draw([{"step": 1, "diagnostics": found}], tmp_path / "diagnostics.png")
+        assert (tmp_path / "diagnostics.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_record_of_twelve_layers_is_small():
+    model, (inputs, targets) = small(12), batch()
+    found = diagnosed(model, [torch.optim.AdamW(model.parameters(), lr=1e-4)], inputs, targets)
+    assert len(json.dumps(found)) < 4000
+
+
+# ----------------------------------------------------------------------------------------------- training is as without
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("datasets") / "pydocs"
+    pydocs.prepare(folder)
+    return folder
+
+
+def configured(dataset, **options):
+    # fmt: off
+    config = dataclasses.replace(
+        train_gpt2.LAPTOP, data=str(dataset), n_layer=2, n_head=2, n_embd=32, block_size=32, batch_tokens=512,
+        micro_batch=8, eval_tokens=640, dtype="float32", max_steps=100, warmup_steps=10,
+    )
+    # fmt: on
+    return dataclasses.replace(config, **options)
+
+
+def run(config, steps, due=lambda step: True, spoil=lambda model: None):
+    """Train for some steps; the trainer and the records of the steps that are due."""
+    trainer, loader, *_ = train_gpt2.set_up(config, rank=0, local_rank=0, world_size=1)
+    spoil(trainer.raw)
+    records, diagnose = [], Diagnostics(trainer.raw, trainer.optimizers, trainer.autocast)
+    for step in range(1, steps + 1):
+        inputs, targets = loader.batch(step - 1)
+        if due(step):
+            with diagnose.watching(inputs, targets) as found:
+                train_gpt2.train_step(trainer, inputs, targets, step)
+            records.append({"step": step, "diagnostics": json.loads(json.dumps(found, allow_nan=False))})
+        else:
+            train_gpt2.train_step(trainer, inputs, targets, step)
+    return trainer, records
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_diagnosed_run_has_the_same_bits_as_one_that_is_not(dataset, dtype):
+    config = configured(dataset, dropout=0.2, dtype=dtype)
+    (with_it, records), (without, none) = run(config, 4), run(config, 4, due=lambda step: False)
+    assert len(records) == 4 and not none
+    for (name, a), b in zip(with_it.raw.state_dict().items(), without.raw.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert with_it.raw.training
+    assert not any(module._forward_hooks for module in with_it.raw.modules())
+    assert not any(o._optimizer_step_pre_hooks or o._optimizer_step_post_hooks for o in with_it.optimizers)
+
+
+def test_a_step_that_fails_leaves_no_hook_behind(dataset):
+    trainer, loader, *_ = train_gpt2.set_up(configured(dataset), rank=0, local_rank=0, world_size=1)
+    with pytest.raises(KeyError), Diagnostics(trainer.raw, trainer.optimizers).watching(*loader.batch(0)):
+        raise KeyError
+    assert not any(o._optimizer_step_pre_hooks or o._optimizer_step_post_hooks for o in trainer.optimizers)
+    assert not any(module._forward_hooks for module in trainer.raw.modules())
+
+
+def test_a_compiled_model_is_not_compiled_again(dataset):
+    model, graphs = small(), []
+    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    optimizers, (inputs, targets) = [torch.optim.AdamW(model.parameters(), lr=1e-3)], batch()
+    for number in range(4):
+        if number % 2:
+            with Diagnostics(model, optimizers).watching(inputs, targets) as found:
+                step(compiled, optimizers, inputs, targets)
+            assert found["update_ratio"]["c_fc"][1] is not None
+        else:
+            step(compiled, optimizers, inputs, targets)
+        if number == 0:
+            compiled_once = len(graphs)
+    assert len(graphs) == compiled_once > 0
+
+
+def test_triton_kernels_are_diagnosed_like_pytorchs():
+    plain, triton = small(1), GPT(small(1).config, kernels.select("all"))
+    triton.load_state_dict(plain.state_dict())
+    inputs, targets = batch(1)
+    ours, theirs = (diagnostics.activations(model, inputs, targets) for model in (triton, plain))
+    for name, values in theirs.items():
+        assert ours[name] == pytest.approx(values, rel=2e-2, abs=1e-5), name
+
+
+# ------------------------------------------------------------------------------------------------------------- warnings
+
+
+@pytest.mark.parametrize("optimizer, lr", [("muon", 1.6e-2), ("adamw", 8e-3)])
+def test_a_healthy_run_gives_no_warning(dataset, optimizer, lr):
+    _, records = run(configured(dataset, optimizer=optimizer, lr=lr), 60, due=lambda step: step % 6 == 1)
+    assert [record["diagnostics"]["warnings"] for record in records] == [{}] * 10
+
+
+@pytest.mark.parametrize("optimizer, lr", [("muon", 0.8), ("adamw", 0.4)])
+def test_a_learning_rate_a_hundred_times_too_high_is_flagged_behind_a_warmup_too(dataset, optimizer, lr):
+    config = configured(dataset, optimizer=optimizer, lr=lr)
+    _, records = run(config, 30, due=lambda step: step in (10, 20, 30))
+    assert all(record["diagnostics"]["warnings"] for record in records)
+    _, records = run(dataclasses.replace(config, warmup_steps=100), 1)
+    said = records[0]["diagnostics"]["warnings"]["updates"]
+    assert said.startswith("at the peak of the schedule layer") and said.endswith("the learning rate is too high")
+
+
+def changed(ending, change):
+    def spoil(model):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith(ending):
+                    change(parameter)
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    "ending, change, kind, words",
+    [
+        ("c_proj.weight", lambda p: p.mul_(30), "residual", "makes the residual stream"),
+        ("wte.weight", lambda p: p.mul_(50), "guessing", "is worse than a guess at random"),
+        ("wte.weight", lambda p: p.mul_(50), "confidence", "sure and wrong"),
+        ("c_attn.weight", lambda p: p.mul_(100), "attention", "queries look at one key, and 1 more layer like it"),
+        ("h.1.mlp.c_fc.bias", lambda p: p.fill_(-9), "gelu", "100% of layer 1's GELU inputs are on the dead side"),
+        ("h.1.mlp.c_proj.weight", lambda p: p.zero_(), "gradients", "layer 1's c_fc gets no gradient"),
+        ("h.0.attn.c_proj.weight", lambda p: p.zero_(), "gradients", "layer 0's c_attn gets no gradient"),
+    ],
+)
+def test_a_bad_initialisation_is_flagged_at_the_first_step(dataset, ending, change, kind, words):
+    _, records = run(configured(dataset, n_embd=128), 1, spoil=changed(ending, change))
+    assert words in records[0]["diagnostics"]["warnings"][kind]
+
+
+def test_a_layer_that_is_left_behind_is_named_with_how_far():
+    model, (inputs, targets) = small(), batch()
+    slow = model.transformer.h[1].mlp.c_fc.weight
+    rest = [p for p in model.parameters() if p is not slow]
+    optimizers = [torch.optim.AdamW(rest, lr=1e-3, weight_decay=0), torch.optim.AdamW([slow], lr=1e-7, weight_decay=0)]
+    said = diagnosed(model, optimizers, inputs, targets)["warnings"]["updates"]
+    assert said.startswith("the updates of layer 1's c_fc are ") and said.endswith(
+        " times smaller than its weights warrant"
+    )
+    assert 150 < float(said.split()[-7].replace(",", "")) < 250  # 1e-7 of 0.02 is 5e-6, 200 times below 1e-3
+
+
+def test_a_low_rate_that_the_schedule_wants_is_no_warning():
+    model, (inputs, targets) = small(), batch()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
+    optimizer.param_groups[0]["lr"] = 1e-7  # early in a long warmup
+    found = diagnosed(model, [optimizer], inputs, targets)
+    assert found["schedule"] == pytest.approx(1e-4) and "updates" not in found["warnings"]
+
+
+def lost():
+    """The record of a model with a weight that is no number."""
+    model, (inputs, targets) = small(1), batch()
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight[0, 0] = math.nan
+    return diagnosed(model, [torch.optim.AdamW(model.parameters())], inputs, targets)
+
+
+def test_weights_that_are_lost_are_said_to_be_and_the_record_stays_json():
+    found = lost()
+    assert "not finite" in found["warnings"]["not_finite"]
+    json.dumps(found, allow_nan=False)
+
+
+def test_a_kind_of_warning_is_news_once():
+    diagnose = Diagnostics(small(), [])
+    assert diagnose.news({"warnings": {"gelu": "a"}}) == ["a"]
+    assert diagnose.news({"warnings": {"gelu": "b", "updates": "c"}}) == ["c"]
+
+
+# -------------------------------------------------------------------------------------------------------------- picture
+
+
+def test_no_picture_is_drawn_where_no_step_was_diagnosed(tmp_path):
+    diagnostics.draw([{"step": 1, "loss": 2.0}], tmp_path / "diagnostics.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_of_a_thousand_diagnoses_shows_some_of_them_and_every_warning(tmp_path):
+    model, (inputs, targets) = small(1), batch()
+    found = diagnosed(model, [torch.optim.AdamW(model.parameters(), lr=1e-4)], inputs, targets)
+    records = [{"step": step, "diagnostics": found} for step in range(1000)]
+    records[501] = {"step": 501, "diagnostics": found | {"warnings": {"gelu": "look here"}}}
+    assert diagnostics._warnings_text(records) == "step 501: look here"
+    records[999] = {"step": 999, "diagnostics": lost()}
+    diagnostics.draw(records, tmp_path / "diagnostics.png")
+    assert (tmp_path / "diagnostics.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,358 @@
+"""Hugging Face's folders, in and out: transformers as the judge of what is written, and the writer of what is read."""
+
+import hashlib
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import tiktoken
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tiktoken_ext.openai_public import r50k_pat_str
+
+import model as gpt
+from data import DataError, hugging_face
+from data.run import Run
+from data.tokenizer import BytePairTokenizer, CharTokenizer, gpt2
+
+TEXT = "Hello, world! It's  twice\n\n   as long.  "
+
+
+def random_model(vocab_size, seed=0):
+    torch.manual_seed(seed)
+    model = gpt.GPT(gpt.GPTConfig(n_layer=2, n_head=4, n_embd=16, block_size=24, vocab_size=vocab_size)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def save_run(folder, model, tokenizer):
+    checkpoint = {"step": 1, "model": model.state_dict(), "config": vars(model.config), "tokenizer": tokenizer.spec()}
+    with Run(folder, {}, 0, 1) as run:
+        run.save(checkpoint | {"optimizers": [], "run": {}}, keep=1)
+    return str(folder)
+
+
+def write(folder, model, tokenizer):
+    weights = model.state_dict()
+    weights["transformer.wte.weight"] = weights["transformer.wte.weight"][: model.config.vocab_size]
+    hugging_face.write(folder, vars(model.config), weights, tokenizer)
+
+
+def assert_transformers_agrees(folder, model, tokenizer):
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+    tokens = torch.randint(0, model.config.vocab_size, (3, 20))
+    judged = theirs(tokens, labels=tokens)
+    torch.testing.assert_close(model(tokens), judged.logits, rtol=1e-5, atol=1e-5)
+    loss = model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+    torch.testing.assert_close(loss, judged.loss, rtol=1e-5, atol=1e-5)
+    assert theirs.config.eos_token_id == theirs.config.bos_token_id == tokenizer.eot
+    assert theirs.config.vocab_size == tokenizer.vocab_size and theirs.config.n_positions == 24
+
+    reader = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer.encode(TEXT).tolist()
+    assert reader(TEXT)["input_ids"] == ids
+    assert reader.decode(ids) == TEXT
+    assert (len(reader), reader.eos_token_id) == (tokenizer.vocab_size, tokenizer.eot)
+    assert reader.model_max_length == 24
+
+
+def refusal(folder):
+    with pytest.raises((DataError, gpt.ModelError)) as error:
+        gpt.load(str(folder))
+    return str(error.value)
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    """transformers' GPT-2 with random weights, and the folder that it was saved in."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_positions=24, n_embd=16, n_layer=2, n_head=4, vocab_size=150)
+    judge = transformers.GPT2LMHeadModel(config).eval()
+    folder = tmp_path_factory.mktemp("judge")
+    judge.save_pretrained(folder)
+    return judge, folder
+
+
+@pytest.fixture
+def copy(judge, tmp_path):
+    """A copy of that folder, to be changed."""
+    for path in judge[1].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def edit(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | fields), encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        pytest.param(gpt2, id="gpt2"),
+        pytest.param(lambda: CharTokenizer.train(TEXT + "x", documents=True), id="char with documents"),
+        pytest.param(lambda: CharTokenizer.train(TEXT + "x", documents=False), id="char"),
+    ],
+)
+def test_a_run_goes_to_transformers_and_back_without_a_changed_bit(tokenizer, tmp_path, capsys):
+    tokenizer = tokenizer()
+    model = random_model(tokenizer.vocab_size)
+    run = save_run(tmp_path / "run", model, tokenizer)
+    folder = str(tmp_path / "new" / "export")
+    gpt.main([run, "--export", folder])
+    assert folder in capsys.readouterr().out
+    assert_transformers_agrees(folder, model, tokenizer)
+
+    back, spec = gpt.load(folder)
+    assert spec == tokenizer.spec() and back.config == model.config
+    for name, tensor in model.state_dict().items():
+        tokens = tokenizer.vocab_size if "wte" in name else len(tensor)
+        assert torch.equal(back.state_dict()[name][:tokens], tensor[:tokens]), name
+        assert not back.state_dict()[name][tokens:].any()
+
+    gpt.main([run, "--prompt", "t", "--max-new-tokens", "8"])
+    text = capsys.readouterr().out
+    gpt.main([folder, "--prompt", "t", "--max-new-tokens", "8"])
+    assert capsys.readouterr().out == text
+    gpt.main([folder, "--export", str(tmp_path / "again")])
+    for path in Path(folder).iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_trained_bpe_goes_to_transformers(tmp_path):
+    ranks = {token: rank for token, rank in gpt2()._encoding._mergeable_ranks.items() if rank < 1000}
+    special = {"<|endoftext|>": 1000}
+    encoding = tiktoken.Encoding("bpe", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+    tokenizer = BytePairTokenizer(encoding, {"type": "bpe"})
+    model = random_model(1001)
+    write(tmp_path / "export", model, tokenizer)
+    assert_transformers_agrees(str(tmp_path / "export"), model, tokenizer)
+
+
+def test_the_tokenizer_files_of_gpt2_are_openais_byte_for_byte_and_no_others_pass_for_them(tmp_path):
+    folder = tmp_path / "export"
+    write(folder, random_model(50257), gpt2())
+    for name, sha256 in [
+        ("vocab.json", "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
+        ("merges.txt", "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
+    ]:
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == sha256
+    (folder / "tokenizer_spec.json").unlink()  # what transformers writes has none
+    assert gpt.load(str(folder))[1] == {"type": "gpt2"}
+    content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    content["model"]["vocab"] |= {"Ġthe": 276, "ed": 262}  # of the same size, in another order
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    assert "has a tokenizer of its own, not GPT-2's" in refusal(folder)
+
+
+def test_dropout_and_a_model_without_blocks_are_exported_too(tmp_path):
+    tokenizer = CharTokenizer("abc", documents=False)
+    model = gpt.GPT(gpt.GPTConfig(0, 1, 8, 12, 3, dropout=0.25)).eval()
+    write(tmp_path / "export", model, tokenizer)
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "export").eval()
+    config = theirs.config
+    assert config.attn_pdrop == config.embd_pdrop == config.resid_pdrop == 0.25
+    tokens = torch.tensor([[0, 2, 1]])
+    torch.testing.assert_close(theirs(tokens).logits, model(tokens))
+
+
+def test_an_export_never_touches_what_is_there(tmp_path):
+    tokenizer = CharTokenizer("abc", documents=False)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious").write_text("work", encoding="utf-8")
+    for there in (tmp_path / "full", tmp_path / "full" / "precious"):
+        with pytest.raises(DataError, match="is there already and not an empty folder"):
+            write(there, random_model(3), tokenizer)
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+    assert (tmp_path / "full" / "precious").read_text("utf-8") == "work"
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "empty", random_model(3), tokenizer)
+    assert gpt.load(str(tmp_path / "empty"))[1] == tokenizer.spec()
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="could not be written"):
+        write(tmp_path / "file" / "export", random_model(3), tokenizer)
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path):
+    tokenizer = CharTokenizer("abc", documents=False)
+    run = save_run(tmp_path / "run", random_model(3), tokenizer)
+
+    def small_files_only():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+
+    command = [sys.executable, gpt.__file__, run, "--export", str(tmp_path / "export")]
+    done = subprocess.run(command, preexec_fn=small_files_only, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"error: {tmp_path}/export could not be written (File too large): make room")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_an_interrupted_export_leaves_nothing(tmp_path):
+    class Interrupted(dict):
+        def items(self):
+            yield from list(super().items())[:3]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hugging_face.write(
+            tmp_path / "export",
+            vars(random_model(3).config),
+            Interrupted(random_model(3).state_dict()),
+            CharTokenizer("abc", documents=False),
+        )
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def test_all_that_transformers_may_write_is_read(judge, tmp_path):
+    judge, folder = judge
+    tokens = torch.randint(0, 150, (2, 24))
+    expected = judge(tokens).logits
+    shards = tmp_path / "sharded"
+    judge.save_pretrained(shards, max_shard_size="10KB")
+    assert not (shards / "model.safetensors").exists() and len(list(shards.glob("*.safetensors"))) > 2
+    old = tmp_path / "old"  # as OpenAI's are published: no "transformer." in front, the masks stored, the head twice
+    old.mkdir()
+    weights = {name.removeprefix("transformer."): t for name, t in load_file(folder / "model.safetensors").items()}
+    masks = {
+        f"h.{i}.attn.{name}": torch.ones(24, 24).tril()[None, None] for i in (0, 1) for name in ("bias", "masked_bias")
+    }
+    save_file(weights | masks | {"lm_head.weight": weights["wte.weight"].clone()}, old / "model.safetensors")
+    (old / "config.json").write_bytes((folder / "config.json").read_bytes())
+    for path in (folder, shards, old):
+        ours = gpt.GPT.from_pretrained(str(path)).eval()
+        torch.testing.assert_close(ours(tokens), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_of_half_the_size_become_float32(copy, dtype):
+    weights = load_file(copy / "model.safetensors")
+    save_file({name: tensor.to(dtype) for name, tensor in weights.items()}, copy / "model.safetensors")
+    ours = gpt.from_pretrained(str(copy)).state_dict()
+    assert {tensor.dtype for tensor in ours.values()} == {torch.float32}
+    half = weights["transformer.h.0.mlp.c_fc.weight"].to(dtype).float().t()
+    assert torch.equal(ours["transformer.h.0.mlp.c_fc.weight"], half)
+
+
+def test_weights_outlive_the_file_they_came_from(copy):
+    ours = gpt.from_pretrained(str(copy))
+    before = ours.transformer.wpe.weight.clone()
+    with (copy / "model.safetensors").open("r+b") as file:  # in place: a mapped file would change under the model
+        file.seek(1000)
+        file.write(b"\xff" * (Path(file.name).stat().st_size - 1000))
+    assert torch.equal(ours.transformer.wpe.weight, before)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("activation_function", "relu"),
+        ("layer_norm_epsilon", 1e-3),
+        ("scale_attn_by_inverse_layer_idx", True),
+        ("tie_word_embeddings", False),
+        ("n_inner", 32),
+    ],
+)
+def test_variants_of_gpt2_that_this_model_is_not_are_refused(copy, field, value):
+    edit(copy / "config.json", **{field: value})
+    assert "variant of GPT-2" in refusal(copy) and field in refusal(copy)
+
+
+def test_a_head_of_its_own_is_refused(copy):
+    weights = load_file(copy / "model.safetensors")
+    save_file(weights | {"lm_head.weight": weights["transformer.wte.weight"] + 1}, copy / "model.safetensors")
+    assert "its head is not its token embedding" in refusal(copy)
+
+
+def test_weights_that_do_not_fit_the_shape_are_refused(copy):
+    for field, value, said in [
+        ("n_layer", 3, "the number of layers is 3 by its config.json, 2 in its weights"),
+        ("n_embd", 32, "wte is (150, 32) by its config.json, (150, 16) in its weights"),
+        ("n_positions", 48, "wpe is (48, 16)"),
+        ("vocab_size", 151, "wte is (151, 16)"),
+        ("n_head", 3, "--n-embd 16 is not divisible by --n-head 3"),
+        ("n_layer", "2", "gives no whole number for n_layer"),
+    ]:
+        before = (copy / "config.json").read_text("utf-8")
+        edit(copy / "config.json", **{field: value})
+        assert said in refusal(copy)
+        (copy / "config.json").write_text(before, encoding="utf-8")
+    weights = load_file(copy / "model.safetensors")
+    weights["transformer.h.1.wrong.bias"] = weights.pop("transformer.h.1.ln_1.bias")
+    save_file(weights, copy / "model.safetensors")
+    assert "is not a GPT-2" in refusal(copy) and "h.1.ln_1.bias" in refusal(copy)
+
+
+def test_files_that_are_missing_or_damaged_are_named(copy):
+    whole = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(whole[:-10])
+    assert "no weights for" in refusal(copy) and "model.safetensors" in refusal(copy)
+    (copy / "model.safetensors").unlink()
+    assert f"{copy}/model.safetensors is missing; give one of gpt2," in refusal(copy)
+    index = copy / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"wte.weight": "../elsewhere.safetensors"}}), encoding="utf-8")
+    assert "must give a file of that folder" in refusal(copy)
+    index.write_text(json.dumps({"weight_map": {"wte.weight": "model-00001.safetensors"}}), encoding="utf-8")
+    assert "model-00001.safetensors: No such file" in refusal(copy)
+    index.unlink()
+    (copy / "pytorch_model.bin").touch()
+    assert "pytorch_model.bin only, a pickle" in refusal(copy) and "save_pretrained" in refusal(copy)
+    (copy / "config.json").write_text("[]", encoding="utf-8")
+    assert "config.json is damaged" in refusal(copy)
+    (copy / "config.json").write_text("{", encoding="utf-8")
+    assert "config.json cannot be read" in refusal(copy)
+    (copy / "config.json").unlink()
+    assert "config.json is missing" in refusal(copy)
+    assert "no weights for 'gpt9'" in refusal("gpt9")
+
+
+def test_another_tokenizers_tokens_are_refused(copy):
+    assert "has 150 tokens, but its tokenizer, gpt2, has 50257" in refusal(copy)
+    (copy / "tokenizer_spec.json").write_text(json.dumps(CharTokenizer("abc", False).spec()), encoding="utf-8")
+    assert "has 150 tokens, but its tokenizer, char, has 3" in refusal(copy)
+    (copy / "tokenizer_spec.json").write_text('{"type": "elvish"}', encoding="utf-8")
+    assert "elvish" in refusal(copy)
+
+
+# ----------------------------------------------------------------------------------------------------------- downloads
+
+
+def test_a_download_is_read_only_when_its_content_is_openais(tmp_path, monkeypatch, capsys):
+    config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2)
+    judge = transformers.GPT2LMHeadModel(config).eval()
+    release = hugging_face.RELEASES["gpt2"]
+    snapshot = tmp_path / "models--openai-community--gpt2" / "snapshots" / release.revision  # as if downloaded
+    judge.save_pretrained(snapshot)
+    (snapshot / "config.json").unlink()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert "is not OpenAI's gpt2: its sha256 is" in refusal("gpt2")
+
+    sha256 = hashlib.sha256((snapshot / "model.safetensors").read_bytes()).hexdigest()
+    tiny = release._replace(n_layer=1, n_head=2, n_embd=8, sha256=sha256)
+    monkeypatch.setitem(hugging_face.RELEASES, "gpt2", tiny)
+    ours, spec = gpt.load("gpt2")
+    tokens = torch.randint(0, 50257, (2, 9))
+    torch.testing.assert_close(ours.eval()(tokens), judge(tokens).logits, rtol=1e-5, atol=1e-5)
+    assert spec == {"type": "gpt2"} and ours.config.block_size == 1024
+
+    gpt.main(["gpt2", "--export", "export"])
+    again = transformers.GPT2LMHeadModel.from_pretrained("export").eval()
+    assert torch.equal(again(tokens).logits, judge(tokens).logits)
+
+
+def test_without_network_a_name_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert "no weights for 'gpt2'" in refusal("gpt2") and "a download" in refusal("gpt2")

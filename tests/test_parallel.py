@@ -1,0 +1,158 @@
+"""Several processes, by torchrun and gloo: the same losses for any number and mode, and what happens when one fails."""
+
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+from hellaswag_questions import write_questions
+from runs import ROOT, TORCHRUN, assert_same_run, command, curve, train, wait_for_step
+
+from data import text
+from data.run import newest_checkpoint
+
+SCRIPT = str(ROOT / "train_gpt2.py")
+
+
+def torchrun(processes: int, arguments: list[str], script: str = SCRIPT, options: tuple[str, ...] = (), **popen):
+    launch = [*TORCHRUN, f"--nproc_per_node={processes}", *options, script, *arguments]
+    return subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen)
+
+
+def finished(process: subprocess.Popen) -> str:
+    """Its stderr, once it has ended well."""
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    return errors
+
+
+@pytest.fixture(scope="module")
+def twenty(tmp_path_factory):
+    """Options of a run of twenty steps that also answers twenty questions, twice."""
+    questions = write_questions(tmp_path_factory.mktemp("questions") / "questions.jsonl")
+    evaluations = {"eval_every": 10, "hellaswag_every": 10, "hellaswag_input": questions}
+    return {"max_steps": 20, "optimizer": "adamw", "micro_batch": 2} | evaluations
+
+
+@pytest.fixture(scope="module")
+def alone(dataset, twenty, tmp_path_factory):
+    """Twenty steps in a single process."""
+    out = tmp_path_factory.mktemp("runs") / "alone"
+    assert train(dataset, out, **twenty) == 0
+    return out
+
+
+def test_four_processes_give_the_losses_and_scores_of_one(dataset, tmp_path, twenty, alone):
+    out = tmp_path / "four"
+    finished(torchrun(4, command(dataset, out, **twenty | {"micro_batch": 1})))
+    for name in ("loss", "val_loss", "grad_norm"):
+        assert curve(out, name) == pytest.approx(curve(alone, name), abs=1e-5), name
+    for name in ("hellaswag_acc", "hellaswag_acc_norm"):
+        assert curve(out, name) == curve(alone, name) and set(curve(out, name)) == {10, 20}
+
+
+def test_a_run_goes_on_in_another_mode_and_with_another_number_of_processes(dataset, tmp_path, twenty, alone):
+    """Two processes of zero1, ended by SIGTERM to torchrun as when a job is preempted; then two of fsdp; then one."""
+    out, steps = tmp_path / "run", [0]
+    arguments = command(dataset, out, checkpoint_every=1000, **twenty)
+    for mode in ("zero1", "fsdp"):
+        process = torchrun(2, [*arguments, "--parallel", mode])
+        wait_for_step(process, out, steps[-1] + 2)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=120)
+        steps.append(newest_checkpoint(out)[1]["step"])
+    assert 0 < steps[1] < steps[2] < 20
+    assert train(dataset, out, **twenty) == 0
+    for name in ("loss", "grad_norm", "val_loss"):
+        assert curve(out, name) == pytest.approx(curve(alone, name), abs=1e-5), name
+    assert curve(out, "hellaswag_acc_norm") == curve(alone, "hellaswag_acc_norm")
+
+
+def test_a_process_that_dies_is_started_again_and_the_run_ends_as_if_it_had_not(dataset, tmp_path):
+    arguments = {"checkpoint_every": 3, "optimizer": "muon", "micro_batch": 2, "max_steps": 40}
+    finished(torchrun(2, command(dataset, tmp_path / "left-alone", **arguments)))
+    process = torchrun(2, command(dataset, tmp_path / "killed", **arguments), options=("--max-restarts=1",))
+    wait_for_step(process, tmp_path / "killed", 5)
+    workers = children(process.pid)
+    assert len(workers) == 2
+    os.kill(workers[-1], signal.SIGKILL)
+    finished(process)
+    assert_same_run(tmp_path / "killed", tmp_path / "left-alone")
+
+
+def children(pid: int) -> list[int]:
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=True)
+    return sorted(int(line) for line in listed.stdout.split())
+
+
+def test_a_process_that_dies_brings_the_others_down_within_seconds(dataset, tmp_path):
+    out = tmp_path / "run"
+    process = torchrun(2, command(dataset, out, optimizer="adamw", micro_batch=2, max_steps=100_000))
+    wait_for_step(process, out, 5)
+    workers, began = children(process.pid), time.monotonic()
+    os.kill(workers[-1], signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0 and time.monotonic() - began < 20
+    assert newest_checkpoint(out)[1]["step"] >= 4
+
+
+POISONED = """
+import os, sys, torch
+sys.path.insert(0, {root!r})
+import model, train_gpt2
+
+calls = 0
+
+def poison(module, arguments, output):
+    global calls
+    calls += isinstance(module, model.MLP) and module.training
+    return output * float("nan") if isinstance(module, model.MLP) and calls == 9 else output
+
+if __name__ == "__main__":
+    if os.environ["RANK"] == "1":
+        torch.nn.modules.module.register_module_forward_hook(poison)
+    train_gpt2.main()
+"""
+
+
+def test_a_loss_that_is_not_finite_on_one_process_stops_all_at_the_same_step(dataset, tmp_path):
+    script = tmp_path / "poisoned.py"
+    script.write_text(POISONED.format(root=str(ROOT)), encoding="utf-8")
+    options = {"optimizer": "adamw", "micro_batch": 2, "checkpoint_every": 2, "eval_every": 0, "sample_every": 0}
+    process = torchrun(2, command(dataset, tmp_path / "run", **options), str(script))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert errors.count("error: step 3 has loss nan") == 2  # two micro-steps of two layers make the ninth call step 3's
+    assert newest_checkpoint(tmp_path / "run")[1]["step"] == 2
+
+
+def test_processes_that_see_other_data_say_so_before_the_first_step(tmp_path):
+    """Each process in a folder of its own, where the dataset of the same name holds another text."""
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        source = tmp_path / f"{rank}.txt"
+        source.write_text("abcdefg hijk. " * (200 + rank), encoding="utf-8")
+        text.prepare((source,), tmp_path / str(rank) / "mine")
+    script = tmp_path / "elsewhere.py"
+    script.write_text(
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train_gpt2\n"
+        f"os.chdir(os.path.join({str(tmp_path)!r}, os.environ['RANK']))\n"
+        "if __name__ == '__main__':\n    train_gpt2.main()\n",
+        encoding="utf-8",
+    )
+    process = torchrun(2, command("mine", "run", micro_batch=2), str(script))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and "the processes see different files for --data" in errors
+    assert not (tmp_path / "0" / "run").exists()
+
+
+@pytest.mark.parametrize("options", [{"parallel": "zero1"}, {"parallel": "fsdp", "optimizer": "adamw"}])
+def test_a_mode_that_needs_several_processes_says_so(dataset, tmp_path, capsys, options):
+    assert train(dataset, tmp_path / "run", **options) == 2
+    assert f"--parallel {options['parallel']} shares memory among processes" in capsys.readouterr().err
+
+
+def test_muon_under_fsdp_is_refused(dataset, tmp_path, capsys):
+    assert train(dataset, tmp_path / "run", parallel="fsdp", optimizer="muon") == 2
+    assert "--optimizer muon needs whole matrices" in capsys.readouterr().err

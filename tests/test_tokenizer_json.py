@@ -1,0 +1,91 @@
+"""tokenizer.json: Hugging Face's tokenizers library as the judge, id by id, over awkward texts."""
+
+import hashlib
+import json
+import random
+
+import pytest
+import tiktoken
+import tokenizers
+from tiktoken_ext.openai_public import r50k_pat_str
+
+from data import DataError
+from data.tokenizer import GPT4_PATTERN, BytePairTokenizer, CharTokenizer, gpt2, spelled
+from data.tokenizer_json import merges, tokenizer_json
+
+
+def awkward_texts():
+    some = "Hello, world!  \n\n  x\t y's DON'T   ", "naïve café 日本語 🤖\x00\x7f\u00a0\u3000 \x85 a\x1cb", ""
+    rng = random.Random(0)
+    alphabet = " \n\r\tabcdeABé日91234'!,.sdmtlre🤖\u00a0"
+    lengths = [rng.randrange(1, 60) for _ in range(1000)]
+    return [*some, " " * 50 + "\n" * 7 + "a", "aaaa" * 40, *("".join(rng.choices(alphabet, k=n)) for n in lengths)]
+
+
+TEXTS = awkward_texts()
+
+
+def judge(tokenizer):
+    return tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json(tokenizer)))
+
+
+def bpe(ranks, pattern=r50k_pat_str):
+    special = {"<|endoftext|>": len(ranks)}
+    return BytePairTokenizer(
+        tiktoken.Encoding("test", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special), {}
+    )
+
+
+def first_of_gpt2(count):
+    return {token: rank for token, rank in gpt2()._encoding._mergeable_ranks.items() if rank < count}
+
+
+CHARACTERS = "".join(sorted(set("".join(TEXTS))))
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        pytest.param(gpt2, id="gpt2"),
+        pytest.param(lambda: CharTokenizer(CHARACTERS, documents=True), id="char with documents"),
+        pytest.param(lambda: CharTokenizer(CHARACTERS, documents=False), id="char"),
+        pytest.param(lambda: bpe(first_of_gpt2(1000)), id="bpe"),
+        pytest.param(lambda: bpe(first_of_gpt2(1000), GPT4_PATTERN), id="bpe with GPT-4's pattern"),
+    ],
+)
+def test_hugging_face_reads_the_same_ids_and_the_same_text(tokenizer):
+    ours = tokenizer()
+    theirs = judge(ours)
+    assert theirs.get_vocab_size() == ours.vocab_size
+    assert theirs.token_to_id("<|endoftext|>") == ours.eot
+    for text in TEXTS:
+        ids = ours.encode(text).tolist()
+        assert theirs.encode(text).ids == ids, repr(text)
+        assert theirs.decode(ids) == ours.decode(ids), repr(text)
+
+
+def test_merges_of_gpt2_are_openais_file_byte_for_byte():
+    lines = [f"{spelled(left)} {spelled(right)}" for left, right in merges(gpt2()._encoding._mergeable_ranks).values()]
+    digest = hashlib.sha256("\n".join(["#version: 0.2", *lines, ""]).encode()).hexdigest()
+    assert digest == "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+
+
+def test_a_token_that_no_merge_makes_stands_for_a_whole_word_as_in_tiktoken():
+    ranks = {bytes([i]): i for i in range(256)} | {b"abc": 256, b"aa": 257, b"aaa": 258}
+    assert merges(ranks) == {b"abc": None, b"aa": (b"a", b"a"), b"aaa": (b"aa", b"a")}
+    ours = bpe(ranks)
+    assert ours.encode("abc").tolist() == [256]
+    for text in ["abc", "abcabc", "abc abc", "aaaaaaa aaa", "xabc"]:
+        assert judge(ours).encode(text).ids == ours.encode(text).tolist()
+
+
+def test_a_character_without_a_token_is_refused_there_too():
+    with pytest.raises(Exception, match="UNK"):
+        judge(CharTokenizer("ab", documents=False)).encode("abz")
+
+
+def test_what_the_format_cannot_hold_is_refused():
+    with pytest.raises(DataError, match=r"cannot hold the pattern"):
+        tokenizer_json(bpe(first_of_gpt2(256), r"\p{N}{1,3}+\p{L}|\s|\S"))
+    with pytest.raises(DataError, match=r"two tokens spelled '<\|endoftext\|>'"):
+        tokenizer_json(bpe(first_of_gpt2(256) | {b"<|endoftext|>": 256}))
