@@ -165,11 +165,11 @@ def causal_attention_reference(qkv: Tensor, n_head: int, dropout_p: float) -> Te
 @triton.jit
 def _add_keys(q, k, v, causal, largest_log2, total, y, scale_log2):
     """Running maximum, sum and output of BLOCK_Q queries with a block of keys added; causal: None where all count."""
-    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    qk = tl.dot(q, tl.trans(k), input_precision="ieee")  # s = qk / sqrt(D); scale_log2 brings it into the exponent
     if causal is not None:
-        s = tl.where(causal, s, -1e30)  # finite: every row has a key in the first block of the diagonal
-    new_largest_log2 = tl.maximum(largest_log2, tl.max(s, axis=1) * scale_log2)
-    p = tl.math.exp2(s * scale_log2 - new_largest_log2[:, None])
+        qk = tl.where(causal, qk, -1e30)  # finite: every row has a key in the first block of the diagonal
+    new_largest_log2 = tl.maximum(largest_log2, tl.max(qk, axis=1) * scale_log2)
+    p = tl.math.exp2(qk * scale_log2 - new_largest_log2[:, None])
     shrink = tl.math.exp2(largest_log2 - new_largest_log2)
     y = tl.dot(p.to(v.dtype), v, y * shrink[:, None], input_precision="ieee")
     return new_largest_log2, total * shrink + tl.sum(p, axis=1), y

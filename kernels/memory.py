@@ -36,12 +36,15 @@ SPARE = 0.05  # of a GPU's memory, for what is left out above: an assumption
 # check before quoting. Drivers show some 5 % more than 10^9 bytes a GB: a margin besides SPARE
 GIGABYTES = {
     "B200": 180,  # 192 on other pages: the smaller counts
+    "GB200": 186,
     "H200 NVL": 141,
     "H200": 141,  # https://www.nvidia.com/en-us/data-center/h200/
     "H100 PCIe": 80,
     "H100 NVL": 94,
     "H100": 80,  # https://www.nvidia.com/en-us/data-center/h100/
     "A100 SXM4 40GB": 40,
+    "A100 PCIE 40GB": 40,
+    "A100 80GB PCIe": 80,
     "A100": 80,  # https://www.nvidia.com/en-us/data-center/a100/
     "A40": 48,
     "A10G": 24,

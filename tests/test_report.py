@@ -13,8 +13,8 @@ import torch
 
 import train_gpt2
 from kernels import attention, interpreted_for, report, roofline
-from kernels.devices import GPUS
-from kernels.machine_code import MULTIPROCESSORS, Multiprocessor, programs_that_fit, width_of_access
+from kernels.devices import GPUS, SOURCES
+from kernels.machine_code import ARCHITECTURES, MULTIPROCESSORS, Multiprocessor, programs_that_fit, width_of_access
 from kernels.shapes import PRESETS, Shape, ShapeError, calls_per_step, parse_shape
 from model import GPT
 
@@ -300,6 +300,13 @@ def test_the_least_time_is_the_longest_of_the_three_bounds():
     assert roofline.least_seconds(2039e9, 0, a100) == (1.0, "memory")
     assert roofline.least_seconds(2039e9, 624e12, a100) == (2.0, "tensor")
     assert roofline.least_seconds(2039e9, 0, a100, arithmetic=58.5e12) == (3.0, "arithmetic")
+
+
+def test_every_ceiling_names_its_source_and_every_source_its_page():
+    assert {gpu.source.removesuffix("?") for gpu in GPUS.values()} == set(SOURCES)
+    assert all("https://" in source for source in SOURCES.values())
+    assert {gpu.architecture for gpu in GPUS.values()} == set(ARCHITECTURES)
+    assert all(not GPUS[typical].source.endswith("?") for typical in roofline.TYPICAL.values())
 
 
 @pytest.mark.parametrize("preset", ["laptop", "gpt2-124m"])
