@@ -413,6 +413,8 @@ class SampleOptions:
     """tokens to add"""
     num_samples: int = 1
     """samples, drawn side by side; a single one appears as it is written"""
+    new_only: bool = False
+    """of a run on documents, names say: each sample up to its end, without those of the training text"""
     temperature: float = 0.8
     """0 takes the most likely token every time"""
     top_k: int | None = None
@@ -440,6 +442,7 @@ class SampleOptions:
 
 def continue_prompt(options: SampleOptions) -> None:
     """Print samples; what the model is asked comes back in front of what it adds."""
+    from data.text import new_documents
     from data.tokenizer import StreamDecoder, from_spec
 
     device = devices.choose_device(options.device)
@@ -459,7 +462,11 @@ def continue_prompt(options: SampleOptions) -> None:
         options.cache,
     )
     began = time.perf_counter()
-    if options.num_samples > 1:
+    if options.new_only:
+        new = new_documents(options.model, torch.stack(list(steps), dim=1).tolist(), options.prompt)
+        print(*new, sep="\n")
+        print(f"{len(new)} of {options.num_samples} are not in the training text", file=sys.stderr)
+    elif options.num_samples > 1:
         for sample_ids in torch.stack(list(steps), dim=1).tolist():
             print(options.prompt + tokenizer.decode(sample_ids), "-" * 80, sep="\n")
     else:

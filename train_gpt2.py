@@ -306,8 +306,9 @@ def set_up(config: Config, ranks: Processes):
         split.verify(ranks.rank, ranks.world_size)
     shards.evaluation_windows(val_split, config.block_size, config.eval_tokens)  # too short a split fails here, early
     order = {"seed": config.seed, "shuffle": config.shuffle, "rank": ranks.rank, "world_size": ranks.world_size}
-    order["check"] = config.check
-    loader = shards.Loader(train_split, config.block_size, sequences * ranks.world_size, device=device, **order)
+    loader = shards.Loader(
+        train_split, config.block_size, sequences * ranks.world_size, device=device, check=config.check, **order
+    )
     checkpoint = starting_point(config, train_split, ranks.restarted)
     for what, number in [
         ("--data", int(train_split.fingerprint[:12], 16)),
@@ -458,19 +459,16 @@ def run(config: Config) -> int:
     data.prepare_if_missing(config.data)  # before they form a group: whoever waits inside one runs out of time
     if config.hellaswag_every:
         hellaswag.prepare_if_missing(config.hellaswag_input)
-    with ranks.joined(gpus=torch.cuda.is_available() and config.device != "cpu"):
-        try:
-            return find_learning_rate(config, ranks) if config.find_lr else train(config, ranks)
-        except (RuntimeError, MemoryError) as error:
-            if devices.out_of_memory(error):
-                raise RunError("out of memory: lower --micro-batch, or take a smaller model") from error
-            raise
+    with ranks.joined(gpus=torch.cuda.is_available() and config.device != "cpu"), devices.clear_memory_errors():
+        return find_learning_rate(config, ranks) if config.find_lr else train(config, ranks)
 
 
 def show_plan(config: Config) -> int:
     """--plan: what a run with these options would take, for as many GPUs as torchrun starts processes."""
-    folder = data.folder_of(config.data)
-    vocab_size = shards.open_split(folder, "train").vocab_size if folder.exists() else 50257
+    vocab_size = 50257  # FineWeb-Edu's tokens are GPT-2's: nothing to prepare
+    if not config.data.startswith("fineweb"):
+        data.prepare_if_missing(config.data)
+        vocab_size = shards.open_split(data.folder_of(config.data), "train").vocab_size
     job = plan.Job.of_options(dataclasses.asdict(config), vocab_size, int(os.environ.get("WORLD_SIZE", 1)))
     if int(os.environ.get("RANK", 0)) == 0:
         print(plan.plan(job))
@@ -489,10 +487,12 @@ def main(arguments: list[str] | None = None) -> None:
         config = data.parse_options(lambda: parse(arguments))
         if config.plan:
             status = show_plan(config)
-        elif grid:
+        elif (grid is not None or config.ladder) and "WORLD_SIZE" in os.environ:
+            raise RunError("--sweep and --ladder start their runs themselves, one after another: leave torchrun out")
+        elif grid is not None:
             status = sweep.run(Path(__file__), arguments, grid, parse)
         elif config.ladder:
-            status = ladder.climb(Path(__file__), [word for word in arguments if word != "--ladder"], parse)
+            status = ladder.climb(Path(__file__), arguments, parse)
         else:
             status = run(config)
     raise SystemExit(status)

@@ -1,8 +1,9 @@
 """The hardware at hand: which device a run takes, which dtype it multiplies fast, and how fast at best."""
 
+import contextlib
 import dataclasses
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -54,7 +55,7 @@ GPUS = {  # words of a GPU's name -> what the source says
 
 
 class DeviceError(Exception):
-    """A device that is not there; the text says which."""
+    """A device that is not there, or too small; the text says what to do."""
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -109,6 +110,17 @@ def out_of_memory(error: Exception) -> bool:
     """Whether an exception says that memory ran out, in any of the ways that PyTorch has for it."""
     texts = ("out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+
+
+@contextlib.contextmanager
+def clear_memory_errors() -> Iterator[None]:
+    """DeviceError, with what to do about it, where memory runs out within."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if out_of_memory(error):
+            raise DeviceError("out of memory: lower --micro-batch, or take a smaller model") from error
+        raise
 
 
 def largest_that_fits(candidates: list[int], attempt: Callable[[int], None]) -> int:
