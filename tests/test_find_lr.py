@@ -8,6 +8,7 @@ import pytest
 
 import train_gpt2
 from data import DataError, find_lr, pydocs
+from data.parallel import Processes
 
 
 def quadratic(curvature=100.0):
@@ -124,14 +125,14 @@ def config(tmp_path_factory):
 
 def trained(config):
     """Validation loss after a whole run."""
-    trainer, loader, val_split, *_ = train_gpt2.set_up(config, 0, 0, 1)
+    trainer, loader, val_split, *_ = train_gpt2.set_up(config, Processes())
     for step in range(1, config.max_steps + 1):
         train_gpt2.train_step(trainer, *loader.batch(step - 1), step)
     return train_gpt2.validate(trainer, val_split)
 
 
 def test_a_small_gpt_trains_better_at_the_suggestion_than_nine_times_below_or_above(config):
-    trainer, loader, *_ = train_gpt2.set_up(config, 0, 0, 1)
+    trainer, loader, *_ = train_gpt2.set_up(config, Processes())
     steps = iter(range(10**6))
 
     def step_with_lr(rate):
