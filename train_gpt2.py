@@ -34,7 +34,6 @@ from data import diagnostics, find_lr, hellaswag, ladder, shards, sweep, tokeniz
 from data.parallel import Mode, Processes
 from data.run import Run, StopRequest, check_first_loss, load_checkpoint, loss_landmarks, newest_checkpoint, profiler
 from kernels import devices, plan
-from kernels.cross_entropy import check_targets
 
 BETAS = (0.9, 0.95)  # of AdamW, GPT-3's
 
@@ -94,17 +93,11 @@ class Config:
 
     def __post_init__(self):
         self.shape(vocab_size=1)
-        positive = ["block_size", "batch_tokens", "max_steps", "lr", "eval_tokens", "checkpoint_every", "keep"]
-        for name in positive + ["micro_batch"] * (self.micro_batch != "auto"):
-            if not getattr(self, name) > 0:
-                raise RunError(f"{flag(name)} is {getattr(self, name)}, but must be above 0")
-        whole = ["warmup_steps", "eval_every", "sample_every", "hellaswag_every", "seed", "diagnose"]
-        for name in [*whole, "weight_decay", "grad_clip", "min_lr"]:
-            if (getattr(self, name) or 0) < 0:
-                raise RunError(f"{flag(name)} is {getattr(self, name)}, but must be 0 or more")
-        for name, value in dataclasses.asdict(self).items():
-            if isinstance(value, int | float) and not value < 2**63:
-                raise RunError(f"{flag(name)} is {value}, but must be an ordinary number")
+        above_zero = ["block_size", "batch_tokens", "micro_batch", "max_steps", "lr", "eval_tokens", "checkpoint_every"]
+        zero_or_more = ["warmup_steps", "eval_every", "sample_every", "hellaswag_every", "seed", "diagnose", "min_lr"]
+        data.check_numbers(
+            dataclasses.asdict(self), [*above_zero, "keep"], [*zero_or_more, "weight_decay", "grad_clip"]
+        )
         self.sequences_of_one(processes=1)
         if self.dropout and self.kernels != "auto" and "attention" in kernels.families(self.kernels):
             raise RunError("the Triton attention has no dropout: use --dropout 0, or --kernels without attention")
@@ -327,6 +320,7 @@ def set_up(config: Config, ranks: Processes):
         split.verify(ranks.rank, ranks.world_size)
     shards.evaluation_windows(val_split, config.block_size, config.eval_tokens)  # too short a split fails here, early
     order = {"seed": config.seed, "shuffle": config.shuffle, "rank": ranks.rank, "world_size": ranks.world_size}
+    order["check"] = config.check
     loader = shards.Loader(train_split, config.block_size, sequences * ranks.world_size, device=device, **order)
     checkpoint = starting_point(config, train_split, ranks.restarted)
     for what, number in [
@@ -356,15 +350,6 @@ def set_up(config: Config, ranks: Processes):
 
 
 # --------------------------------------------------------------------------------------------------------------- main
-
-
-def check_batch(inputs: Tensor, targets: Tensor, vocab_size: int) -> None:
-    """RunError where a token id is past the vocabulary."""
-    try:
-        check_targets(inputs, vocab_size)
-        check_targets(targets, vocab_size)
-    except ValueError as error:
-        raise RunError(f"{error}; the dataset is not of this vocabulary") from error
 
 
 def sample(trainer: Trainer, run: Run | None, tokens: tokenizer.Tokenizer, step: int, length: int = 300) -> None:
@@ -423,8 +408,6 @@ def run_step(trainer: Trainer, loader: shards.Loader, watch: diagnostics.Diagnos
     config, peak = trainer.config, devices.peak_flops(trainer.device)
     began = time.perf_counter()
     inputs, targets = loader.batch(step - 1)
-    if config.check:
-        check_batch(inputs, targets, trainer.raw.config.vocab_size)
     diagnosed = trainer.ranks.rank == 0 and config.diagnose and (step == 1 or step % config.diagnose == 0)
     with watch.watching(inputs, targets) if diagnosed else contextlib.nullcontext({}) as found:
         loss, grad_norm = train_step(trainer, inputs, targets, step)

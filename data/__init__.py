@@ -15,7 +15,7 @@ import io
 import os
 import secrets
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import BinaryIO, TextIO, TypeVar
@@ -110,6 +110,18 @@ def parse_options(command_line: Callable[[], T]) -> T:
     ]
     print("error:", message, "(--help shows every option)", file=sys.stderr)
     raise SystemExit(2)
+
+
+def check_numbers(options: dict, above_zero: Iterable[str], zero_or_more: Iterable[str]) -> None:
+    """DataError for a number among the options of a command that is out of range, nan or infinite; words pass."""
+    bounds = dict.fromkeys(zero_or_more, "0 or more") | dict.fromkeys(above_zero, "above 0")
+    for name, value in options.items():
+        if not isinstance(value, int | float):
+            continue
+        low = name in bounds and not (value > 0 or value == 0 and bounds[name] == "0 or more")
+        if low or not value < 2**63:
+            right = bounds[name] if low else "an ordinary number"
+            raise DataError(f"--{name.replace('_', '-')} is {value}, but must be {right}")
 
 
 def run_script(prepare: Callable[..., str], prog: str) -> None:

@@ -129,10 +129,11 @@ class Processes:
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def average_gradients(self, model: nn.Module, now: bool) -> None:
-        """Whether the next backward is to. Said before the forward: DDP reads it there too."""
-        if self.mode == "fsdp":
-            model.set_requires_gradient_sync(now)
-        elif self.world_size > 1:
+        """Whether the next backward is to. Said before the forward: DDP reads it there too.
+
+        fsdp averages after every backward all the same: until then it would hold whole gradients.
+        """
+        if self.mode != "fsdp" and self.world_size > 1:
             model.require_backward_grad_sync = now
 
     def optimizer(self, kind: type[torch.optim.Optimizer], groups: list, **options) -> torch.optim.Optimizer:

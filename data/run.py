@@ -65,6 +65,7 @@ class Run:
         tensorboard: bool = False,
     ):
         self.folder, self.landmarks, self.services = folder, landmarks or {}, []
+        self.published = {} if config.get("hellaswag_input") else HELLASWAG  # true of HellaSwag's own questions alone
         wandb = wandb and _optional("wandb", "wandb")
         tensorboard = tensorboard and _optional("torch.utils.tensorboard", "tensorboard")
         if afresh and folder.exists():
@@ -139,8 +140,8 @@ class Run:
                 f"{losses[-1]:.4f} nats per token, perplexity {math.exp(min(losses[-1], 700)):.2f}"
             )
         if scores := self._curve("hellaswag_acc_norm")[1]:
-            published = ", ".join(f"{name} {score}" for name, score in HELLASWAG.items())
-            rows["HellaSwag acc_norm"] = f"{scores[-1]:.4f} (published: {published})"
+            published = ", ".join(f"{name} {score}" for name, score in self.published.items())
+            rows["HellaSwag acc_norm"] = f"{scores[-1]:.4f}" + (f" (published: {published})" if published else "")
         return rows
 
     def sample(self, step: int, text: str) -> None:
@@ -165,7 +166,7 @@ class Run:
         if scores:
             panels[1].set(ylabel="HellaSwag acc_norm")
             panels[1].plot(tokens, scores, "o-", markersize=4, label=f"this run: {scores[-1]:.4f} at the end")
-            _draw_levels(panels[1], {"guessing at random": HELLASWAG_CHANCE, **HELLASWAG})
+            _draw_levels(panels[1], {"guessing at random": HELLASWAG_CHANCE, **self.published})
         for axes in panels:
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 5M and not 5 with a 1e6 in the corner
             axes.grid(alpha=0.3)

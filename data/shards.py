@@ -285,7 +285,8 @@ class Loader:
     Without, the offset is 0 and the windows come as in the text.
 
     Of the global sequences step * batch_sequences + j, rank r takes those with j in [r * b, (r + 1) * b), where
-    b = batch_sequences / world_size. DataError when that does not divide, or the split is shorter than one window.
+    b = batch_sequences / world_size. DataError when that does not divide, or the split is shorter than one window; with
+    `check` also for a token id past the vocabulary.
     """
 
     def __init__(
@@ -298,6 +299,7 @@ class Loader:
         world_size: int = 1,
         device: str | torch.device = "cpu",
         shuffle: bool = True,
+        check: bool = False,
     ):
         _check_length(split, block_size)
         if batch_sequences < 1 or batch_sequences % world_size:
@@ -305,7 +307,7 @@ class Loader:
         if seed < 0:
             raise DataError(f"the seed is {seed}: it must be 0 or more")
         self.split, self.block_size, self.batch_sequences = split, block_size, batch_sequences
-        self.seed, self.shuffle, self.device = seed, shuffle, torch.device(device)
+        self.seed, self.shuffle, self.check, self.device = seed, shuffle, check, torch.device(device)
         if self.device == torch.device("cuda"):  # which one: the thread that reads ahead would take GPU 0
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.sequences = batch_sequences // world_size
@@ -331,6 +333,11 @@ class Loader:
         first = step * self.batch_sequences + self.first
         places = (divmod(i, self.windows) for i in range(first, first + self.sequences))
         rows = _read_rows(self.split, [self._epoch_starts(epoch)[k] for epoch, k in places], self.block_size)
+        if self.check and (largest := int(rows.max())) >= self.split.vocab_size:
+            raise DataError(
+                f"step {step} reads token id {largest} from {self.split.label}, past its vocabulary of "
+                f"{self.split.vocab_size}: {self.split.remedy}"
+            )
         if self.device.type != "cuda":
             return rows
         with torch.cuda.device(self.device):
