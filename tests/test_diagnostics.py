@@ -13,6 +13,7 @@ import train_gpt2
 from data import diagnostics, pydocs
 from data.diagnostics import Diagnostics
 from data.parallel import Processes
+from data.run import read_log
 from model import GPT, GPTConfig
 
 V, T = 300, 32
@@ -220,6 +221,13 @@ def test_triton_kernels_are_diagnosed_like_pytorchs():
     ours, theirs = (diagnostics.activations(model, inputs, targets) for model in (triton, plain))
     for name, values in theirs.items():
         assert ours[name] == pytest.approx(values, rel=2e-2, abs=1e-5), name
+
+
+@pytest.mark.parametrize("every, steps", [(3, [1, 3, 6]), (0, [])])
+def test_the_command_diagnoses_the_first_and_every_nth_step(dataset, tmp_path, every, steps):
+    train_gpt2.run(configured(dataset, diagnose=every, max_steps=7, out_dir=str(tmp_path)))
+    assert [record["step"] for record in read_log(tmp_path) if "diagnostics" in record] == steps
+    assert (tmp_path / "diagnostics.png").exists() == bool(steps)
 
 
 # ------------------------------------------------------------------------------------------------------------- warnings

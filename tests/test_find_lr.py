@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import random
+import re
 
 import pytest
 
@@ -131,15 +132,23 @@ def trained(config):
     return train_gpt2.validate(trainer, val_split)
 
 
-def test_a_small_gpt_trains_better_at_the_suggestion_than_nine_times_below_or_above(config):
-    trainer, loader, *_ = train_gpt2.set_up(config, Processes())
-    steps = iter(range(10**6))
-
-    def step_with_lr(rate):
-        trainer.config = dataclasses.replace(config, lr=rate, min_lr=rate, warmup_steps=0)
-        step = next(steps)
-        return train_gpt2.train_step(trainer, *loader.batch(step), step + 1)[0]
-
-    rate = find_lr.find(step_with_lr).suggestion
+def test_a_small_gpt_trains_better_at_the_suggestion_than_nine_times_below_or_above(config, tmp_path, capsys):
+    out = tmp_path / "runs" / "swept"
+    train_gpt2.run(dataclasses.replace(config, find_lr=True, out_dir=str(out)))
+    assert [path.name for path in out.iterdir()] == ["find_lr.png"]
+    rate = float(re.search(r"^--lr (\S+): there the smoothed loss is lowest", capsys.readouterr().out, re.MULTILINE)[1])
     losses = {lr: trained(dataclasses.replace(config, lr=lr)) for lr in (rate / 9, rate, rate * 9)}
     assert min(losses, key=losses.get) == rate, losses
+
+
+def test_a_step_that_breaks_down_ends_the_command_with_a_suggestion_and_other_processes_write_nothing(tmp_path, capsys):
+    def loss_at(rate, step):
+        assert step == 1 + round(40 * math.log10(rate / 1e-5) * 199 / 200)
+        if rate > 0.1:
+            raise train_gpt2.RunError("loss inf")
+        return 3 + (math.log10(rate) + 2.5) ** 2 / 4
+
+    find_lr.run(loss_at, train_gpt2.RunError, tmp_path / "one", quiet=False)
+    find_lr.run(loss_at, train_gpt2.RunError, tmp_path / "other", quiet=True)
+    assert "--lr 0.003" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.glob("**/*.png")] == ["find_lr.png"] and not (tmp_path / "other").exists()
