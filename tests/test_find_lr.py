@@ -74,6 +74,20 @@ def test_noise_of_the_loss_moves_the_suggestion_little():
         assert max(plain / noisy, noisy / plain) < 2
 
 
+def test_the_step_that_explodes_does_not_reach_back_to_the_valley():
+    def curve(rate, explosion):
+        return explosion if rate > 0.05 else 3 + (math.log10(rate) + 2.5) ** 2 / 4
+
+    exploded, stopped = (find_lr.find(lambda rate, e=e: curve(rate, e)) for e in (1e9, math.inf))
+    assert exploded.suggestion == pytest.approx(stopped.suggestion, rel=0.2)
+    assert exploded.valley == pytest.approx(stopped.valley, rel=0.5)
+
+
+def test_the_valley_is_what_lies_within_a_twentieth_of_the_fall_around_the_lowest_point():
+    assert find_lr.valley([5.0, 1.1, 1.3, 1.19, 1.0, 1.1, 1.21, 1.1]) == (3, 4, 5)
+    assert find_lr.valley([5.0, 1.1, 1.0, 1.1]) == (1, 2, 3)
+
+
 def test_smoothing_does_not_lag_and_the_slope_is_per_tenfold_rate():
     x = [i / 40 for i in range(200)]  # log10 of rates
     smooth = find_lr.smoothed([7 - 2 * v for v in x], 200)
