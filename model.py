@@ -390,6 +390,17 @@ def start_tokens(tokenizer) -> list[int]:
     return [next((i for i in range(tokenizer.vocab_size) if tokenizer.decode([i]) == "\n"), 0)]
 
 
+def sample_text(model: GPT, tokenizer, length: int, seed: int) -> str:
+    """A text of `length` tokens that begins as a document does; for the same weights and seed the same."""
+    device = model.transformer.wte.weight.device
+    start = torch.tensor([start_tokens(tokenizer)], device=device)
+    training = model.training
+    model.eval()
+    ids = model.generate(start, length, temperature=0.8, generator=torch.Generator(device).manual_seed(seed))
+    model.train(training)
+    return tokenizer.decode(ids[0, start.shape[1] :].tolist())
+
+
 @dataclasses.dataclass(frozen=True)
 class SampleOptions:
     """Write text with a trained GPT, or write the GPT in Hugging Face's format."""

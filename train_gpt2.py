@@ -32,7 +32,7 @@ import kernels
 import model as gpt
 from data import diagnostics, find_lr, hellaswag, ladder, shards, sweep, tokenizer
 from data.parallel import Mode, Processes
-from data.run import Run, StopRequest, check_first_loss, load_checkpoint, loss_landmarks, newest_checkpoint, profiler
+from data.run import Run, StopRequest, find_checkpoint, loss_landmarks, profiler
 from kernels import devices, plan
 
 BETAS = (0.9, 0.95)  # of AdamW, GPT-3's
@@ -261,16 +261,6 @@ def validate(trainer: Trainer, split: shards.Split) -> float:
 # -------------------------------------------------------------------------------------------------------- beginning
 
 
-def choose_kernels(config: Config, device: torch.device) -> kernels.Ops:
-    """The operations for --kernels; auto: Triton on a GPU, except for attention when there is dropout."""
-    names = config.kernels
-    if names == "auto":
-        runs, _ = kernels.available(device)
-        on_gpu = runs and device.type == "cuda"
-        names = ",".join(f for f in kernels.FAMILIES if f != "attention" or not config.dropout) if on_gpu else "none"
-    return kernels.select(names, device)
-
-
 def choose_micro_batch(trainer: Trainer, sequences: int) -> int:
     """--micro-batch auto: the largest divisor of `sequences`, a process's share of the batch, that memory holds."""
     block_size = trainer.config.block_size
@@ -288,11 +278,7 @@ def choose_micro_batch(trainer: Trainer, sequences: int) -> int:
 
 def starting_point(config: Config, split: shards.Split, restarted: bool) -> dict | None:
     """The checkpoint to go on from, if there is one; RunError where it is of another model, text or batch order."""
-    path, checkpoint = None, None
-    if config.resume == "auto" or restarted:
-        path, checkpoint = newest_checkpoint(Path(config.out_dir))
-    if checkpoint is None and config.resume not in ("auto", "never"):
-        path, checkpoint = config.resume, load_checkpoint(Path(config.resume))
+    path, checkpoint = find_checkpoint(Path(config.out_dir), config.resume, restarted)
     if checkpoint is None:
         return None
     there, here = checkpoint["run"], dataclasses.asdict(config)
@@ -312,7 +298,7 @@ def set_up(config: Config, ranks: Processes):
     """What the loop needs: trainer, loader, validation split, tokenizer, and the checkpoint to go on from or None."""
     sequences = config.sequences_of_one(ranks.world_size)
     device = devices.choose_device(config.device, ranks.local_rank)
-    dtype, ops = devices.choose_dtype(config.dtype, device), choose_kernels(config, device)
+    dtype, ops = devices.choose_dtype(config.dtype, device), kernels.select(config.kernels, device, config.dropout)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32
     train_split, val_split = (shards.open_split(data.folder_of(config.data), name) for name in ("train", "val"))
@@ -354,20 +340,15 @@ def set_up(config: Config, ranks: Processes):
 
 def sample(trainer: Trainer, run: Run | None, tokens: tokenizer.Tokenizer, step: int, length: int = 300) -> None:
     """Adds to samples.txt `length` tokens that begin as a document does, drawn with the same seed every time."""
-    model, ranks, device = trainer.raw, trainer.ranks, trainer.device
+    model, ranks = trainer.raw, trainer.ranks
     weights = ranks.whole(model.state_dict()) if ranks.mode == "fsdp" else None
     if run is None:
         return
     if weights:
-        model = gpt.GPT(model.config, model.ops).to(device)
+        model = gpt.GPT(model.config, model.ops).to(trainer.device)
         model.load_state_dict(weights)
-    start = gpt.start_tokens(tokens)
-    generator = torch.Generator(device).manual_seed(trainer.config.seed)
-    model.eval()
     with trainer.autocast():
-        ids = model.generate(torch.tensor([start], device=device), length, temperature=0.8, generator=generator)
-    model.train()
-    run.sample(step, tokens.decode(ids[0, len(start) :].tolist()))
+        run.sample(step, gpt.sample_text(model, tokens, length, trainer.config.seed))
 
 
 def save(trainer: Trainer, run: Run | None, tokens: tokenizer.Tokenizer, step: int) -> None:
@@ -396,11 +377,7 @@ def start_run(trainer: Trainer, val_split: shards.Split, step: int):
     print(f"{ranks.world_size} x {device.type} ({name}), {str(trainer.dtype).removeprefix('torch.')}")
     print(f"{config.batch_tokens:,} tokens a step, {trainer.micro_batch} sequences a micro-step; into {config.out_dir}")
     afresh = config.resume == "never" and not ranks.restarted
-    options = dataclasses.asdict(config)
-    landmarks = loss_landmarks(val_split)
-    return Run(
-        Path(config.out_dir), options, step, config.max_steps, landmarks, afresh, config.wandb, config.tensorboard
-    )
+    return Run(Path(config.out_dir), dataclasses.asdict(config), step, loss_landmarks(val_split), afresh)
 
 
 def run_step(trainer: Trainer, loader: shards.Loader, watch: diagnostics.Diagnostics, step: int) -> dict:
@@ -412,8 +389,6 @@ def run_step(trainer: Trainer, loader: shards.Loader, watch: diagnostics.Diagnos
     with watch.watching(inputs, targets) if diagnosed else contextlib.nullcontext({}) as found:
         loss, grad_norm = train_step(trainer, inputs, targets, step)
     seconds = time.perf_counter() - began - found.get("ms", 0.0) / 1000
-    if step == 1 and not config.init_from:
-        check_first_loss(loss, trainer.raw.config.vocab_size)
     for sentence in watch.news(found) if found else ():
         tqdm.write(f"warning: step {step}: {sentence}", file=sys.stderr)
     tokens_per_s = config.batch_tokens / seconds

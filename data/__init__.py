@@ -1,7 +1,8 @@
 """Data: from text to batches of token ids.
 
 In reading order: tokenizer.py (text <-> ids), shards.py (ids on disk, and the loader that makes batches of them), then
-one script a corpus: pydocs.py (inside every CPython), shakespeare.py, text.py (your own files). Each script writes a
+one script a corpus: pydocs.py (inside every CPython), shakespeare.py, text.py (your own files), fineweb.py (billions of
+tokens of web pages, with encode.py, which is quick, and resumable.py, which loses nothing). Each script writes a
 dataset, a folder that `shards.open_split` opens.
 
 Here is what all of them share: the error that a user can mend, how it is shown, how a command line becomes a call, and
@@ -31,6 +32,9 @@ DATASETS = {  # name -> the module that prepares it, and how
     "pydocs": ("data.pydocs", {}),
     "shakespeare-char": ("data.shakespeare", {"tokenizer": "char"}),
     "shakespeare-gpt2": ("data.shakespeare", {"tokenizer": "gpt2"}),
+    "fineweb-edu-10B": ("data.fineweb", {"name": "sample-10BT"}),
+    "fineweb-edu-100B": ("data.fineweb", {"name": "sample-100BT"}),
+    "fineweb-edu-350B": ("data.fineweb", {"name": "sample-350BT"}),
 }
 
 
@@ -62,12 +66,20 @@ def folder_of(name: str) -> Path:
 
 
 def prepare_if_missing(name: str) -> None:
-    """Prepare a dataset of DATASETS unless it is there, one process at a time; DataError when it cannot be had."""
+    """Prepares a dataset of DATASETS unless it is there; DataError when it cannot be had.
+
+    Of several processes of a machine one prepares it, and the others say that they wait and do, however long it takes.
+    """
     folder = folder_of(name)
     if name not in DATASETS or (folder / "meta.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with lock(folder / ".lock"):
+    try:
+        held = lock(folder / ".lock", refusal="another process prepares it")
+    except DataError:
+        print(f"waiting until another process has prepared {folder}", file=sys.stderr, flush=True)
+        held = lock(folder / ".lock")
+    with held:
         if not (folder / "meta.json").exists():  # another process may have made it while this one waited
             module, options = DATASETS[name]
             print(importlib.import_module(module).prepare(folder=folder, **options))
@@ -89,6 +101,24 @@ def lock(path: Path, refusal: str | None = None) -> TextIO:
     return file
 
 
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Nobody else writes a dataset to `folder` meanwhile, DataError for the second; no lock on Windows."""
+    if fcntl is None:  # Windows
+        yield
+        return
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems cannot lock a folder
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DataError(f"another process is writing to {folder}: wait for it or give another folder") from None
+        yield
+    finally:
+        os.close(held)
+
+
 def parse_options(command_line: Callable[[], T]) -> T:
     """What `command_line`, a call of tyro.cli, returns; where tyro draws a box around a mistake, one `error:` line."""
     shown = io.StringIO()
@@ -108,7 +138,7 @@ def parse_options(command_line: Callable[[], T]) -> T:
     message = sections[0] + [
         line for part in sections[1:] if part[:1] and part[0].startswith("Available") for line in part
     ]
-    print("error:", message, "(--help shows every option)", file=sys.stderr)
+    print("error:", *message, "(--help shows every option)", file=sys.stderr)
     raise SystemExit(2)
 
 

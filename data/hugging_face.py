@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from data import DataError, write_whole
-from data.tokenizer import Tokenizer, from_spec, gpt2
-from data.tokenizer_json import END_OF_TEXT, tokenizer_json, vocabulary
+from data.tokenizer import END_OF_TEXT, Tokenizer, from_spec, gpt2
+from data.tokenizer_json import tokenizer_json, vocabulary
 
 
 class Release(NamedTuple):

@@ -47,10 +47,11 @@ def climb(script: Path, arguments: list[str], parse: Parse) -> int:
     """
     Trains the rungs and prints their table. Returns 0, or 128 + the signal that ended it early.
 
-    script, parse: as for sweep.run; arguments: the command line without --ladder, its options for every rung
+    script, parse: as for sweep.run; arguments: the command line, whose options hold for every rung
     DataError when the command line has one of DIMENSIONS, or a rung failed. The folder is --out-dir, or where that was
     not given, the preset's with -ladder behind it.
     """
+    arguments = [word for word in arguments if word != "--ladder"]
     if fixed := [flag(name) for name in DIMENSIONS if name in runs.given(arguments)]:
         raise DataError(f"--ladder sets {fixed[0]} itself, rung by rung: leave it out")
     folder = runs.chosen_folder(arguments, parse(arguments).out_dir, "ladder")
@@ -80,7 +81,7 @@ def draw(figure, cells: list[Cell]) -> None:
         bars.plot([place - 0.3, place + 0.3], [train, train], color="black", label="training" if place == 0 else None)
         bars.annotate(f"{val:.3f}", (place, val), xytext=(0, 3), textcoords="offset points", ha="center")
     if done:
-        bars.set_ylim(1.0, max(cell.val_losses[-1]["val_loss"] for cell in done) + 0.2)
+        bars.set_ylim(0.0, max(cell.val_losses[-1]["val_loss"] for cell in done) + 0.3)
         bars.set_xticks(
             range(len(done)), [cell.columns["rung"].replace(": ", ":\n") for cell in done], fontsize="small"
         )

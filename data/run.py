@@ -41,33 +41,26 @@ PUBLISHED = {
     "fineweb": 3.425,
 }  # its loss, nats per token, on the validation shard of either text
 HELLASWAG = {GPT2_124M: HELLASWAG_GPT2_124M, "GPT-3 (124M)": HELLASWAG_GPT3_124M}
+RANDOM = "guessing at random"
 SAMPLE_LINE = "-" * 40  # begins each sample in samples.txt
 
 
 class Run:
     """
-    The folder of a run that has done `step` of its `max_steps` steps, and its bar in the terminal.
+    The folder of a run that has done `step` of its steps, and its bar in the terminal.
 
-    Lines of log.jsonl past `step` were lost with a crash and go; `afresh` moves an older run aside first. `landmarks`
-    are validation losses to compare with, named: see loss_landmarks. wandb and tensorboard log there too; DataError
-    where the package is missing.
+    config:    the options of train_gpt2.py, of which max_steps, init_from, hellaswag_input, wandb and tensorboard count
+    landmarks: validation losses to compare with, named: see loss_landmarks
+    afresh:    moves an older run aside first; else lines of log.jsonl past `step`, lost with a crash, go
+    DataError where another process writes to the folder, or the package of a service is missing.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        config: dict,
-        step: int,
-        max_steps: int,
-        landmarks: dict[str, float] | None = None,
-        afresh: bool = False,
-        wandb: bool = False,
-        tensorboard: bool = False,
-    ):
-        self.folder, self.landmarks, self.services = folder, landmarks or {}, []
+    def __init__(self, folder: Path, config: dict, step: int, landmarks: dict[str, float], afresh: bool = False):
+        self.folder, self.landmarks, self.services = folder, landmarks, []
         self.published = {} if config.get("hellaswag_input") else HELLASWAG  # true of HellaSwag's own questions alone
-        wandb = wandb and _optional("wandb", "wandb")
-        tensorboard = tensorboard and _optional("torch.utils.tensorboard", "tensorboard")
+        self._untrained = not config.get("init_from")
+        wandb = config.get("wandb") and _optional("wandb", "wandb")
+        tensorboard = config.get("tensorboard") and _optional("torch.utils.tensorboard", "tensorboard")
         if afresh and folder.exists():
             _move_aside(folder)
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -85,10 +78,12 @@ class Run:
         self._log = (folder / "log.jsonl").open("a", encoding="utf-8")
         self._val = next((f" val {r['val_loss']:.3f}" for r in reversed(self.records) if "val_loss" in r), "")
         seconds = 0.1 if sys.stderr.isatty() else 10.0  # between refreshes: a log file needs few
-        self._bar = tqdm(initial=step, total=max_steps, unit="step", mininterval=seconds, dynamic_ncols=True)
+        self._bar = tqdm(initial=step, total=config["max_steps"], unit="step", mininterval=seconds, dynamic_ncols=True)
 
     def log(self, record: dict) -> None:
         """A step: a line in log.jsonl, a move of the bar, and to wandb and TensorBoard where they were asked for."""
+        if record["step"] == 1 and self._untrained:
+            _check_first_loss(record["loss"], self.landmarks[RANDOM])
         self.records.append(record)
         self._log.write(json.dumps(record) + "\n")
         self._log.flush()
@@ -166,7 +161,7 @@ class Run:
         if scores:
             panels[1].set(ylabel="HellaSwag acc_norm")
             panels[1].plot(tokens, scores, "o-", markersize=4, label=f"this run: {scores[-1]:.4f} at the end")
-            _draw_levels(panels[1], {"guessing at random": HELLASWAG_CHANCE, **self.published})
+            _draw_levels(panels[1], {RANDOM: HELLASWAG_CHANCE, **self.published})
         for axes in panels:
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 5M and not 5 with a 1e6 in the corner
             axes.grid(alpha=0.3)
@@ -221,11 +216,11 @@ class _Hashed:
         self.file.flush()
 
 
-def check_first_loss(loss: float, vocab_size: int) -> None:
+def _check_first_loss(loss: float, random: float) -> None:
     """Untrained, every token is as likely as any other: a first loss far from ln V means broken data or weights."""
-    if abs(loss - math.log(vocab_size)) > 0.5:
-        expected = f"ln({vocab_size}) = {math.log(vocab_size):.3f}"
-        tqdm.write(f"warning: the first loss is {loss:.3f}, far from {expected}: look at the data", file=sys.stderr)
+    if abs(loss - random) > 0.5:
+        sentence = f"the first loss is {loss:.3f}, far from {random:.3f}, that of guessing: look at the data"
+        tqdm.write(f"warning: {sentence}", file=sys.stderr)
 
 
 def profiler(folder: str) -> torch.profiler.profile:
@@ -245,13 +240,13 @@ def _draw_levels(axes, levels: dict[str, float]) -> None:
 
 def loss_landmarks(split: Split) -> dict[str, float]:
     """Losses to compare a model's with, in nats per token: what counting the training text gives, what is published."""
-    names = {"uniform": "guessing at random", "unigram": "token frequencies", "bigram": "bigrams counted"}
+    names = {"uniform": RANDOM, "unigram": "token frequencies", "bigram": "bigrams counted"}
     names["trigram"] = "trigrams counted"
     counted = {names[name]: split.baselines[name] for name in names if name in split.baselines}
     first = split.shards[0].path
     text = "fineweb-edu" if "edu" in f"{first.parent.name}/{first.name}" else "fineweb"
     known = {GPT2_124M: PUBLISHED[text]} if "fineweb" in str(first) else {}
-    return {"guessing at random": math.log(split.vocab_size), **counted, **known}
+    return {RANDOM: math.log(split.vocab_size), **counted, **known}
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -326,6 +321,14 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict] | tuple[None, None]:
     if paths:
         raise DataError(f"no checkpoint in {folder} can be read: --resume never starts afresh and moves the run aside")
     return None, None
+
+
+def find_checkpoint(folder: Path, resume: str, restarted: bool) -> tuple[Path, dict] | tuple[None, None]:
+    """The checkpoint that --resume means, behind its path, or two None; after a restart first the run's own newest."""
+    path, checkpoint = newest_checkpoint(folder) if resume == "auto" or restarted else (None, None)
+    if checkpoint is None and resume not in ("auto", "never"):
+        return Path(resume), load_checkpoint(Path(resume))
+    return path, checkpoint
 
 
 class StopRequest:

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data import DataError, baselines, write_whole
+from data import DataError, baselines, write_whole, writing
 from data.tokenizer import Tokenizer, token_dtype
 
 BIN_MAGIC, BIN_VERSION, BIN_HEADER_BYTES = 20240520, 1, 1024
@@ -50,19 +50,20 @@ def write_dataset(
     documents: 1-D integer arrays of token ids, end-of-text tokens included. They are read one by one and written a
         shard at a time, so that memory holds one shard.
     command: what prepares this dataset again, for error messages.
-    Returns what meta.json holds. DataError when a split has no tokens or an id is past the vocabulary; the folder then
-    holds no dataset.
+    Returns what meta.json holds. DataError when a split has no tokens or an id is past the vocabulary, the folder then
+    holds no dataset; or when another process is writing to the folder.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    clear_dataset(folder)
-    shards = {}
-    for split, documents in splits.items():
-        pieces = enumerate(_cut(documents, shard_tokens, tokenizer.vocab_size))
-        shards[split] = [write_shard(folder / f"{split}_{i:06d}.npy", tokens) for i, tokens in pieces]
-        if not shards[split]:
-            raise DataError(f"the {split} split of {folder} would be empty: give more text")
-    return write_meta(folder, tokenizer, shards, command)
+    with writing(folder):
+        clear_dataset(folder)
+        shards = {}
+        for split, documents in splits.items():
+            pieces = enumerate(_cut(documents, shard_tokens, tokenizer.vocab_size))
+            shards[split] = [write_shard(folder / f"{split}_{i:06d}.npy", tokens) for i, tokens in pieces]
+            if not shards[split]:
+                raise DataError(f"the {split} split of {folder} would be empty: give more text")
+        return write_meta(folder, tokenizer, shards, command)
 
 
 def write_meta(

@@ -17,13 +17,16 @@ from data import DataError
 from data.cells import SET_BY_US, Cell, Parse, chosen_folder, draw_curves, flag, parsed, run_cells
 
 
-def take_grid(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """A command line without --sweep, and what stood behind it: up to the next option, but --lr=1e-4,3e-4 is a part."""
-    rest, grid, taking = [], [], False
+def take_grid(arguments: list[str]) -> tuple[list[str], list[str] | None]:
+    """A command line without --sweep, and the grid that stood behind it, None where there is no --sweep.
+
+    The grid goes up to the next option, but --lr=1e-4,3e-4, with a comma, belongs to it.
+    """
+    rest, grid, taking = [], None, False
     for word in arguments:
         if word == "--sweep" or word.startswith("--sweep="):
             taking = True
-            grid += [word.removeprefix("--sweep=")] if "=" in word else []
+            grid = (grid or []) + ([word.removeprefix("--sweep=")] if "=" in word else [])
         elif taking and (not word.startswith("-") or re.fullmatch(r"--[\w-]+=.*,.*", word)):
             grid.append(word)
         else:
@@ -37,12 +40,13 @@ def run(script: Path, arguments: list[str], grid: Sequence[str], parse: Parse) -
     Trains the grid and prints its table. Returns 0, or 128 + the signal that ended it early.
 
     script:    the training script, called as `python SCRIPT ARGUMENTS --NAME=VALUE ... --out-dir=...`
-    arguments: its command line without --sweep
+    arguments: its command line; --sweep and what stands behind it are passed over
     grid:      what stood behind --sweep, "lr=1e-4,3e-4", also "--lr=..." and hyphens for underscores
     parse:     arguments -> their options, with out_dir, max_steps, data and the shape of the model
     DataError, before anything runs, for an option or value that cannot be; at the end, when a cell failed. The folder
     is --out-dir, or where that was not given, the preset's with -sweep behind it.
     """
+    arguments, _ = take_grid(arguments)
     cells = expand(arguments, grid, parse)
     folder = chosen_folder(arguments, parse(arguments).out_dir, "sweep")
     return run_cells(script, cells, folder, "sweep", draw)

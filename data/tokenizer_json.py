@@ -6,16 +6,12 @@ tokens by their spelling alone (added_tokens). Its BPE wants the merges, pairs i
 tokens with their ranks: `merges` finds the pairs.
 """
 
-import functools
-import itertools
 import re
 
 import tiktoken
 
 from data import DataError
-from data.tokenizer import BytePairTokenizer, CharTokenizer, Tokenizer
-
-END_OF_TEXT = "<|endoftext|>"
+from data.tokenizer import END_OF_TEXT, BytePairTokenizer, CharTokenizer, Tokenizer, spelled
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict:
@@ -120,17 +116,6 @@ def merges(ranks: dict[bytes, int]) -> dict[bytes, tuple[bytes, bytes] | None]:
 def vocabulary(encoding: tiktoken.Encoding) -> dict[str, int]:
     """Spelling -> id of all tokens but the special ones, in order."""
     return {spelled(token): i for token, i in sorted(encoding._mergeable_ranks.items(), key=_id)}
-
-
-def spelled(token: bytes) -> str:
-    """One character a byte: its own in Latin-1 where that is visible, else the next unused one from U+0100 on."""
-    return token.decode("latin-1").translate(_spelling())
-
-
-@functools.cache
-def _spelling() -> dict[int, str]:
-    others = itertools.count(0x100)
-    return {b: chr(b) if chr(b).isprintable() and chr(b) != " " else chr(next(others)) for b in range(256)}
 
 
 def _id(item: tuple) -> int:

@@ -16,9 +16,13 @@ B sequences, T tokens, C channels, N = B * T rows, V vocabulary (weight and logi
 The model receives the bundle and never asks what is in it.
 """
 
+import contextlib
+import contextvars
+import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -85,16 +89,21 @@ def families(names: str) -> tuple[str, ...]:
     return tuple(name for name in FAMILIES if name in chosen)
 
 
-def select(names: str, device: torch.device | str = "cpu") -> Ops:
+def select(names: str, device: torch.device | str = "cpu", dropout: float = 0.0) -> Ops:
     """
     The operations with the named families in Triton and the others in PyTorch.
 
-    names:  "all", "none" or a comma-separated list of FAMILIES
-    device: where the tensors will live
+    names:   "all", "none" or a comma-separated list of FAMILIES; "auto": all on a GPU, none elsewhere
+    device:  where the tensors will live
+    dropout: of attention; above 0, auto leaves attention to PyTorch, since the Triton version has none
     Raises KernelError for an unknown family, or where Triton cannot run on that device.
     """
-    chosen = families(names)
     runs, why_not = available(torch.device(device))
+    if names == "auto":
+        names = "all" if runs and torch.device(device).type == "cuda" else "none"
+        chosen = tuple(name for name in families(names) if name != "attention" or not dropout)
+    else:
+        chosen = families(names)
     if chosen and not runs:
         raise KernelError(
             f"--kernels {names} asks for Triton kernels, but {why_not}: "
@@ -120,6 +129,52 @@ def matmul_dtype(x: torch.Tensor) -> torch.dtype:
 def on_device_of(x: torch.Tensor) -> torch.accelerator.device_index:
     """Where Triton must launch: on the GPU that holds x, which need not be the current one. No effect on a CPU."""
     return torch.accelerator.device_index(x.device.index)
+
+
+Row = TypeVar("Row")
+_interpreted_for = contextvars.ContextVar("interpreted_for", default="sm_80")
+
+
+def architecture(x: torch.Tensor) -> str:
+    """
+    The GPU whose launch parameters suit this tensor: "sm_80", "sm_90", "gfx942" and so on.
+
+    A GPU answers for itself, and nothing can make it answer otherwise. On a CPU kernels are only interpreted, with the
+    parameters of an A100, or of the GPU that a surrounding interpreted_for() names.
+    """
+    return _architecture_of_gpu(x.device.index) if x.device.type == "cuda" else _interpreted_for.get()
+
+
+@functools.cache
+def _architecture_of_gpu(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return properties.gcnArchName.partition(":")[0]  # "gfx942:sramecc+:xnack-"
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@contextlib.contextmanager
+def interpreted_for(name: str) -> Iterator[None]:
+    """
+    Within, kernels are interpreted on a CPU with the launch parameters of this GPU.
+
+    Why not an argument of every operation: it would run through operators, their fake and autograd rules and the model
+    for the sake of kernels.report, which notes down how a GPU that is not there would be used, and of the tests.
+    """
+    before = _interpreted_for.set(name)
+    try:
+        yield
+    finally:
+        _interpreted_for.reset(before)
+
+
+def of_architecture(table: dict[str, Row], name: str) -> Row:
+    """The row of this GPU or, of NVIDIA's, of the newest one before it (sm_121: that of sm_120); else the first row."""
+    if name in table or not name.startswith("sm_"):
+        return table.get(name, next(iter(table.values())))
+    number = int(name.removeprefix("sm_"))
+    older = [row for other, row in table.items() if other.startswith("sm_") and int(other[3:]) < number]
+    return older[-1] if older else next(iter(table.values()))
 
 
 def check_tensors(**tensors: torch.Tensor) -> None:

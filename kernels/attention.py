@@ -27,26 +27,34 @@ Saved: qkv, y and lse.
 Bytes at least, numbers a token: forward 3C in and C out; dq 5C in and C out; dk and dv 4C in and 2C out. What is read
 again, k and v by each block of queries and q and dy by each block of keys, comes mostly from the L2 cache.
 
-Compiled, not timed: bfloat16; blocks of queries x keys, warps; sm_80: registers, bytes of spill, blocks at a time on a
-multiprocessor, instructions per tensor-core instruction in the inner loop; sm_90: registers, bytes of spill.
+Compiled, not timed, in bfloat16; blocks of queries x keys, warps. Of each GPU: registers, bytes of spill, programs at a
+time on a multiprocessor, and a thread's instructions for a score (a query with a key) in the inner loop; * is kept. The
+code of sm_89 is that of sm_86. Kept is what does not spill and asks for the fewest instructions and bytes, unless twice
+the warps fit for a tenth more; bytes: a block of 128 keys asks for q and dy half as often as one of 64. T = 1,000 needs
+masks, T = 1,024 does not.
 
-    kernel, D, T                 blocks            sm_80                            sm_90
-    forward, 64, 1024            128 x 64, 4       242    0    2    4.78           213    0    kept
-    forward, 64, 1024             64 x 64, 4       166    0    3    5.36           120    0
-    forward, 64, 1000            128 x 64, 4       255   48    2    4.88           255    0    with masks: it spills
-    forward, 64, 1000             64 x 64, 4       165    0    3    5.36           120    0    kept
-    dq, 64, 1024                 128 x 32, 4       245    0    2    3.26           180    0    kept
-    dq, 64, 1000                 128 x 32, 4       255   24    2    3.29           194    0
-    dq, 64, 1000                  64 x 32, 4       167    0    3    3.79            99    0    kept
-    dk and dv, 64, 1024           32 x 128, 4      255    0    2    3.34           253    0    kept
-    dk and dv, 64, 1024           64 x 64, 4       255    0    2    3.59           190    0
-    dk and dv, 64, 1000           32 x 128, 4      255    0    2    3.32           255   32
-    dk and dv, 64, 1000           32 x 64, 4       179    0    2    4.09           142    0    kept
-    forward, 128, 1024           128 x 64, 8       236    0    1    3.82           166    0    kept
-    dq, 128, 1024                128 x 32, 8       232    0    1    2.76           148    0    kept
-    dk and dv, 128, 1024          32 x 128, 8      255    0    1    2.88           215    0    kept
-    forward, 64, 1024, float32    64 x 32, 4       255  104    2       -           255  112
-    forward, 64, 1024, float32    32 x 16, 4        80    0    6       -            71    0    kept
+    kernel, D, T           blocks         sm_80          sm_86          sm_90          sm_100         sm_120
+    forward, 64, 1024      128 x 64, 4    242 0 2  9.6*  254 0 2  9.6*  213 0 2  8.5   254 32 2 7.2   250 0 2  9.4*
+                           128 x 64, 8                   166 0 1 10.4   127 0 2  9.3*  127 0 2  9.3*  154 0 1 10.3
+                            64 x 64, 4    166 0 3 10.7   163 0 3 10.7   120 0 4  9.7   117 0 4  9.7   154 0 3 10.8
+    forward, 64, 1000       64 x 64, 4    165 0 3 10.7*  158 0 3 10.6*  120 0 4  9.5   117 0 4  9.8*  154 0 3 10.8*
+                           128 x 64, 8                                   92 0 2  9.5*  134 0 1  9.3
+    dq, 64, 1024           128 x 32, 4    245 0 2  9.8*  246 0 2  9.8*  180 0 2  9.6                  246 0 2  9.6*
+                           128 x 64, 8                   237 0 1 10.3   123 0 2  8.4*  120 0 2  7.9*  232 0 1 10.2
+                            64 x 64, 4                   248 0 2 10.8   123 0 4  8.6    90 0 3  8.4   250 0 2 10.7
+    dq, 64, 1000            64 x 32, 4    167 0 3 11.4*  167 0 3 11.4*                                164 0 3 11.2*
+                           128 x 64, 8                                  128 0 2  8.4*  124 0 2  7.9*
+    dk, dv, 64, 1024        32 x 128, 4   255 0 2 13.4*  255 8 2 13.3   253 0 2 10.3*                 255 80 2 12.6
+                            64 x 128, 8                  252 0 1 13.7*  199 0 1 10.0   127 0 2 11.1*  248 0 1 13.4*
+                            64 x 64, 4    255 0 2 14.4   255 0 2 14.4   190 0 2 10.0   130 0 3 11.9   248 0 2 13.8
+    dk, dv, 64, 1000        32 x 64, 4    179 0 2 16.4*  183 0 2 16.4*  142 0 3 13.1    94 0 5 16.8   188 0 2 15.9*
+                            64 x 64, 4                   255 0 2 15.6   207 0 2 10.6*  168 0 3 12.7*  255 48 2 14.6
+    forward, 128, 1024     128 x 64, 8    236 0 1 15.3*  230 0 1 15.3*  166 0 1 11.5*  144 0 1 11.1*  230 0 1 14.7*
+    dq, 128, 1024          128 x 32, 8    232 0 1 16.6*  228 0 1 16.6*  148 0 1 14.4*  120 0 2 13.8*  216 0 1 16.2*
+    dk, dv, 128, 1024       32 x 128, 8   255 0 1 23.0*  255 0 1 22.9*  215 0 1 15.8*  124 0 2 17.9*  255 40 1 21.6
+                            64 x 64, 8                                                                174 0 1 24.2*
+
+In float32, forward at D = 64: 32 x 16 blocks take 80, 114, 71, 78 and 80 registers; 64 x 32 spill 104 bytes on sm_80.
 
 Source: Dao, "FlashAttention-2", 2023, https://arxiv.org/abs/2307.08691
 """
@@ -57,35 +65,60 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import check_tensors, first_derivative_only, matmul_dtype, on_device_of, tl, triton
+from kernels import (
+    architecture,
+    check_tensors,
+    first_derivative_only,
+    matmul_dtype,
+    of_architecture,
+    on_device_of,
+    tl,
+    triton,
+)
 
 LOG2E = tl.constexpr(math.log2(math.e))
 MAX_HEADS = 65535  # sequences times heads: CUDA's limit on the second dimension of a grid
 STAGES = 2  # blocks of keys or queries in flight: a third costs shared memory, and with it a block at a time
-LAUNCH = {  # kernel -> (bits, BLOCK_D up to) -> (BLOCK_Q, BLOCK_K, warps) where the blocks divide T, and where not
+LAUNCH = {  # kernel -> (bits, BLOCK_D at most) -> GPU -> BLOCK_Q, BLOCK_K, warps where the blocks divide T; where not
     "forward": {
-        (16, 64): ((128, 64, 4), (64, 64, 4)),
-        (16, 128): ((128, 64, 8), (128, 32, 8)),
-        (32, 128): ((32, 16, 4), (32, 16, 4)),
+        (16, 64): {
+            "sm_80": ((128, 64, 4), (64, 64, 4)),
+            "sm_90": ((128, 64, 8), (128, 64, 8)),
+            "sm_100": ((128, 64, 8), (64, 64, 4)),
+            "sm_120": ((128, 64, 4), (64, 64, 4)),
+        },
+        (16, 128): {"sm_80": ((128, 64, 8), (128, 32, 8))},
+        (32, 128): {"sm_80": ((32, 16, 4), (32, 16, 4))},
     },
     "backward_dq": {
-        (16, 64): ((128, 32, 4), (64, 32, 4)),
-        (16, 128): ((128, 32, 8), (64, 32, 8)),
-        (32, 128): ((32, 16, 8), (32, 16, 8)),
+        (16, 64): {
+            "sm_80": ((128, 32, 4), (64, 32, 4)),
+            "sm_90": ((128, 64, 8), (128, 64, 8)),
+            "sm_120": ((128, 32, 4), (64, 32, 4)),
+        },
+        (16, 128): {"sm_80": ((128, 32, 8), (64, 32, 8))},
+        (32, 128): {"sm_80": ((32, 16, 8), (32, 16, 8))},
     },
     "backward_dkdv": {
-        (16, 64): ((32, 128, 4), (32, 64, 4)),
-        (16, 128): ((32, 128, 8), (32, 64, 8)),
-        (32, 128): ((16, 32, 4), (16, 32, 4)),
+        (16, 64): {
+            "sm_80": ((32, 128, 4), (32, 64, 4)),
+            "sm_86": ((64, 128, 8), (32, 64, 4)),
+            "sm_90": ((32, 128, 4), (64, 64, 4)),
+            "sm_100": ((64, 128, 8), (64, 64, 4)),
+            "sm_120": ((64, 128, 8), (32, 64, 4)),
+        },
+        (16, 128): {"sm_80": ((32, 128, 8), (32, 64, 8)), "sm_120": ((64, 64, 8), (32, 64, 8))},
+        (32, 128): {"sm_80": ((16, 32, 4), (16, 32, 4))},
     },
 }
 
 
-def launch_parameters(kernel: str, T: int, D: int, dtype: torch.dtype) -> dict[str, int]:
+def launch_parameters(kernel: str, T: int, D: int, dtype: torch.dtype, gpu: str) -> dict[str, int]:
     """For one kernel of LAUNCH: the blocks, whether they divide T, the width of a head in registers, the warps."""
     BLOCK_D = max(16, triton.next_power_of_2(D))  # 16 is the least that tl.dot takes
     bits = 8 * dtype.itemsize
-    whole, parts = next(row for (b, width), row in LAUNCH[kernel].items() if b == bits and width >= BLOCK_D)
+    rows = next(rows for (b, width), rows in LAUNCH[kernel].items() if b == bits and width >= BLOCK_D)
+    whole, parts = of_architecture(rows, gpu)
     BLOCK_Q, BLOCK_K, num_warps = whole if T % max(whole[:2]) == 0 else parts
     blocks = {"BLOCK_Q": BLOCK_Q, "BLOCK_K": BLOCK_K, "BLOCK_D": BLOCK_D, "EVEN": T % max(BLOCK_Q, BLOCK_K) == 0}
     return blocks | {"num_warps": num_warps, "num_stages": STAGES}
@@ -375,7 +408,7 @@ def _launch(kernel, name: str, tensors: tuple[Tensor, ...], qkv: Tensor, n_head:
     B, T, D = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3 // n_head
     if qkv.numel() == 0:
         return
-    launch = launch_parameters(name, T, D, qkv.dtype)
+    launch = launch_parameters(name, T, D, qkv.dtype, architecture(qkv))
     rows = launch["BLOCK_K" if name == "backward_dkdv" else "BLOCK_Q"]
     with on_device_of(qkv):
         kernel[(triton.cdiv(T, rows), B * n_head)](*tensors, 1 / math.sqrt(D), T, H=n_head, D=D, **launch)

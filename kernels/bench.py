@@ -36,9 +36,10 @@ import torch
 
 import kernels
 from kernels import report, roofline
-from kernels.devices import DeviceError, choose_device, choose_dtype, named_gpu
+from kernels.devices import DeviceError, choose_device, choose_dtype, named_gpu, out_of_memory
 from kernels.shapes import PRESETS, Shape, ShapeError, arguments, calls_per_step, parse_shape
 
+OTHERS = ("liger", "flash-attn")
 TINY = Shape(B=1, T=16, C=32, H=1, L=1, V=60)  # for the interpreter
 
 
@@ -56,22 +57,32 @@ def versions(operation: str, compiled: bool, triton: bool) -> dict:
     found["torch"] = stock
     if compiled:
         found["torch.compile"] = torch.compile(stock, fullgraph=True)
-    if triton and importlib.util.find_spec("liger_kernel"):
-        found |= liger(operation)
-    if triton and importlib.util.find_spec("flash_attn") and operation == "causal_attention":
-        from flash_attn import flash_attn_qkvpacked_func
-
-        def flash(qkv, n_head, dropout_p):
-            B, T, width = qkv.shape
-            packed = qkv.view(B, T, 3, n_head, width // 3 // n_head)
-            return flash_attn_qkvpacked_func(packed, dropout_p, causal=True).reshape(B, T, width // 3)
-
-        found["flash-attn"] = flash
+    for name, package, offered in (("liger", "liger_kernel", liger), ("flash-attn", "flash_attn", flash)):
+        if triton and importlib.util.find_spec(package):
+            try:
+                theirs = offered()
+            except ImportError as error:  # built for another PyTorch, most often
+                print(f"{package} is left out, it cannot be imported: {first_line(error)}", file=sys.stderr)
+                continue
+            if operation in theirs:
+                found[name] = theirs[operation]
     return found
 
 
-def liger(operation: str) -> dict:
-    """liger-kernel's version of an operation, if it has one."""
+def flash() -> dict:
+    """The operation that flash-attn has. Its function takes (B, T, 3, heads, D) in float16 or bfloat16."""
+    from flash_attn import flash_attn_qkvpacked_func
+
+    def causal_attention(qkv, n_head, dropout_p):
+        B, T, width = qkv.shape
+        packed = qkv.view(B, T, 3, n_head, width // 3 // n_head)
+        return flash_attn_qkvpacked_func(packed, dropout_p, causal=True).reshape(B, T, width // 3)
+
+    return {"causal_attention": causal_attention}
+
+
+def liger() -> dict:
+    """The operations that liger-kernel has, called by position as all its versions allow."""
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
     from liger_kernel.ops.layer_norm import LigerLayerNormFunction
 
@@ -83,10 +94,14 @@ def liger(operation: str) -> dict:
         return LigerLayerNormFunction.apply(residual, weight, bias, eps), residual
 
     def linear_cross_entropy(x, weight, targets, vocab_size):
-        return LigerFusedLinearCrossEntropyFunction.apply(x, weight[:vocab_size].to(x.dtype), targets)[0]
+        loss = LigerFusedLinearCrossEntropyFunction.apply(x, weight[:vocab_size].to(x.dtype), targets)
+        return loss[0] if isinstance(loss, tuple) else loss  # with the z loss and more behind it, or alone
 
-    known = {f.__name__: f for f in (layer_norm, add_layer_norm, linear_cross_entropy)}
-    return {"liger": known[operation]} if operation in known else {}
+    return {f.__name__: f for f in (layer_norm, add_layer_norm, linear_cross_entropy)}
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0][:100]
 
 
 def time_operation(
@@ -159,7 +174,10 @@ def time_operations(chosen: argparse.Namespace, device: torch.device, shape: Sha
     interpreted = not on_gpu and os.environ.get("TRITON_INTERPRET") == "1"
     dtype = choose_dtype("auto", device)
     gpu = named_gpu(torch.cuda.get_device_name(device)) if on_gpu else None
-    counted = report.count(shape) if on_gpu else []
+    counted = []
+    if on_gpu:  # counted in another process, on a CPU, as launched here
+        here = kernels.architecture(torch.empty(0, device=device))
+        counted = report.count(shape, [here])[here]
     rows = []
     for operation in calls_per_step(shape):
         least = needed(operation, shape, counted, gpu)
@@ -167,8 +185,10 @@ def time_operations(chosen: argparse.Namespace, device: torch.device, shape: Sha
             row = {"operation": operation, "version": version}
             try:
                 row |= time_operation(function, operation, shape, device, dtype, chosen.repeats)
-            except torch.OutOfMemoryError:
-                row["version"] += ": out of memory"
+            except Exception as error:  # the table goes on without another package, whatever it raises
+                if not out_of_memory(error) and version not in OTHERS:
+                    raise
+                row["version"] += ": out of memory" if out_of_memory(error) else f": {first_line(error)}"
             if least and "both_ms" in row:
                 row |= {
                     "gb_per_s": least["bytes"] / row["both_ms"] / 1e6,

@@ -22,11 +22,15 @@ All of it happens in the forward, when a gradient will be wanted at all. What is
 only multiplies them by dloss / n. A logit is read twice and written once; the second read, 100 KB after the first, is
 meant to come from the L2 cache, two rows at a time on a multiprocessor. No row fits its registers beside a second one.
 
-Compiled, not timed: sm_80 (sm_90 is within 2 %), bfloat16, V = 50,257 padded to 50,304, 32 warps. Registers a thread,
-rows at a time on a multiprocessor, instructions a logit; none spills:
+Compiled, not timed: sm_80 (sm_90 is within 2 %), bfloat16, V = 50,257 padded to 50,304, 32 warps unless said. Registers
+a thread, rows at a time on a multiprocessor, instructions a logit; none spills:
 
     kernel                                          registers   rows   instructions
     in place, blocks of 8,192 columns                      32      2           17.6   kept
+    in place, blocks of 4,096, 16 warps                    40      3           15.3   three quarters of the warps
+    in place, blocks of 2,048, 8 warps                     32      8           14.0   87 MB of rows, the L2 cache has 40
+    the same three on sm_89                        64, 63, 40  1, 2, 6   17.6, 15.3, 14.0   the second is kept
+    the same three on sm_120                       64, 62, 47  1, 2, 5   16.0, 13.8, 12.3   likewise
     forward / backward, the same blocks               32 / 31      2     11.4 / 9.2   kept
     in place, the scale as a factor, not 1                 32      2           18.9
     in place, V unpadded (50,257 columns)                  43      1           17.7   16-bit accesses
@@ -44,7 +48,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import check_tensors, first_derivative_only, matmul_dtype, on_device_of, tl, triton
+from kernels import (
+    architecture,
+    check_tensors,
+    first_derivative_only,
+    matmul_dtype,
+    of_architecture,
+    on_device_of,
+    tl,
+    triton,
+)
 
 IGNORE = -100  # a target with this value adds nothing to the loss: PyTorch's own default
 CHUNK_BYTES = 2**14  # of a column of logits: 8,192 tokens in 16 bits, 4,096 in 32; 824 MB a chunk for GPT-2
@@ -54,9 +67,12 @@ LN2 = tl.constexpr(math.log(2))
 IGNORE_TARGET = tl.constexpr(IGNORE)
 
 
-def launch_parameters(width: int) -> dict[str, int]:
+BLOCK = {"sm_80": 8192, "sm_86": 4096, "sm_90": 8192, "sm_120": 4096}  # GPU -> columns at a time: two rows fit at once
+
+
+def launch_parameters(width: int, gpu: str) -> dict[str, int]:
     """For all three kernels: a block of columns at a time, 8 numbers a thread."""
-    block = min(8192, max(VECTOR.value, triton.next_power_of_2(width)))
+    block = min(of_architecture(BLOCK, gpu), max(VECTOR.value, triton.next_power_of_2(width)))
     return {"BLOCK": block, "num_warps": max(1, block // 256)}
 
 
@@ -223,7 +239,9 @@ def _cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int) -> tuple[Te
     if N > 0:
         with on_device_of(logits):
             arguments = (logits, targets, losses, largest, total, logits.stride(0))
-            _forward_kernel[(N,)](*arguments, V=vocab_size, WIDTH=width, **launch_parameters(width))
+            _forward_kernel[(N,)](
+                *arguments, V=vocab_size, WIDTH=width, **launch_parameters(width, architecture(logits))
+            )
     n = _rows_counted(targets)
     return losses.sum() / n, n, largest, total
 
@@ -249,7 +267,9 @@ def _backward(
     if N > 0:
         with on_device_of(logits):
             arguments = (logits, targets, largest, total, scale, dlogits, logits.stride(0))
-            _backward_kernel[(N,)](*arguments, V=vocab_size, WIDTH=width, **launch_parameters(width))
+            _backward_kernel[(N,)](
+                *arguments, V=vocab_size, WIDTH=width, **launch_parameters(width, architecture(logits))
+            )
     return dlogits
 
 
@@ -288,7 +308,7 @@ def _linear_cross_entropy(
     losses = x.new_empty(N, dtype=torch.float32)
     buffer = x.new_empty(min(N, chunk), width)
     weight = weight.to(x.dtype)
-    launch = {"V": vocab_size, "WIDTH": width, **launch_parameters(width)}
+    launch = {"V": vocab_size, "WIDTH": width, **launch_parameters(width, architecture(x))}
     with torch.autocast(x.device.type, enabled=False), on_device_of(x):
         for start in range(0, N, chunk):
             rows = slice(start, min(start + chunk, N))
@@ -313,10 +333,15 @@ def _linear_cross_entropy_outputs(x, weight, targets, vocab_size, with_gradient)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
-    """total = a @ b, plus total where it is to be kept; added up in float32 whatever the dtype of a and b."""
+    """
+    total = a @ b, plus total where it is to be kept; added up in float32 whatever the dtype of a and b.
+
+    NVIDIA's GPUs multiply 16-bit numbers straight into float32: aten::addmm.dtype_out has no kernel for a CPU, takes a
+    total in float32 from PyTorch 2.10 on, and is left alone on AMD's GPUs, where it is not promised.
+    """
     beta = 1 if keep else 0
-    if a.is_cuda and a.dtype != torch.float32:
-        torch.addmm(total, a, b, beta=beta, out_dtype=torch.float32, out=total)  # not on a CPU
+    if a.is_cuda and not torch.version.hip and a.dtype != torch.float32:
+        torch.addmm(total, a, b, beta=beta, out_dtype=torch.float32, out=total)
     else:
         torch.addmm(total, a.float(), b.float(), beta=beta, out=total)
 

@@ -19,8 +19,8 @@ Saved: x, weight, bias and x @ weight.T; the backward adds the bias again.
 Bytes, z and y in bfloat16: forward 4 a number (read, write), backward 6 (two reads, a write), as few as can be; the
 bias is read once for every ROWS rows, and the partial sums for dbias add at most a quarter of a byte.
 
-Compiled, not timed: sm_80 (sm_90 is within 4 registers and 3 %), bfloat16, 3,072 columns. Registers a thread,
-instructions a number (in the backward those of its loop), bytes of shared memory; none spills:
+Compiled, not timed: sm_80 (the others are within 4 registers, 46 forward on sm_86 and sm_120 aside), bfloat16, 3,072
+columns. Registers a thread, instructions a number (back: those of its loop), bytes of shared memory. No spill:
 
     kernel, tile, warps                            registers   instructions   shared
     forward, 8 x 512, 4                                   32           15.4     2048   kept
@@ -40,12 +40,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import check_tensors, first_derivative_only, on_device_of, tl, triton
+from kernels import architecture, check_tensors, first_derivative_only, of_architecture, on_device_of, tl, triton
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LINEAR = tl.constexpr(2 * math.sqrt(2 / math.pi))  # 2u = LINEAR * z + CUBIC * z^3
 CUBIC = tl.constexpr(2 * math.sqrt(2 / math.pi) * 0.044715)
-ROW_PROGRAMS = 288  # of the backward, each at least 16 rows: with three blocks of columns, 8 on each of an A100's 108
+ROW_PROGRAMS = {  # GPU -> of the backward, each at least 16 rows: with three blocks of columns, 8 on a multiprocessor
+    "sm_80": 8 * 108 // 3,  # of an A100, an H100, a B200, an RTX 5090
+    "sm_90": 8 * 132 // 3,
+    "sm_100": 8 * 148 // 3,
+    "sm_120": 8 * 170 // 3,
+}
 LAUNCH = {  # tiles of 2,048 or 4,096 numbers, 16 or 32 a thread
     "forward": {"ROWS": 8, "COLS": 512, "num_warps": 4},
     "backward": {"ROWS": 2, "COLS": 1024, "num_warps": 4},
@@ -144,7 +149,7 @@ def _backward(dy: Tensor, z: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     dz, dbias = _backward_outputs(dy, z, bias)
     N, W = z.shape
     launch = LAUNCH["backward"]
-    row_programs = min(triton.cdiv(N, 16), ROW_PROGRAMS)
+    row_programs = min(triton.cdiv(N, 16), of_architecture(ROW_PROGRAMS, architecture(z)))
     dbias_parts = z.new_empty(row_programs, W, dtype=torch.float32)
     if z.numel() > 0:
         with on_device_of(z):

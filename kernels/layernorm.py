@@ -22,16 +22,22 @@ Bytes: each input is read once and each output written once. Under autocast (x, 
 costs 6 bytes alone and 12 with the residual; back, 10 alone and 16 with it. The partial sums of dw and db add at most
 8 / ROWS bytes.
 
-Compiled, not timed: sm_80 (sm_90 is within 3 registers and 3 %), float32 stream, bfloat16 branch. Registers a thread,
-bytes of spill, instructions a number (in the backward those of its loop), barriers a row:
+Compiled, not timed, float32 stream, bfloat16 branch. Registers a thread, bytes of spill, instructions a number (in the
+backward those of its loop), barriers in the program; sm_80 unless named, the others are within 30 registers and 7 %:
 
     kernel, C, warps a row           registers   spill   instructions   barriers
     forward, 768, 1                         72       0           15.1          0   kept (alone: 64, 10.0)
     forward, 1280, 1                        86       0              -          0   kept; 2 warps spill 8 bytes on sm_90
     backward, 768, 1                       186       0           19.6          0   kept (alone: 148, 18.8)
-    backward, 768, 2                       128       0           26.1         10
-    backward, 1600, 1                      255     376              -          0
-    backward, 1600, 2                      254       0           21.9         14   kept
+    backward, 768, 2                       128       0           27.6         18
+    backward, 1024, 1                      217       0           18.1          0   kept
+    backward, 1024, 2                      140       0           19.1         18   kept on sm_120
+    backward, 1280, 2                      223       0           24.8         30   kept
+    backward, 1280, 4                      128       0           33.5         18   twice the warps, no more rows
+    backward, 1600, 1                      255     376           24.1          0
+    backward, 1600, 2                      254       0           21.9         30   kept
+    backward, 1600, 2, sm_120              255      56           23.8         30
+    backward, 1600, 4, sm_120              150       0           26.2         18   kept
     backward, 1999, 2                       32    2816           77.6         22
     backward, 1999, 8                      119       0           36.8         10   kept; odd C above 4,096 still spill
 
@@ -42,21 +48,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import check_tensors, first_derivative_only, matmul_dtype, on_device_of, tl, triton
+from kernels import (
+    architecture,
+    check_tensors,
+    first_derivative_only,
+    matmul_dtype,
+    of_architecture,
+    on_device_of,
+    tl,
+    triton,
+)
 
 MAX_C = 8192  # past this a row no longer fits into the registers of eight warps
 ROWS = 16  # a backward program takes at least this many rows, so that its partial dw and db stay small beside them
-WARPS_IN_FLIGHT = 864  # of the backward: 8 on each of the 108 multiprocessors of an A100; fixed, so that bits are too
+LAUNCH = {  # GPU -> of the backward: numbers that a warp takes at most, and warps in flight, 8 on a multiprocessor
+    "sm_80": (1024, 8 * 108),  # of an A100, an H100, a B200, an RTX 5090: fixed for a GPU, so that bits are too
+    "sm_90": (1024, 8 * 132),
+    "sm_100": (1024, 8 * 148),
+    "sm_120": (768, 8 * 170),
+}
 
 
-def launch_parameters(C: int, backward: bool = False) -> dict[str, int]:
+def launch_parameters(C: int) -> dict[str, int]:
     """
-    A row in one block. A thread of the forward takes up to 40 numbers, so that C = 1,280 needs one warp and no barrier;
-    of the backward, which also holds sums, up to 32; of either only 8 where rows are not aligned to 16 bytes.
+    Of the forward: a row in one block, and a warp for 1,280 numbers, 40 a thread, so that GPT-2's rows up to there need
+    no barrier; only 8 a thread where rows are not aligned to 16 bytes.
     """
-    block = triton.next_power_of_2(C)
-    numbers_a_warp = (1024 if backward else 1280) if C % 8 == 0 else 256
-    return {"BLOCK_C": block, "num_warps": triton.next_power_of_2(triton.cdiv(C, numbers_a_warp))}
+    return {"BLOCK_C": triton.next_power_of_2(C), "num_warps": _warps(C, 1280)}
+
+
+def backward_launch_parameters(N: int, C: int, gpu: str) -> tuple[int, dict[str, int]]:
+    """Of the backward, which holds sums beside a row: how many programs share the rows, and the same."""
+    numbers_a_warp, warps_in_flight = of_architecture(LAUNCH, gpu)
+    num_warps = _warps(C, numbers_a_warp)
+    programs = min(triton.cdiv(N, ROWS), max(1, warps_in_flight // num_warps))
+    return programs, {"BLOCK_C": triton.next_power_of_2(C), "num_warps": num_warps}
+
+
+def _warps(C: int, numbers_a_warp: int) -> int:
+    return triton.next_power_of_2(triton.cdiv(C, numbers_a_warp if C % 8 == 0 else 256))
 
 
 # ------------------------------------------------------------------------------ PyTorch
@@ -217,8 +247,7 @@ def _backward(
     """dx in the dtype of x and, where `dtype` is another, in that one too; dweight; dbias."""
     dx, dweight, dbias = _backward_outputs(dy, dsummed, x, weight, mean, rstd, dtype)
     N, C = mean.numel(), x.shape[-1]
-    launch = launch_parameters(C, backward=True)
-    programs = min(triton.cdiv(N, ROWS), WARPS_IN_FLIGHT // launch["num_warps"])
+    programs, launch = backward_launch_parameters(N, C, architecture(x))
     dweight_parts = x.new_empty(programs, C, dtype=torch.float32)
     dbias_parts = torch.empty_like(dweight_parts)
     if N > 0:

@@ -30,7 +30,11 @@ TENSOR_CORE = re.compile(r"^(HMMA|IMMA|DMMA|HGMMA|QGMMA|UTC\w*MMA|OMMA|v_mfma)")
 
 @dataclasses.dataclass(frozen=True)
 class Multiprocessor:
-    """What one holds. Source: CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability"."""
+    """
+    What one holds. Sources: CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability",
+    https://docs.nvidia.com/cuda/cuda-c-programming-guide, and libcudacxx/include/cuda/__device/arch_traits.h of
+    https://github.com/NVIDIA/cccl; they agree.
+    """
 
     warps: int
     programs: int

@@ -59,7 +59,7 @@ class ReportError(Exception):
 # --------------------------------------------------------------------------- processes
 
 
-def child(module: str, *arguments: str, work: object, interpret: bool) -> list:
+def child(module: str, *arguments: str, work: object, interpret: bool) -> list | dict:
     """What `python -m module` prints as JSON, given `work` as JSON, with or without Triton's interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
@@ -74,32 +74,33 @@ def child(module: str, *arguments: str, work: object, interpret: bool) -> list:
     return json.loads(done.stdout)
 
 
-def count(shape: Shape) -> list[dict]:
-    """Every kernel at this shape: how it is launched, and its counted traffic. See kernels.traffic.report."""
-    return child("kernels.traffic", work=dataclasses.asdict(shape), interpret=True)
+def count(shape: Shape, architectures: list[str]) -> dict[str, list[dict]]:
+    """By architecture, every kernel: how it is launched there, and its counted traffic. See kernels.traffic.report."""
+    work = {"shape": dataclasses.asdict(shape), "architectures": architectures}
+    return child("kernels.traffic", work=work, interpret=True)
 
 
-def compile_all(kernels: list[dict], architectures: list[str]) -> dict[str, list[dict]]:
+def compile_all(kernels: dict[str, list[dict]]) -> dict[str, list[dict]]:
     """By architecture, what kernels.machine_code.figures says of every kernel; as many at a time as there are cores."""
-    work = [{"launch": kernel["launch"], "sites": kernel["sites"]} for kernel in kernels]
 
     def one(architecture: str) -> list[dict]:
+        work = [{"launch": kernel["launch"], "sites": kernel["sites"]} for kernel in kernels[architecture]]
         return child("kernels.machine_code", architecture, work=work, interpret=False)
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(architectures, pool.map(one, architectures), strict=True))
+        return dict(zip(kernels, pool.map(one, kernels), strict=True))
 
 
 # --------------------------------------------------------------------------- gate
 
 
-def broken_limits(kernels: list[dict], code: dict[str, list[dict]]) -> list[str]:
+def broken_limits(kernels: dict[str, list[dict]], code: dict[str, list[dict]]) -> list[str]:
     """One sentence for each limit that is broken: kernel, target, figure."""
-    broken = [sentence for kernel in kernels for sentence in broken_by_traffic(kernel)]
-    for architecture in MULTIPROCESSORS:
-        for kernel, found in zip(kernels, code.get(architecture, []), strict=False):
-            where = f"{kernel['name']} on {architecture}"
-            broken += [f"{where}: {sentence}" for sentence in broken_by_code(kernel, found, architecture)]
+    broken = []
+    for architecture in filter(code.__contains__, MULTIPROCESSORS):
+        for kernel, found in zip(kernels[architecture], code[architecture], strict=True):
+            sentences = [*broken_by_traffic(kernel), *broken_by_code(kernel, found, architecture)]
+            broken += [f"{kernel['name']} on {architecture}: {sentence}" for sentence in sentences]
     return broken
 
 
@@ -107,12 +108,12 @@ def broken_by_traffic(kernel: dict) -> Iterator[str]:
     issued = (kernel["loaded"] + kernel["stored"]) / kernel["minimum"]
     allowed = ISSUED_OVER_MINIMUM_OF.get(kernel["name"], ISSUED_OVER_MINIMUM)
     if issued > allowed:
-        yield f"{kernel['name']}: bytes issued are {issued:.3f} of the minimum, the limit is {allowed}"
+        yield f"bytes issued are {issued:.3f} of the minimum, the limit is {allowed}"
     touched = kernel["touched"] / kernel["minimum"]
     if touched > TOUCHED_OVER_MINIMUM:
-        yield f"{kernel['name']}: bytes touched are {touched:.3f} of the minimum, the limit is {TOUCHED_OVER_MINIMUM}"
+        yield f"bytes touched are {touched:.3f} of the minimum, the limit is {TOUCHED_OVER_MINIMUM}"
     if kernel["atomics"]:
-        yield f"{kernel['name']}: {kernel['atomics']} atomic operations, the limit is 0"
+        yield f"{kernel['atomics']} atomic operations, the limit is 0"
 
 
 def broken_by_code(kernel: dict, found: dict, architecture: str) -> Iterator[str]:
@@ -160,7 +161,7 @@ def machine_code_table(kernels: list[dict], architecture: str, found: list[dict]
     return table(title, header, rows)
 
 
-def traffic_table(kernels: list[dict]) -> str:
+def traffic_table(kernels: list[dict], architectures: list[str]) -> str:
     def mb(number):
         return f"{number / 1e6:,.1f}"
 
@@ -177,27 +178,41 @@ def traffic_table(kernels: list[dict]) -> str:
             mb(k["minimum"]),
         ]
         rows.append([*row, f"{over:.2f}", f"{k['flops'] / 1e9:,.1f}", f"{k['arithmetic'] / 1e9:,.1f}"])
-    title = "Traffic of one call: counted. MB; over: issued / minimum; 10^9 operations of tl.dot, others"
+    title = f"Traffic of one call as launched on {', '.join(architectures)}: counted."
+    title += " MB; over: issued / minimum; 10^9 operations"
     header = ["kernel", "calls", "launches", "loaded", "stored", "touched", "minimum", "over", "dot", "other"]
     return table(title, header, rows)
 
 
-def roofline_table(kernels: list[dict], names: list[str]) -> str:
+def traffic_tables(kernels: dict[str, list[dict]]) -> Iterator[str]:
+    """One table for all architectures whose kernels move the same bytes with the same arithmetic."""
+    moved = ("name", "launches", "loaded", "stored", "touched", "minimum", "flops", "arithmetic")
+    alike = {}
+    for architecture, rows in kernels.items():
+        alike.setdefault(str([[row[key] for key in moved] for row in rows]), []).append(architecture)
+    for architectures in alike.values():
+        yield traffic_table(kernels[architectures[0]], architectures)
+
+
+def roofline_table(kernels: dict[str, list[dict]]) -> str:
+    names = [roofline.TYPICAL[architecture] for architecture in kernels]
     rows = []
-    for kernel in kernels:
-        least = [roofline.kernel_seconds(kernel, GPUS[name]) for name in names]
-        rows.append([kernel["name"], *(f"{1e6 * seconds:,.0f} {bound[0]}" for seconds, bound in least)])
+    for same in zip(*kernels.values(), strict=True):
+        least = [roofline.kernel_seconds(kernel, GPUS[name]) for kernel, name in zip(same, names, strict=True)]
+        rows.append([same[0]["name"], *(f"{1e6 * seconds:,.0f} {bound[0]}" for seconds, bound in least)])
     title = (
         "Least microseconds of one call: model, from counted traffic; bound by m(emory), t(ensor cores), a(rithmetic)"
     )
     return table(title, ["kernel", *names], rows)
 
 
-def steps(kernels: list[dict], shape: Shape, names: list[str]) -> dict[str, dict[str, dict]]:
+def steps(kernels: dict[str, list[dict]], shape: Shape) -> dict[str, dict[str, dict]]:
     """By GPU and by which families are in Triton: what roofline.step says."""
     sets = roofline.configurations()
+    named = {roofline.TYPICAL[architecture]: rows for architecture, rows in kernels.items()}
     return {
-        name: {c: roofline.step(kernels, shape, GPUS[name], families) for c, families in sets.items()} for name in names
+        name: {c: roofline.step(rows, shape, GPUS[name], families) for c, families in sets.items()}
+        for name, rows in named.items()
     }
 
 
@@ -243,17 +258,16 @@ def run(chosen: argparse.Namespace) -> int:
         raise ReportError(f"--arch {unknown[0]}: use some of {' '.join(ARCHITECTURES)}")
     if importlib.util.find_spec("triton") is None:
         raise ReportError("the package triton is not installed: there is nothing to compile with")
-    kernels = count(shape)
-    code = compile_all(kernels, list(dict.fromkeys(chosen.arch)))
-    names = [roofline.TYPICAL[architecture] for architecture in code]
-    in_steps = steps(kernels, shape, names)
+    kernels = count(shape, list(dict.fromkeys(chosen.arch)))
+    code = compile_all(kernels)
+    in_steps = steps(kernels, shape)
     sizes = " ".join(f"{letter}={number}" for letter, number in dataclasses.asdict(shape).items())
     print(f"{chosen.preset}: {sizes}, bfloat16 branches, float32 residual stream")
     for architecture, found in code.items():
-        print(machine_code_table(kernels, architecture, found))
-    print(traffic_table(kernels), roofline_table(kernels, names), sep="\n")
-    for name in names:
-        print(step_table(shape, name, in_steps[name]))
+        print(machine_code_table(kernels[architecture], architecture, found))
+    print(*traffic_tables(kernels), roofline_table(kernels), sep="\n")
+    for name, found in in_steps.items():
+        print(step_table(shape, name, found))
     if chosen.json:
         everything = {"shape": dataclasses.asdict(shape), "counted": kernels, "compiled": code, "model": in_steps}
         Path(chosen.json).write_text(json.dumps(everything, indent=1), encoding="utf-8")

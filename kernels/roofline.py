@@ -148,8 +148,12 @@ def configurations() -> dict[str, set[str]]:
 # --------------------------------------------------------------------------- picture
 
 
-def plot(kernels: list[dict], path: str, title: str, names: tuple[str, ...] = ("A100", "H100")) -> None:
-    """Operations a byte against operations a second, logarithmic: every kernel as high as its ceilings let it get."""
+def plot(kernels: dict[str, list[dict]], path: str, title: str) -> None:
+    """
+    Operations a byte against operations a second, logarithmic: every kernel as high as its ceilings let it get.
+
+    kernels: by architecture; drawn are an A100 and an H100, or whichever single GPU there is
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -157,20 +161,20 @@ def plot(kernels: list[dict], path: str, title: str, names: tuple[str, ...] = ("
     import numpy as np
 
     figure, axes = plt.subplots(figsize=(11, 7.5))
-    kernels = sorted(kernels, key=intensity)
+    drawn = [architecture for architecture in ("sm_80", "sm_90") if architecture in kernels] or list(kernels)[:1]
     reach = np.logspace(-0.4, 3.4, 200)
-    for name, colour in zip(names, ("tab:blue", "tab:orange"), strict=True):
+    for architecture, colour in zip(drawn, ("tab:blue", "tab:orange"), strict=False):
+        name, own = TYPICAL[architecture], kernels[architecture]
         gpu = GPUS[name]
         label = f"{name}: {gpu.bandwidth / 1e12:.2f} TB/s, {gpu.flops / 1e12:.0f} TFLOP/s in bf16"
         axes.loglog(reach, np.minimum(reach * gpu.bandwidth, gpu.flops) / 1e12, color=colour, label=label)
         label = f"{name}: {gpu.arithmetic / 1e12:.1f} TFLOP/s outside the tensor cores"
         axes.axhline(gpu.arithmetic / 1e12, color=colour, linestyle=":", linewidth=1, label=label)
-        axes.loglog(
-            [intensity(kernel) for kernel in kernels], [rate(kernel, gpu) for kernel in kernels], "o", color=colour
-        )
-    places = spread([np.log10(intensity(kernel)) for kernel in kernels], apart=0.085)
-    for kernel, place in zip(kernels, places, strict=True):
-        point, below = (intensity(kernel), rate(kernel, GPUS[names[0]])), (10**place, 0.5)
+        axes.loglog([intensity(kernel) for kernel in own], [rate(kernel, gpu) for kernel in own], "o", color=colour)
+    labelled = sorted(kernels[drawn[0]], key=intensity)
+    places = spread([np.log10(intensity(kernel)) for kernel in labelled], apart=0.085)
+    for kernel, place in zip(labelled, places, strict=True):
+        point, below = (intensity(kernel), rate(kernel, GPUS[TYPICAL[drawn[0]]])), (10**place, 0.5)
         axes.annotate(
             kernel["name"], point, below, rotation=90, fontsize=9, ha="center", va="top",
             arrowprops={"arrowstyle": "-", "color": "gray", "linewidth": 0.6},

@@ -1,11 +1,12 @@
 """
 What the kernels are launched with, and the bytes and FLOPs that each launch moves, counted without a GPU.
 
-    python -m kernels.traffic < shape.json      in a process with TRITON_INTERPRET=1; prints report() as JSON
+    python -m kernels.traffic < work.json       in a process with TRITON_INTERPRET=1; prints report() as JSON
 
-Launches: every operation runs as in training, forward and backward under bfloat16 autocast, at the full shape. A torch
-function returns memory that nobody wrote, and a kernel is noted down instead of run: the types and alignment of its
-arguments, its constants, warps and grid. So nothing here repeats what the operators know.
+Launches: every operation runs as in training, forward and backward under bfloat16 autocast, at the full shape, with the
+launch parameters of each GPU asked about (kernels.interpreted_for). A torch function returns memory that nobody wrote,
+and a kernel is noted down instead of run: the types and alignment of its arguments, its constants, warps and grid. So
+nothing here repeats what the operators know.
 
 Traffic: the same operations run for real, at a few rows, in Triton's interpreter, whose loads, stores and dots are
 observed. Per kernel, in bytes: `loaded` and `stored` as issued, lanes under a mask left out; `touched`, each different
@@ -266,9 +267,13 @@ def small_shapes(operation: str, shape: Shape) -> list[Shape]:
     return [dataclasses.replace(shape, B=1, T=rows) for rows in ROWS]
 
 
-def scaled(operation: str, shape: Shape, launches: list[Launch]) -> dict[str, dict]:
+def small_runs(operation: str, shape: Shape) -> list[tuple[int, dict]]:
+    """The units of every small run, and what measure() says of it."""
+    return [(units(operation, small), measure(operation, small)) for small in small_shapes(operation, shape)]
+
+
+def scaled(operation: str, shape: Shape, launches: list[Launch], runs: list[tuple[int, dict]]) -> dict[str, dict]:
     """By kernel, FIGURES at this shape and the sites, from the small runs by the rule of scaling."""
-    runs = [(units(operation, small), measure(operation, small)) for small in small_shapes(operation, shape)]
     result = {}
     for kernel in runs[0][1]:
         own = [launch for launch in launches if launch.kernel == kernel]
@@ -283,18 +288,25 @@ def scaled(operation: str, shape: Shape, launches: list[Launch]) -> dict[str, di
     return result
 
 
-def report(shape: Shape) -> list[dict]:
-    """Every kernel of every operation: name, calls a step, its first launch, how many a call, FIGURES, sites."""
-    rows = []
-    for operation, calls in calls_per_step(shape).items():
-        launches = launches_of(operation, shape)
-        for kernel, figures in scaled(operation, shape, launches).items():
-            own = [launch for launch in launches if launch.kernel == kernel]
-            name = f"{operation}.{kernel.strip('_').removesuffix('_kernel')}"
-            row = {"name": name, "operation": operation, "calls": calls, "launches": len(own)}
-            rows.append(row | {"launch": dataclasses.asdict(own[0])} | figures)
-    return rows
+def report(shape: Shape, architectures: list[str]) -> dict[str, list[dict]]:
+    """By GPU, each kernel of each operation: name, calls a step, its first launch, how many a call, FIGURES, sites."""
+    result, done = {}, {}  # done: the small runs of an operation whose kernels are launched alike, once for all GPUs
+    for architecture in architectures:
+        result[architecture] = []
+        for operation, calls in calls_per_step(shape).items():
+            with kernels.interpreted_for(architecture):
+                launches = launches_of(operation, shape)
+                alike = json.dumps([operation, [[each.kernel, each.constants] for each in launches]])
+                if alike not in done:
+                    done[alike] = small_runs(operation, shape)
+            for kernel, figures in scaled(operation, shape, launches, done[alike]).items():
+                own = [launch for launch in launches if launch.kernel == kernel]
+                name = f"{operation}.{kernel.strip('_').removesuffix('_kernel')}"
+                row = {"name": name, "operation": operation, "calls": calls, "launches": len(own)}
+                result[architecture].append(row | {"launch": dataclasses.asdict(own[0])} | figures)
+    return result
 
 
 if __name__ == "__main__":
-    print(json.dumps(report(Shape(**json.load(sys.stdin)))))
+    work = json.load(sys.stdin)
+    print(json.dumps(report(Shape(**work["shape"]), work["architectures"])))

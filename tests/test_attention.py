@@ -1,11 +1,14 @@
 """attention.py: accuracy over awkward lengths and head sizes, causality, extremes, errors, operator registration."""
 
+import itertools
+
 import pytest
 import torch
 from accuracy import DEVICE, before_a_wall, check_all, far_rows, new_memory_is_nan, plain_memory, results
 
-from kernels import attention
+from kernels import attention, interpreted_for
 from kernels.attention import causal_attention, causal_attention_reference, causal_attention_torch
+from kernels.machine_code import ARCHITECTURES
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2", "ignore:All-NaN slice")  # both meant
 OPTIONS = {"dropout_p": 0.0}
@@ -41,6 +44,42 @@ def test_it_is_as_right_as_pytorch_and_fills_every_element(B, T, n_head, D, dtyp
     tensors, upstream = inputs(B, T, n_head, D, dtype)
     with new_memory_is_nan():
         check_all(*VERSIONS, tensors, upstream, n_head=n_head, **OPTIONS)
+
+
+def tiles(T, D, dtype, gpu):
+    """What one call launches: of each kernel the blocks and warps, as a row of the table has them, and its key."""
+    launches = {kernel: attention.launch_parameters(kernel, T, D, dtype, gpu) for kernel in attention.LAUNCH}
+    sizes = ("BLOCK_Q", "BLOCK_K", "num_warps")
+    return frozenset((kernel, dtype.itemsize, *(launch[s] for s in sizes)) for kernel, launch in launches.items())
+
+
+CALLS = {  # what is launched -> the first call that launches it
+    tiles(T, D, dtype, gpu): (T, D, dtype, gpu)
+    for gpu in reversed(ARCHITECTURES)
+    for T, D, dtype in [
+        *((T, 64, torch.float16) for T in (256, 150)),
+        *((T, 128, torch.float16) for T in (128, 100)),
+        (64, 64, torch.float32),
+    ]
+}
+
+
+@pytest.mark.parametrize(("T", "D", "dtype", "gpu"), CALLS.values())
+def test_the_tiles_of_every_gpu_are_as_right_as_pytorch(T, D, dtype, gpu):
+    tensors, upstream = inputs(1, T, 1, D, dtype)
+    with interpreted_for(gpu), new_memory_is_nan():
+        check_all(*VERSIONS, tensors, upstream, n_head=1, **OPTIONS)
+
+
+def test_no_row_of_the_launch_table_goes_untested():
+    rows = {
+        (kernel, bits // 8, *launch)
+        for kernel, sizes in attention.LAUNCH.items()
+        for (bits, _), gpus in sizes.items()
+        for both in gpus.values()
+        for launch in both
+    }
+    assert rows == frozenset.union(*CALLS)
 
 
 def test_the_length_of_gpt2():
@@ -157,14 +196,13 @@ def test_offsets_pass_two_to_the_31():
 @pytest.mark.parametrize("kernel", attention.LAUNCH)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_launch_table_covers_every_head_and_its_blocks_fit_into_each_other(kernel, dtype):
-    for D in range(16, 129):
-        for T in (1, 96, 127, 128, 1000, 1024):
-            launch = attention.launch_parameters(kernel, T, D, dtype)
-            outer, inner = launch["BLOCK_Q"], launch["BLOCK_K"]
-            if kernel == "backward_dkdv":
-                outer, inner = inner, outer
-            assert outer % inner == 0 and launch["BLOCK_D"] >= D
-            assert launch["EVEN"] == (T % outer == 0)
+    for D, T, gpu in itertools.product(range(16, 129), (1, 96, 127, 128, 1000, 1024), ARCHITECTURES):
+        launch = attention.launch_parameters(kernel, T, D, dtype, gpu)
+        outer, inner = launch["BLOCK_Q"], launch["BLOCK_K"]
+        if kernel == "backward_dkdv":
+            outer, inner = inner, outer
+        assert outer % inner == 0 and launch["BLOCK_D"] >= D
+        assert launch["EVEN"] == (T % outer == 0)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """The bench: what it compares, how it times, its tables and pictures on a CPU, what it says where there is no GPU."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,10 @@ import kernels
 from data import text
 from kernels import bench, report
 from kernels.devices import GPUS
-from kernels.shapes import PRESETS, Shape, calls_per_step
+from kernels.shapes import PRESETS, Shape, arguments, calls_per_step
 
 ROOT = Path(__file__).parents[1]
+TINY_SHAPE = Shape(B=2, T=5, C=32, H=2, L=1, V=50)
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 TINY = {"n-layer": 1, "n-head": 2, "n-embd": 16, "block-size": 32, "batch-tokens": 128, "micro-batch": 4}
 
@@ -93,6 +96,67 @@ def test_the_time_is_the_median_and_the_first_runs_do_not_count(monkeypatch):
 def test_compiled_pytorch_is_compared_when_asked_for():
     assert list(bench.versions("layer_norm", compiled=False, triton=False)) == ["torch"]
     assert list(bench.versions("layer_norm", compiled=True, triton=False)) == ["torch", "torch.compile"]
+
+
+OTHER_PACKAGES = {  # with the signatures of liger-kernel 0.8 and flash-attn 2.8, and PyTorch inside
+    "flash_attn/__init__.py": """
+        import torch.nn.functional as F
+
+        def flash_attn_qkvpacked_func(qkv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1)):
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=causal, scale=softmax_scale)
+            return y.transpose(1, 2)
+        """,
+    "liger_kernel/ops/layer_norm.py": """
+        import torch.nn.functional as F
+
+        class LigerLayerNormFunction:
+            @staticmethod
+            def apply(X, W, B, eps):
+                return F.layer_norm(X, W.shape, W, B, eps)
+        """,
+    "liger_kernel/ops/fused_linear_cross_entropy.py": """
+        import torch.nn.functional as F
+
+        class LigerFusedLinearCrossEntropyFunction:
+            @staticmethod
+            def apply(_input, weight, target, bias=None, ce_weight=None, ignore_index=-100):
+                return F.cross_entropy(_input @ weight.T, target, ignore_index=ignore_index), None, None, None
+        """,
+}
+
+
+@pytest.fixture
+def other_packages(tmp_path, monkeypatch):
+    for name, code in OTHER_PACKAGES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(textwrap.dedent(code), encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    for name in [name for name in sys.modules if name.split(".")[0] in ("flash_attn", "liger_kernel")]:
+        del sys.modules[name]
+
+
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) for name in ("flash_attn", "liger_kernel")), reason="the real ones are here"
+)
+def test_liger_and_flash_attention_are_called_as_they_expect_and_compute_the_same(other_packages):
+    compared = {}
+    for operation in calls_per_step(TINY_SHAPE):
+        found = bench.versions(operation, compiled=False, triton=True)
+        given, _ = arguments(operation, TINY_SHAPE, torch.float32, "cpu")
+        for name in found.keys() - {"torch", "triton"}:
+            compared[operation] = name
+            torch.testing.assert_close(found[name](*given), found["torch"](*given))
+    attention = {"causal_attention": "flash-attn"}
+    assert compared == attention | dict.fromkeys(["layer_norm", "add_layer_norm", "linear_cross_entropy"], "liger")
+
+
+def test_a_package_that_cannot_be_imported_is_left_out_with_a_word(other_packages, capsys):
+    (other_packages / "flash_attn/__init__.py").write_text("raise ImportError('undefined symbol')", encoding="utf-8")
+    assert list(bench.versions("causal_attention", compiled=False, triton=True)) == ["triton", "torch"]
+    shown = capsys.readouterr().err
+    assert shown == "flash_attn is left out, it cannot be imported: ImportError: undefined symbol\n"
 
 
 def test_the_share_of_the_roofline_counts_the_matrix_products_inside_an_operation():

@@ -7,6 +7,7 @@ import torch
 from accuracy import DEVICE, before_a_wall, check_all, far_rows, new_memory_is_nan, plain_memory, results
 
 from kernels import cross_entropy as ce
+from kernels import interpreted_for
 from kernels.cross_entropy import (
     IGNORE,
     check_targets,
@@ -76,6 +77,16 @@ def check_linear(tensors, targets, V):
 def test_cross_entropy_is_as_right_as_pytorch_and_fills_every_element(N, V, width, dtype):
     with new_memory_is_nan():
         check_cross_entropy(make_logits(N, width, dtype), make_targets(N, V), V)
+
+
+@pytest.mark.parametrize("block", sorted(set(ce.BLOCK.values())))
+@pytest.mark.parametrize(("V", "width"), [(4096, 4096), (4097, 8200), (9000, 9088)])
+def test_the_block_of_every_gpu_is_as_right_as_pytorch(V, width, block):
+    gpu = next(gpu for gpu, columns in ce.BLOCK.items() if columns == block)
+    assert ce.launch_parameters(9088, gpu) == {"BLOCK": block, "num_warps": block // 256}
+    with interpreted_for(gpu), new_memory_is_nan():
+        check_cross_entropy(make_logits(3, width, torch.float32), make_targets(3, V), V)
+        check_linear(make_linear(3, 8, V, width, torch.float32), make_targets(3, V), V)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

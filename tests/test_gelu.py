@@ -46,7 +46,7 @@ def test_it_is_as_right_as_pytorch_and_fills_every_element(shape, width, dtype):
 
 
 def test_more_rows_than_the_programs_take_at_once(monkeypatch):
-    monkeypatch.setattr(gelu, "ROW_PROGRAMS", 3)  # for 101 rows: 34 of them a program, the last tile half full
+    monkeypatch.setattr(gelu, "ROW_PROGRAMS", {"sm_80": 3})  # for 101 rows: 34 each, the last tile half full
     tensors, dy = inputs((101, 8), 40, torch.float32)
     check_all(linear_gelu, linear_gelu_torch, linear_gelu_reference, tensors, (dy,))
 

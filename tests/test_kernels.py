@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import types
 from itertools import chain, combinations
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 from accuracy import DEVICE
 
-from kernels import FAMILIES, KernelError, Ops, families, select
+import kernels
+from kernels import FAMILIES, KernelError, Ops, architecture, families, interpreted_for, of_architecture, select
 
 
 def test_every_subset_of_families_is_triton_there_and_pytorch_elsewhere():
@@ -117,6 +119,39 @@ def test_in_a_block_the_kernels_agree_with_pytorch(names):
         found.append([loss, *torch.autograd.grad(loss, [x, *parameters.values()])])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_launch_parameters_are_those_of_a_gpu_or_of_the_newest_before_it():
+    table = {"sm_80": 1, "sm_86": 2, "sm_90": 3, "sm_120": 4}
+    names = ("sm_75", "sm_80", "sm_87", "sm_89", "sm_90", "sm_103", "sm_110", "sm_121", "gfx942", "gfx90a")
+    assert [of_architecture(table, name) for name in names] == [1, 1, 2, 2, 3, 3, 3, 4, 1, 1]
+    assert of_architecture(table | {"gfx942": 5}, "gfx942") == 5
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there a GPU answers for itself")
+def test_the_interpreter_takes_the_launch_parameters_of_the_gpu_it_is_told():
+    x = torch.zeros(1)
+    assert architecture(x) == "sm_80"
+    with interpreted_for("sm_90"):
+        assert architecture(x) == "sm_90"
+        with pytest.raises(ZeroDivisionError), interpreted_for("gfx942"):
+            assert architecture(x) == "gfx942"
+            raise ZeroDivisionError
+        assert architecture(x) == "sm_90"
+    assert architecture(x) == "sm_80"
+
+
+def test_a_gpu_answers_for_itself(monkeypatch):
+    """Two GPUs that are not there: all that PyTorch says of them."""
+    properties = [types.SimpleNamespace(major=12, minor=0, gcnArchName="gfx942:sramecc+:xnack-")] * 2
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties.__getitem__)
+    gpu = types.SimpleNamespace(device=torch.device("cuda:0"))
+    kernels._architecture_of_gpu.cache_clear()
+    with interpreted_for("sm_90"):
+        assert architecture(gpu) == "sm_120"
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert architecture(types.SimpleNamespace(device=torch.device("cuda:1"))) == "gfx942"
+    kernels._architecture_of_gpu.cache_clear()
 
 
 @pytest.mark.parametrize("names", ["none", *FAMILIES, "all"])

@@ -55,7 +55,16 @@ def test_a_ladder_of_one_rung_is_climbed(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(ladder, "RUNGS", {"1-bigram": ladder.RUNGS["1-bigram"]})
     text = [np.random.default_rng(0).integers(8, size=3000)]
     write_dataset(tmp_path / "data", CharTokenizer.train("abcdefgh", documents=False), {"train": text, "val": text})
-    words = ["laptop", "--data", str(tmp_path / "data"), "--max-steps", "3", "--out-dir", str(tmp_path / "out")]
+    words = [
+        "laptop",
+        "--ladder",
+        "--data",
+        str(tmp_path / "data"),
+        "--max-steps",
+        "3",
+        "--out-dir",
+        str(tmp_path / "out"),
+    ]
     assert ladder.climb(Path(train_gpt2.__file__), words, parse) == 0
     shown = capfd.readouterr().out
     assert "| no layers: a bigram | 0       | 1      | 32     | 8          | 3     | 576        |" in shown

@@ -57,9 +57,27 @@ def test_add_layer_norm_is_as_right_as_pytorch_and_fills_every_element(shape, dt
 
 
 def test_more_rows_than_the_programs_take_at_once(monkeypatch):
-    monkeypatch.setattr(layernorm, "WARPS_IN_FLIGHT", 3)  # 3 programs for 100 rows: 34, 33 and 33 each
+    monkeypatch.setattr(layernorm, "LAUNCH", {"sm_80": (1024, 3)})  # 3 programs for 100 rows: 34, 33 and 33 each
     tensors, dy, _ = inputs((100, 65), torch.float32)
     check_all(layer_norm, layer_norm_torch, layer_norm_reference, tensors, (dy,), eps=EPS)
+
+
+@pytest.mark.parametrize(
+    ("C", "gpu", "forward_warps", "backward_warps", "programs"),
+    [
+        (768, "sm_80", 1, 1, 864),
+        (1280, "sm_80", 1, 2, 432),
+        (1600, "sm_90", 2, 2, 528),
+        (1600, "sm_120", 2, 4, 340),
+        (1600, "gfx942", 2, 2, 432),
+        (1999, "sm_80", 8, 8, 108),
+    ],
+)
+def test_warps_suit_the_row_and_the_gpu(C, gpu, forward_warps, backward_warps, programs):
+    assert layernorm.launch_parameters(C) == {"BLOCK_C": 1024 if C == 768 else 2048, "num_warps": forward_warps}
+    found, launch = layernorm.backward_launch_parameters(65_536, C, gpu)
+    assert (found, launch["num_warps"]) == (programs, backward_warps)
+    assert layernorm.backward_launch_parameters(17, C, gpu)[0] == 2  # of at least 16 rows each
 
 
 @pytest.mark.parametrize("output", [0, 1])

@@ -23,20 +23,24 @@ def checkpoint(step, weight):
     return {"step": step, "model": {"weight": weight}, "optimizers": [], "config": {}, "tokenizer": {}, "run": {}}
 
 
+def opened(folder, step=0, landmarks=None, **config):
+    return Run(folder, {"max_steps": 9} | config, step, landmarks or {"guessing at random": 1.0})
+
+
 @pytest.fixture
 def folder(tmp_path):
     return tmp_path / "runs" / "one"
 
 
 def test_a_log_is_cut_back_to_the_step_that_a_run_goes_on_from(folder):
-    with Run(folder, {"lr": 1}, 0, 9) as run:
+    with opened(folder, 0, lr=1) as run:
         for step in range(1, 6):
             run.log(record(step))
-    with Run(folder, {"lr": 2}, 3, 9) as run:
+    with opened(folder, 3, lr=2) as run:
         run.log(record(4, val_loss=0.5))
     assert [r["step"] for r in read_log(folder)] == [1, 2, 3, 4]
     assert read_log(folder)[-1]["val_loss"] == 0.5
-    assert json.loads((folder / "config.json").read_text(encoding="utf-8")) == {"lr": 2}
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8")) == {"max_steps": 9, "lr": 2}
 
 
 def test_a_line_that_a_kill_cut_short_is_left_out_and_a_damaged_one_is_named(folder):
@@ -51,16 +55,16 @@ def test_a_line_that_a_kill_cut_short_is_left_out_and_a_damaged_one_is_named(fol
 
 def test_samples_of_a_run_that_starts_afresh_replace_the_old_ones(folder):
     for text in ("old", "new"):
-        with Run(folder, {}, 0, 9) as run:
+        with opened(folder) as run:
             run.sample(1, text)
-    with Run(folder, {}, 1, 9) as run:
+    with opened(folder, 1) as run:
         run.sample(2, "more \u2603")
     written = (folder / "samples.txt").read_text(encoding="utf-8")
     assert "old" not in written and "new" in written and "more \u2603" in written
 
 
 def test_checkpoints_come_back_and_only_the_newest_are_kept(folder):
-    with Run(folder, {}, 0, 9) as run:
+    with opened(folder) as run:
         for step in (1, 2, 999_000, 1_000_000):
             run.save(checkpoint(step, torch.full((3,), float(step))), keep=2)
     assert [path.name for path in checkpoints(folder)] == ["step_1000000.pt", "step_999000.pt"]
@@ -70,7 +74,7 @@ def test_checkpoints_come_back_and_only_the_newest_are_kept(folder):
 
 
 def test_every_kind_of_damage_to_a_checkpoint_is_found(folder):
-    with Run(folder, {}, 0, 9) as run:
+    with opened(folder) as run:
         run.save(checkpoint(1, torch.randn(1000)), keep=2)
     path = checkpoints(folder)[0]
     whole = path.read_bytes()
@@ -97,7 +101,7 @@ def test_every_kind_of_damage_to_a_checkpoint_is_found(folder):
 
 
 def test_weights_that_are_not_finite_are_not_saved(folder):
-    with Run(folder, {}, 0, 9) as run, pytest.raises(DataError, match="after step 3 are not finite"):
+    with opened(folder) as run, pytest.raises(DataError, match="after step 3 are not finite"):
         run.save(checkpoint(3, torch.tensor([1.0, float("nan")])), keep=2)
     assert newest_checkpoint(folder) == (None, None)
 
@@ -106,7 +110,7 @@ def test_what_a_kill_left_half_written_goes_at_the_next_start(folder):
     (folder / "checkpoints").mkdir(parents=True)
     for path in (folder / "checkpoints" / ".step_000030.pt.0a1b2c3d.tmp", folder / ".loss.png.0a1b2c3d.tmp"):
         path.write_bytes(b"half")
-    with Run(folder, {}, 0, 9):
+    with opened(folder):
         assert not list(folder.rglob(".*.tmp"))
 
 
@@ -125,7 +129,7 @@ def test_a_checkpoint_runs_no_code_when_it_is_read(folder):
 
 def test_the_picture_is_drawn_with_what_was_measured(folder):
     pictures = []
-    with Run(folder, {}, 0, 9, landmarks={"guessing at random": 4.2}) as run:
+    with opened(folder, landmarks={"guessing at random": 4.2}) as run:
         for measured in ({}, {"val_loss": 1.0}, {"hellaswag_acc_norm": 0.3}):
             run.log(record(len(pictures) + 1, **measured))
             run.draw()
@@ -134,7 +138,7 @@ def test_the_picture_is_drawn_with_what_was_measured(folder):
 
 
 def test_the_summary_adds_up_the_steps_and_takes_the_last_measurements(folder, capsys):
-    with Run(folder, {}, 0, 9, landmarks={"bigrams counted": 2.5}) as run:
+    with opened(folder, landmarks={"guessing at random": 1.0, "bigrams counted": 2.5}) as run:
         run.log(record(1, ms=40_000.0, tokens_per_s=1.0, mfu=0.2, val_loss=3.0, hellaswag_acc_norm=0.25))
         run.log(record(2, ms=50_000.0, tokens_per_s=2.0, mfu=0.4, val_loss=2.0, hellaswag_acc_norm=0.27))
         run.log(record(3, ms=3_600_000.0, tokens_per_s=9.0, mfu=0.3))
@@ -157,9 +161,24 @@ def test_landmarks_are_what_the_text_gives_and_what_is_published_for_it(tmp_path
     assert found.get(GPT2_124M) == published
 
 
+def test_published_scores_stand_beside_hellaswag_s_own_questions_alone(folder):
+    for own, file in [(True, ""), (False, "mine.jsonl")]:
+        with opened(folder, hellaswag_input=file) as run:
+            run.log(record(1, hellaswag_acc_norm=0.3))
+            assert ("0.2955" in run.summary()["HellaSwag acc_norm"]) == own
+
+
+def test_a_first_loss_far_from_that_of_guessing_is_a_warning_in_a_model_without_training(folder, capsys):
+    for loss, init_from, warned in [(4.1, "", False), (3.0, "", True), (3.0, "gpt2", False)]:
+        with opened(folder, landmarks={"guessing at random": 4.2}, init_from=init_from) as run:
+            run.log(record(1) | {"loss": loss})
+        said = f"warning: the first loss is {loss:.3f}, far from 4.200" in capsys.readouterr().err
+        assert said == warned
+
+
 def test_tensorboard_gets_every_number(folder):
     pytest.importorskip("tensorboard")
-    with Run(folder, {}, 0, 9, tensorboard=True) as run:
+    with opened(folder, tensorboard=True) as run:
         run.log(record(1))
     assert list(folder.glob("events.out.tfevents.*"))
 
@@ -172,7 +191,7 @@ def test_a_mistake_on_the_command_line_is_one_line_and_status_2(capsys, argument
     with pytest.raises(SystemExit) as end:
         parse_options(lambda: tyro.cli(script, args=arguments))
     error = capsys.readouterr().err
-    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and "['" not in error
     assert arguments[0].removeprefix("--") in error
 
 

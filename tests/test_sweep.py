@@ -61,7 +61,8 @@ def test_switches_take_true_and_false_and_paths_make_one_folder():
 )
 def test_a_mistake_is_named_before_anything_runs(tmp_path, grid, complaint):
     with pytest.raises(DataError, match=complaint):
-        sweep.run(tmp_path / "no_script.py", ["laptop", "--out-dir", str(tmp_path / "out")], grid, parse)
+        words = ["laptop", "--out-dir", str(tmp_path / "out"), "--sweep", *grid]
+        sweep.run(tmp_path / "no_script.py", words, grid, parse)
     assert not (tmp_path / "out").exists()
 
 
@@ -70,7 +71,8 @@ def test_what_stands_behind_sweep_is_taken_out_of_the_command_line():
     line = ["laptop", "--seed", "3", "--sweep", *grid, "--n-head=2", "--out-dir", "x", "--no-compile"]
     assert sweep.take_grid(line) == (["laptop", "--seed", "3", "--n-head=2", "--out-dir", "x", "--no-compile"], grid)
     assert sweep.take_grid(["laptop", "--sweep=lr=1,2", "n_layer=3"]) == (["laptop"], ["lr=1,2", "n_layer=3"])
-    assert sweep.take_grid(["laptop", "--out-dir", "x"]) == (["laptop", "--out-dir", "x"], [])
+    assert sweep.take_grid(["laptop", "--out-dir", "x"]) == (["laptop", "--out-dir", "x"], None)
+    assert sweep.take_grid(["laptop", "--sweep"]) == (["laptop"], [])
 
 
 def test_the_folder_is_out_dir_or_one_beside_the_preset_s_run():

@@ -10,13 +10,8 @@ import tokenizers
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from data import DataError
-from data.tokenizer import BytePairTokenizer, CharTokenizer, gpt2
-from data.tokenizer_json import merges, spelled, tokenizer_json
-
-GPT4_PATTERN = (  # as tiktoken has it: with a possessive {1,3}+, which Oniguruma would read in another way
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|"
-    r"\s++$|\s*[\r\n]|\s+(?!\S)|\s"
-)
+from data.tokenizer import GPT4_PATTERN, BytePairTokenizer, CharTokenizer, gpt2, spelled
+from data.tokenizer_json import merges, tokenizer_json
 
 
 def awkward_texts():

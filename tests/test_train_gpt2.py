@@ -483,13 +483,6 @@ def test_check_names_a_token_past_the_vocabulary(tmp_path, capsys):
     assert train(folder, tmp_path / "run", "--check", max_steps=2) == 2  # found before the first step already
 
 
-def test_a_first_loss_far_from_the_logarithm_of_the_vocabulary_is_a_warning(capsys):
-    train_gpt2.check_first_loss(math.log(50257) + 0.1, 50257)
-    assert capsys.readouterr().err == ""
-    train_gpt2.check_first_loss(3.0, 50257)
-    assert "warning: the first loss is 3.000, far from ln(50257) = 10.825" in capsys.readouterr().err
-
-
 # ------------------------------------------------------------------------------------------------ sampling from a run
 
 

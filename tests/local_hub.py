@@ -1,0 +1,117 @@
+"""A Hugging Face Hub on this machine, as much of it as data/fineweb.py asks for; HF_ENDPOINT names it."""
+
+import hashlib
+import json
+import re
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@contextmanager
+def serve(repositories):
+    """repositories: {"owner/name": {path: bytes}}. Yields the server.
+
+    Its `endpoint` is the URL, `damage` a path that it sends with a wrong first byte, `gone` one that it
+    says it does not have, and `requests` what it was asked for.
+    """
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *arguments):
+            pass
+
+        def do_GET(self):
+            server.requests.append(self.path)
+            path = unquote(urlsplit(self.path).path)
+            if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/revision/[^/]+)?", path):
+                files = repositories.get(match[1])
+                self.answer(files is not None and self.about(match[1], files))
+            elif match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/[^/]+/?(.*)", path):
+                files = repositories[match[1]].items()
+                self.answer([entry(name, content) for name, content in files if name.startswith(match[2])])
+            elif match := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/[^/]+/(.*)", path):
+                self.send_file(match[2], repositories[match[1]].get(match[2]))
+            else:
+                self.answer(None)
+
+        do_HEAD = do_GET
+
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+            wanted = json.loads(body)["paths"] if body.startswith("{") else parse_qs(body)["paths"]
+            files = repositories[re.match(r"/api/datasets/([^/]+/[^/]+)/", self.path)[1]]
+            found = [entry(path, files[path]) for path in wanted if path in files]
+            folders = {path for path in wanted if any(name.startswith(path + "/") for name in files)}
+            self.answer(found + [{"type": "directory", "path": path, "oid": COMMIT} for path in folders])
+
+        def about(self, name, files):
+            siblings = [
+                {"rfilename": e["path"], "size": e["size"], "lfs": e["lfs"]}
+                for e in map(entry, *zip(*files.items(), strict=True))
+            ]
+            for sibling in siblings:
+                sibling["lfs"] = {"sha256": sibling["lfs"]["oid"], "size": sibling["size"], "pointerSize": 130}
+            return {
+                "_id": "0",
+                "id": name,
+                "sha": COMMIT,
+                "siblings": siblings,
+                "private": False,
+                "tags": [],
+                "downloads": 0,
+            }
+
+        def answer(self, content):
+            body = json.dumps(content or {"error": "not found"}).encode()
+            self.send_response(200 if content is not None and content is not False else 404)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        def send_file(self, path, content):
+            if content is None or path == server.gone:
+                return self.answer(None)
+            start, end = 0, len(content)
+            if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+                start, end = int(wanted[1]), min(int(wanted[2] or end) + 1, end)
+            self.send_response(206 if wanted else 200)
+            if wanted:
+                self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(content)}")
+            self.send_header("Content-Length", str(end - start))
+            self.send_header("Accept-Ranges", "bytes")
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.end_headers()
+            if self.command == "HEAD":
+                return
+            if path == server.damage:
+                content = bytes([content[0] ^ 1]) + content[1:]
+            self.wfile.write(content[start:end])
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    server.endpoint, server.damage, server.gone, server.requests = (
+        f"http://127.0.0.1:{server.server_port}",
+        None,
+        None,
+        [],
+    )
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def entry(path, content):
+    digest = hashlib.sha256(content).hexdigest()
+    lfs = {"oid": digest, "size": len(content), "pointerSize": 130}
+    return {"type": "file", "path": path, "size": len(content), "oid": digest[:40], "lfs": lfs}

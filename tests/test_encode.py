@@ -1,0 +1,97 @@
+"""data/encode.py: the same ids as the tokenizer of GPT-2 gives, in order, from processes that end as they should."""
+
+import multiprocessing
+import os
+import random
+import signal
+
+import numpy as np
+import pytest
+
+from data import DataError
+from data.encode import RUN, encode_documents, encode_in_order
+from data.tokenizer import gpt2
+
+
+def one_by_one(texts):
+    return np.concatenate([np.insert(gpt2().encode(text), 0, 50256) for text in texts])
+
+
+def test_random_texts_of_awkward_characters_get_the_ids_that_the_tokenizer_gives():
+    rng = random.Random(0)
+    characters = list("aZé1٣,'.st日🙂\u0301\x1c\x1d\x1e\x1f\u200b\ufeff\u180e") + ["'ll", "'S", "<|endoftext|>"]
+    white = list("\t\n\v\f\r\x85\xa0\u1680\u2003\u2028\u2029\u202f\u205f\u3000") + [" "] * 8 + ["\n"] * 3
+    for _ in range(40):
+        texts = ["".join(rng.choices(characters + white, k=rng.randrange(40))) for _ in range(200)]
+        assert np.array_equal(encode_documents(texts), one_by_one(texts))
+
+
+def test_every_character_of_unicode_is_cut_as_the_tokenizer_cuts_it():
+    codes = [code for code in range(0x32000) if not 0xD800 <= code < 0xE000]  # behind them, hardly any is assigned
+    texts = [
+        "".join(f"a{chr(code)}1 {chr(code)} b" for code in codes[i : i + 5000]) for i in range(0, len(codes), 5000)
+    ]
+    assert np.array_equal(encode_documents(texts), one_by_one(texts))
+
+
+def test_the_list_of_white_space_is_that_of_unicode():
+    spaces = {chr(code) for code in range(0x110000) if RUN.fullmatch(chr(code) * 3)}
+    control = set("\x1c\x1d\x1e\x1f")  # Python counts them in, Unicode and the tokenizer do not
+    assert spaces == {chr(code) for code in range(0x110000) if chr(code).isspace()} - control
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "\n\n\n",
+        "   a",
+        "a   ",
+        "a   b",
+        "a\n\n\n b",
+        "a \n b",
+        "a\n\n\n\n\nb  c   ",
+        "\u3000\u3000\u3000x",
+        " \x1c x",
+    ],
+)
+def test_runs_of_white_space_at_every_place_come_out_as_in_the_tokenizer(text):
+    assert np.array_equal(encode_documents([text, text]), one_by_one([text, text]))
+
+
+def test_end_of_text_is_never_taken_from_a_text_and_a_lone_surrogate_is_replaced():
+    ids = encode_documents(["a<|endoftext|>b", "c\ud800"])
+    assert list(np.flatnonzero(ids == 50256)) == [0, 10] and ids.dtype == np.uint16
+    assert gpt2().decode(ids[1:10]) == "a<|endoftext|>b" and gpt2().decode(ids[11:]) == "c\ufffd"
+
+
+def test_a_million_blanks_inside_a_text_are_no_trouble():
+    ids = encode_documents(["x" + " " * 1_000_000 + "x"])
+    assert gpt2().decode(ids[1:]) == "x" + " " * 1_000_000 + "x"
+
+
+def test_batches_come_back_in_order_from_several_processes_and_are_read_only_a_little_ahead():
+    read = []
+
+    def batches():
+        for i in range(30):
+            read.append(i)
+            yield i, [f"document {i}"] * (500 if i % 3 == 0 else 1)
+
+    for number, (label, ids) in enumerate(encode_in_order(batches(), processes=2)):
+        assert label == number and gpt2().decode(ids).startswith(f"<|endoftext|>document {number}")
+        assert len(read) - number <= 8
+    assert number == 29
+
+
+def test_a_process_that_dies_is_an_error_and_not_a_hang():
+    def batches():
+        for i in range(100):
+            if i == 1:
+                for process in multiprocessing.active_children():
+                    os.kill(process.pid, signal.SIGKILL)
+            yield i, ["text"]
+
+    with pytest.raises(DataError, match="a process that tokenizes has died.*repeat the same command"):
+        list(encode_in_order(batches(), processes=1))

@@ -1,0 +1,464 @@
+"""data/fineweb.py and data/resumable.py: nothing lost, nothing twice, whatever stops it. The Hub is one of our own."""
+
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import local_hub
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import data
+from data import DataError
+from data.fineweb import prepare
+from data.shards import open_split
+from data.tokenizer import gpt2
+
+ROOT = Path(__file__).parents[1]
+WORDS = re.findall(
+    r"\w+", "the of and to in a is that for it as was with be by on not he his but at are this have from"
+)
+
+
+def documents(count, seed=0):
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randrange(5, 200))) + f" {seed} {i}." for i in range(count)]
+
+
+def write_parquet(path, texts):
+    table = pa.table({"id": list(range(len(texts))), "text": pa.array(texts, pa.string())})
+    pq.write_table(table, path, row_group_size=40)
+    return path
+
+
+def write_jsonl(path, texts):
+    rows = [{"text": text} if i % 2 else {"other": i, "text": text} for i, text in enumerate(texts)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def ids_of(texts):
+    texts = [text for text in texts if text and text.strip()]
+    return np.concatenate([np.insert(gpt2().encode(text), 0, 50256) for text in texts])
+
+
+def ids_in(folder):
+    splits = [open_split(folder, split) for split in ("val", "train")]
+    for split in splits:
+        split.verify()
+    return np.concatenate([split.read(0, split.n_tokens) for split in splits])
+
+
+def shards_of(folder):
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).glob("*.npy"))}
+
+
+def start(*arguments, **options):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    return subprocess.Popen([sys.executable, "-m", "data.fineweb", *map(str, arguments)], **pipes, **options)
+
+
+def run(*arguments, **options):
+    process = start(*arguments, **options)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+# ------------------------------------------------------------------------------------------------------------- shards
+
+
+@pytest.fixture(scope="module")
+def three_files(tmp_path_factory):
+    """One file of each kind, with the documents that give trouble, and the folder made of them."""
+    folder = tmp_path_factory.mktemp("three")
+    pages = documents(100) + ["", None, "  \n ", "a<|endoftext|>b", "long " * 5000, "x   \n\n\n y\u3000z", "日本🙂"]
+    rows = documents(50, seed=1) + ["", "\r\nline\u2028line"]
+    lines = "\ufefffirst line\n\n\nsecond line\n"
+    files = [write_parquet(folder / "a[1].parquet", pages), write_jsonl(folder / "b.jsonl", rows)]
+    (folder / "c.txt").write_text(lines, "utf-8")
+    files.append(folder / "c.txt")
+    summary = prepare(input=files, folder=folder / "out", shard_tokens=1000, processes=1)
+    return files, folder / "out", pages + rows + [lines.removeprefix("\ufeff")], summary
+
+
+def test_files_of_every_kind_become_shards_of_the_size_asked_for_with_every_document_once(three_files):
+    files, out, texts, summary = three_files
+    expected = ids_of(texts)
+    assert np.array_equal(ids_in(out), expected)
+    meta = json.loads((out / "meta.json").read_text("utf-8"))
+    sizes = [shard["tokens"] for shard in meta["shards"]["train"]]
+    assert [shard["tokens"] for shard in meta["shards"]["val"]] == [1000]
+    assert set(sizes[:-1]) == {1000} and sum(sizes) == len(expected) - 1000 and 0 < sizes[-1] <= 1000
+    assert f"{len(expected) - 1000:,} train, 1,000 val; 156 documents, 4 empty ones left out" in summary
+    assert meta["command"].startswith("python -m data.fineweb --input ") and "--shard-tokens 1000" in meta["command"]
+
+
+def test_a_finished_dataset_is_left_as_it_is_when_the_command_is_repeated(three_files):
+    files, out, _, summary = three_files
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*.npy")}
+    assert prepare(input=files, folder=out, shard_tokens=1000) == summary
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*.npy")} == before
+
+
+def test_a_record_of_other_files_or_options_is_refused(three_files, tmp_path):
+    files, out, _, _ = three_files
+    with pytest.raises(DataError, match=r"another --shard-tokens \(1000\): repeat the command as it was, give another"):
+        prepare(input=files, folder=out, shard_tokens=999)
+    with pytest.raises(DataError, match=r"another --input \(3 files\)"):
+        prepare(input=files[:2], folder=out, shard_tokens=1000)
+    longer = tmp_path / files[1].name
+    longer.write_text(files[1].read_text("utf-8") + '{"text": "more"}\n', "utf-8")
+    with pytest.raises(DataError, match="another --input"):
+        prepare(input=[files[0], longer, files[2]], folder=out, shard_tokens=1000)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "meta.json").write_text("{}", "utf-8")
+    with pytest.raises(DataError, match="holds another dataset"):
+        prepare(input=files, folder=tmp_path / "other")
+
+
+def test_a_record_that_is_damaged_or_whose_shards_are_gone_is_refused(three_files, tmp_path):
+    files, out, _, _ = three_files
+    shutil.copytree(out, tmp_path / "out")
+    (tmp_path / "out" / "train_000001.npy").write_bytes(b"short")
+    with pytest.raises(DataError, match="train_000001.npy is missing or cut short, though progress.json lists it"):
+        prepare(input=files, folder=tmp_path / "out", shard_tokens=1000)
+    (tmp_path / "out" / "progress.json").write_text('{"recipe": 1}', "utf-8")
+    with pytest.raises(DataError, match="progress.json is damaged"):
+        prepare(input=files, folder=tmp_path / "out", shard_tokens=1000)
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+def bad_file(tmp_path, case):
+    path = tmp_path / f"bad.{case.split()[0]}"
+    if case == "parquet schema":
+        pq.write_table(pa.table({"content": ["x"], "id": [1]}), path)
+    elif case == "parquet type":
+        pq.write_table(pa.table({"text": [1, 2]}), path)
+    elif case == "parquet cut":
+        whole = write_parquet(path, documents(50)).read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+    elif case == "parquet damaged":
+        whole = bytearray(write_parquet(path, documents(200)).read_bytes())
+        whole[1000:1400] = random.Random(0).randbytes(400)
+        path.write_bytes(whole)
+    elif case == "jsonl cut":
+        path.write_text('{"text": "fine"}\n{"text": "brok', "utf-8")
+    elif case == "jsonl key":
+        path.write_text('{"text": "fine"}\n\n{"content": "x"}\n', "utf-8")
+    elif case == "jsonl type":
+        path.write_text('{"text": "fine"}\n{"text": ["x"]}\n', "utf-8")
+    elif case == "txt latin":
+        path.write_bytes("Stra\xdfe".encode("latin-1"))
+    elif case in ("jsonl empty", "txt blank"):
+        path.write_text("\n" * (case == "txt blank"), "utf-8")
+    elif case == "jsonl small":
+        path.write_text('{"text": "hardly any text"}\n', "utf-8")
+    elif case == "csv":
+        path.write_text("text\nx\n", "utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    "case, message",
+    {
+        "parquet schema": "bad.parquet has no column `text`, only content, id: rename one",
+        "parquet type": "column `text` of --input .*bad.parquet holds int64: it must hold strings",
+        "parquet cut": "bad.parquet is cut short or no Parquet file .*: get it again",
+        "parquet damaged": r"cannot read bad.parquet past row \d+ \(.*\): mend it",
+        "jsonl cut": r"cannot read bad.jsonl past row 1 \(JSONDecodeError: .*\): mend it and repeat the same command",
+        "jsonl key": 'cannot read bad.jsonl past row 2 .*the line is no object with a "text"',
+        "jsonl type": 'cannot read bad.jsonl past row 1 .*"text" is no string',
+        "txt latin": "cannot read bad.txt past row 0 .*UnicodeDecodeError",
+        "jsonl empty": "there is no text in the files: 0 rows are empty",
+        "txt blank": "there is no text in the files: 1 rows are empty",
+        "jsonl small": "all 5 tokens fit into one shard, .*lower --shard-tokens, for example to 1",
+        "csv": "bad.csv is of no known kind: its name must end in .parquet, .jsonl or .txt",
+        "jsonl missing": "bad.jsonl does not exist: give the names of",
+    }.items(),
+)
+def test_a_file_that_cannot_be_used_is_named_with_what_to_do(tmp_path, case, message):
+    path = bad_file(tmp_path, case)
+    for _ in range(2):  # the second time, nothing of the first is in the way
+        with pytest.raises(DataError, match=message):
+            prepare(input=[path], folder=tmp_path / "out", processes=1)
+        assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"folder": None}, "--input needs --out FOLDER"),
+        ({"part": "3/2"}, "--part 3/2 is no part: it must be like 2/8"),
+        ({"part": "two"}, "--part two is no part"),
+        ({"part": "2/3"}, "gives each part whole files, and there are 1: use fewer parts"),
+        ({"processes": 0}, "--processes is 0: it must be 1 or more"),
+        ({"shard_tokens": 0}, "--shard-tokens is 0: it must be 1 or more"),
+        ({"pretokenized": True}, "--pretokenized downloads what is ready: it goes with --out alone"),
+    ],
+)
+def test_an_option_that_makes_no_sense_is_named(tmp_path, options, message):
+    path = write_jsonl(tmp_path / "a.jsonl", ["text"])
+    with pytest.raises(DataError, match=message):
+        prepare(**{"input": [path], "folder": tmp_path / "out"} | options)
+
+
+def test_a_damaged_file_can_be_mended_and_what_was_finished_before_it_stays(tmp_path):
+    texts = documents(300)
+    files = [write_jsonl(tmp_path / "a.jsonl", texts[:200]), write_jsonl(tmp_path / "b.jsonl", texts[200:])]
+    whole = files[1].read_text("utf-8")
+    files[1].write_text(whole[:-10], "utf-8")
+    with pytest.raises(DataError, match="cannot read b.jsonl past row 99"):
+        prepare(input=files, folder=tmp_path / "out", shard_tokens=2000, processes=1)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.npy")}
+    assert before and not (tmp_path / "out" / "meta.json").exists()
+    files[1].write_text(whole, "utf-8")
+    prepare(input=files, folder=tmp_path / "out", shard_tokens=2000, processes=1)
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.npy")}.items()
+    assert np.array_equal(ids_in(tmp_path / "out"), ids_of(texts))
+
+
+# ------------------------------------------------------------------------------------------------------- interruption
+
+
+def wait_for(condition, seconds=60):
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, "nothing happened"
+        time.sleep(0.005)
+
+
+def children_of(pid):
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    return [int(child) for child in found.split()]
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text("utf-8").rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_killed_and_interrupted_it_goes_on_and_ends_with_the_same_bytes(tmp_path):
+    texts = documents(9000)
+    files = [write_parquet(tmp_path / "a.parquet", texts[:6000]), write_jsonl(tmp_path / "b.jsonl", texts[6000:])]
+    command = ["--input", *files, "--shard-tokens", "5001", "--processes", "2", "--out"]
+    status, out, err = run(*command, tmp_path / "straight")
+    assert status == 0 and "documents/s" not in out and re.search(r"tokens/s, [\d,]+ documents, [\d,]+/s", err)
+
+    record, out = tmp_path / "stopped" / "progress.json", tmp_path / "stopped"
+    process = start(*command, out)
+    wait_for(record.exists)
+    workers = children_of(process.pid)
+    process.kill()
+    process.communicate()
+    wait_for(lambda: not any(map(alive, workers)))  # nobody is left behind
+    first = json.loads(record.read_text("utf-8"))
+    assert workers and not first["finished"] and not (out / "meta.json").exists()
+    (out / f".train_{999:06d}.npy.0123abcd.tmp").touch()  # as a killed write leaves it
+
+    seen = len(first["shards"]["train"])
+    process = start(*command, out, start_new_session=True)
+    wait_for(lambda: len(json.loads(record.read_text("utf-8"))["shards"]["train"]) > seen)
+    os.killpg(process.pid, signal.SIGINT)  # Ctrl-C reaches all of them
+    _, err = process.communicate()
+    assert process.returncode == 130 and err.rstrip().endswith("error: interrupted") and "Traceback" not in err
+    assert not json.loads(record.read_text("utf-8"))["finished"]
+
+    assert run(*command, out)[0] == 0
+    assert shards_of(out) == shards_of(tmp_path / "straight")
+    assert np.array_equal(ids_in(out), ids_of(texts))
+    assert not list(out.glob(".*.tmp"))
+
+
+def test_a_full_disk_is_refused_before_or_leaves_what_can_be_continued(tmp_path):
+    """On a file system in memory, in a mount namespace of its own: too small, then full half-way, then large enough."""
+    disk, files = tmp_path / "disk", [write_jsonl(tmp_path / "a.jsonl", ["7 1 " * 100_000] * 3)]  # many tokens a byte
+    disk.mkdir()
+    ours = f"{sys.executable} -m data.fineweb --input {files[0]} --out {disk} --shard-tokens 100000 --processes 1"
+    script = f"""
+        mount -t tmpfs -o size=64k tmpfs {disk} || exit 99
+        {ours}; echo status $?
+        mount -o remount,size=1m {disk} && {ours}; echo status $?
+        mount -o remount,size=9m {disk} && {ours}; echo status $?
+        cp {disk}/*.npy {disk}/*.json {tmp_path}"""
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script]
+    if shutil.which("unshare") is None or sys.platform != "linux":
+        pytest.skip("needs unshare")
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode and "status" not in done.stdout:
+        pytest.skip("this system grants no mount namespace")
+    assert re.findall(r"status (\d+)", done.stdout) == ["2", "2", "0"], done.stderr
+    errors = re.findall(r"error: (.*)", done.stderr)
+    assert re.search(r"needs about .* GB more and its disk has .* GB free: make room, or give a folder", errors[0])
+    assert re.search(r"disk of .* is full after [1-9][\d,]+ tokens: make room and repeat the same command", errors[1])
+    assert np.array_equal(ids_in(tmp_path), ids_of(["7 1 " * 100_000] * 3))
+
+
+def test_memory_does_not_grow_with_the_input(tmp_path):
+    """Peak memory of reading, tokenizing and writing, of this process and of the largest that tokenizes."""
+    script = """
+import resource, sys
+from pathlib import Path
+from data.encode import encode_in_order
+from data.fineweb import local_files, read_batches
+from data.resumable import Position, Record, write_shards
+if __name__ == "__main__":
+    files, folder = local_files([Path(sys.argv[1])]), Path(sys.argv[2])
+    folder.mkdir()
+    encoded = encode_in_order(read_batches(files, Position()), 1)
+    write_shards(folder / "progress.json", Record({}), encoded, 100_000, "", val=True)
+    print(*(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+"""
+    (tmp_path / "measure.py").write_text(script, "utf-8")
+    peaks = []
+    for megabytes in (6, 36):
+        path = write_parquet(
+            tmp_path / f"{megabytes}.parquet", [("word " * 2000) + str(i) for i in range(100 * megabytes)]
+        )
+        command = [sys.executable, tmp_path / "measure.py", path, tmp_path / str(megabytes)]
+        shown = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        peaks.append([int(kilobytes) / 1000 for kilobytes in shown.stdout.split()])
+    grown = [large - small for small, large in zip(*peaks, strict=True)]
+    assert max(grown) < 15, f"{peaks} MB, for 30 MB more of text"
+
+
+# -------------------------------------------------------------------------------------------------------------- parts
+
+
+def test_parts_made_in_folders_of_their_own_join_to_the_same_tokens(tmp_path):
+    texts = documents(90)
+    files = [write_jsonl(tmp_path / f"{i}.jsonl", texts[30 * i : 30 * i + 30]) for i in range(3)]
+    options = {"input": files, "shard_tokens": 1000, "processes": 1}
+    said = [prepare(**options, part=f"{k}/2", folder=tmp_path / str(k)) for k in (1, 2)]
+    assert "part 1/2 is finished" in said[0] and "still missing here: 2" in said[0] and "missing here: 1)" in said[1]
+    assert not any((tmp_path / k / "meta.json").exists() for k in "12")
+    assert not shards_of(tmp_path / "1").keys() & shards_of(tmp_path / "2").keys()
+    for k in "12":
+        shutil.copytree(tmp_path / k, tmp_path / "all", dirs_exist_ok=True)
+    assert f"{len(ids_of(texts)) - 1000:,} train, 1,000 val; 90 documents" in prepare(
+        **options, part="2/2", folder=tmp_path / "all"
+    )
+    assert np.array_equal(ids_in(tmp_path / "all"), ids_of(texts))
+    path = tmp_path / "all" / "part1of2.json"
+    path.write_text(path.read_text("utf-8").replace('"shard_tokens": 1000', '"shard_tokens": 1001'), "utf-8")
+    with pytest.raises(DataError, match="part1of2.json in .* was made of other files or options than part 2/2"):
+        prepare(**options, part="2/2", folder=tmp_path / "all")
+
+
+# ----------------------------------------------------------------------------------------------------------------- Hub
+
+
+def parquet_bytes(texts):
+    buffer = io.BytesIO()
+    write_parquet(buffer, texts)
+    return buffer.getvalue()
+
+
+def bin_bytes(ids):
+    return np.array([20240520, 1, len(ids)] + [0] * 253, "<i4").tobytes() + np.array(ids, "<u2").tobytes()
+
+
+@pytest.fixture
+def hub(tmp_path):
+    pages = {f"sample/10BT/00{i}_00000.parquet": parquet_bytes(documents(700, seed=i)) for i in range(3)}
+    ready = {f"fineweb_train_{i:06d}.bin": bin_bytes(range(i, i + 3000)) for i in (1, 2)}
+    ready |= {"README.md": b"x", "fineweb_val_000000.bin": bin_bytes(range(500))}
+    other = {"sample/100BT/000_00000.parquet": parquet_bytes(["another sample"])}
+    repositories = {"HuggingFaceFW/fineweb-edu": pages | other, "kjj0/fineweb10B-gpt2": ready}
+    with local_hub.serve(repositories) as server:
+        settings = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        server.settings = {**os.environ, **settings}
+        yield server
+
+
+def test_a_sample_streams_from_the_hub_and_goes_on_after_it_failed(hub, tmp_path):
+    command = ["--name", "sample-10BT", "--out", tmp_path / "out", "--shard-tokens", "9000", "--processes", "1"]
+    hub.gone = "sample/10BT/001_00000.parquet"
+    status, _, err = run(*command, env=hub.settings)
+    assert status == 2 and re.search(r"error: cannot read sample/10BT/001_00000.parquet past row", err), err
+    assert "when the network is back, repeat the same command" in err
+    before = shards_of(tmp_path / "out")
+    assert before and not (tmp_path / "out" / "meta.json").exists()
+    hub.gone = None
+    hub.requests.clear()
+    status, out, err = run(*command, env=hub.settings)
+    assert status == 0 and "2,100 documents" in out, err
+    assert before.items() <= shards_of(tmp_path / "out").items()
+    assert not any("100BT/" in request for request in hub.requests)
+    assert np.array_equal(ids_in(tmp_path / "out"), ids_of([text for i in range(3) for text in documents(700, seed=i)]))
+
+
+def test_ready_shards_are_downloaded_checked_and_no_dataset_until_all_are_there(hub, tmp_path):
+    hub.damage = "fineweb_train_000002.bin"
+    status, _, err = run("--pretokenized", "--out", tmp_path / "out", env=hub.settings)
+    assert status == 2 and "error: fineweb_train_000002.bin of kjj0/fineweb10B-gpt2 came damaged (sha256)" in err
+    with pytest.raises(DataError):
+        open_split(tmp_path / "out", "val")
+    hub.damage = None
+    hub.requests.clear()
+    status, out, err = run("--pretokenized", "--out", tmp_path / "out", env=hub.settings)
+    assert status == 0 and "6,000 train, 500 val" in out, err
+    assert not any("fineweb_train_000001" in request for request in hub.requests)  # it was there
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "fineweb_train_000001.bin",
+        "fineweb_train_000002.bin",
+        "fineweb_val_000000.bin",
+    ]
+
+
+def test_without_network_the_error_says_what_to_do(tmp_path):
+    settings = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "home")}
+    status, _, err = run("--out", tmp_path / "out", env=settings)
+    assert status == 2 and len(err.splitlines()) == 1, err
+    assert err.startswith("error: cannot list the files of HuggingFaceFW/fineweb-edu (ConnectError")
+    assert "--input FILES --out FOLDER" in err and "--pretokenized" in err
+
+
+# ------------------------------------------------------------------------------------------------ one process at a time
+
+
+def test_names_of_datasets_lead_to_the_samples():
+    for name, sample in {"10B": "sample-10BT", "100B": "sample-100BT", "350B": "sample-350BT"}.items():
+        assert data.DATASETS[f"fineweb-edu-{name}"] == ("data.fineweb", {"name": sample})
+        assert data.folder_of(f"fineweb-edu-{name}") == Path("datasets", f"fineweb-edu-{name}")
+
+
+def test_a_second_process_waits_for_the_one_that_prepares_and_says_so(tmp_path):
+    folder = tmp_path / "datasets" / "pydocs"
+    folder.mkdir(parents=True)
+    held = data.lock(folder / ".lock")
+    command = [sys.executable, "-c", "import data; data.prepare_if_missing('pydocs'); print('there')"]
+    settings = {**os.environ, "PYTHONPATH": str(ROOT)}
+    waiting = subprocess.Popen(
+        command, cwd=tmp_path, env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert waiting.stderr.readline() == "waiting until another process has prepared datasets/pydocs\n"
+    with pytest.raises(subprocess.TimeoutExpired):
+        waiting.wait(timeout=0.2)
+    (folder / "meta.json").write_text("{}", "utf-8")  # what the first process made
+    held.close()
+    out, err = waiting.communicate(timeout=60)
+    assert (waiting.returncode, out, err) == (0, "there\n", "")
+
+
+def test_a_folder_that_another_process_writes_to_is_refused(tmp_path):
+    with data.writing(tmp_path):
+        for command in (["data.text", ROOT / "README.md"], ["data.fineweb", "--input", ROOT / "README.md"]):
+            command = [sys.executable, "-m", *map(str, command), "--out", str(tmp_path)]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+            assert done.returncode == 2 and f"another process is writing to {tmp_path}: wait for it" in done.stderr
+    assert not list(tmp_path.iterdir())
