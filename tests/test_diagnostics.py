@@ -12,6 +12,8 @@ import kernels
 import train_gpt2
 from data import diagnostics, pydocs
 from data.diagnostics import Diagnostics
+from data.parallel import Processes
+from data.run import read_log
 from model import GPT, GPTConfig
 
 V, T = 300, 32
@@ -162,7 +164,7 @@ def configured(dataset, **options):
 
 def run(config, steps, due=lambda step: True, spoil=lambda model: None):
     """Train for some steps; the trainer and the records of the steps that are due."""
-    trainer, loader, *_ = train_gpt2.set_up(config, rank=0, local_rank=0, world_size=1)
+    trainer, loader, *_ = train_gpt2.set_up(config, Processes())
     spoil(trainer.raw)
     records, diagnose = [], Diagnostics(trainer.raw, trainer.optimizers, trainer.autocast)
     for step in range(1, steps + 1):
@@ -189,7 +191,7 @@ def test_a_diagnosed_run_has_the_same_bits_as_one_that_is_not(dataset, dtype):
 
 
 def test_a_step_that_fails_leaves_no_hook_behind(dataset):
-    trainer, loader, *_ = train_gpt2.set_up(configured(dataset), rank=0, local_rank=0, world_size=1)
+    trainer, loader, *_ = train_gpt2.set_up(configured(dataset), Processes())
     with pytest.raises(KeyError), Diagnostics(trainer.raw, trainer.optimizers).watching(*loader.batch(0)):
         raise KeyError
     assert not any(o._optimizer_step_pre_hooks or o._optimizer_step_post_hooks for o in trainer.optimizers)
@@ -219,6 +221,13 @@ def test_triton_kernels_are_diagnosed_like_pytorchs():
     ours, theirs = (diagnostics.activations(model, inputs, targets) for model in (triton, plain))
     for name, values in theirs.items():
         assert ours[name] == pytest.approx(values, rel=2e-2, abs=1e-5), name
+
+
+@pytest.mark.parametrize("every, steps", [(3, [1, 3, 6]), (0, [])])
+def test_the_command_diagnoses_the_first_and_every_nth_step(dataset, tmp_path, every, steps):
+    train_gpt2.run(configured(dataset, diagnose=every, max_steps=7, out_dir=str(tmp_path)))
+    assert [record["step"] for record in read_log(tmp_path) if "diagnostics" in record] == steps
+    assert (tmp_path / "diagnostics.png").exists() == bool(steps)
 
 
 # ------------------------------------------------------------------------------------------------------------- warnings
@@ -265,6 +274,41 @@ def changed(ending, change):
 def test_a_bad_initialisation_is_flagged_at_the_first_step(dataset, ending, change, kind, words):
     _, records = run(configured(dataset, n_embd=128), 1, spoil=changed(ending, change))
     assert words in records[0]["diagnostics"]["warnings"][kind]
+
+
+@pytest.fixture(scope="module")
+def healthy():
+    """A record without a warning."""
+    model, (inputs, targets) = small(), batch()
+    return diagnosed(model, [torch.optim.AdamW(model.parameters(), lr=1e-4)], inputs, targets)
+
+
+@pytest.mark.parametrize(
+    "kind, name, still_well, no_longer",
+    [
+        ("updates", "update_ratio", {"c_fc": [-2.0, -4.4]}, {"c_fc": [-2.0, -4.6]}),
+        ("updates", "update_ratio", {"c_fc": [-2.0, -0.4]}, {"c_fc": [-2.0, -0.2]}),
+        ("gradients", "gradient_std", {"c_fc": [1e-6, 9e-4]}, {"c_fc": [1e-6, 1.1e-3]}),
+        ("gelu", "gelu_dead", [0.0, 0.45], [0.0, 0.55]),
+        ("attention", "attention_focused", [0.85, None], [0.95, None]),
+        ("residual", "residual", [0.1, 0.1, 0.5, 0.5, 0.5], [0.1, 0.1, 0.7, 0.7, 0.7]),
+        ("guessing", "loss", math.log(V) + 0.4, math.log(V) + 0.6),
+        ("confidence", "entropy", math.log(V) - 0.8, math.log(V) - 1.2),
+        ("position", "loss_by_position", [6.0, 5.0, 5.9], [6.0, 5.0, 6.1]),
+        ("not_finite", "residual", [0.1, 0.1], [0.1, None]),
+    ],
+)
+def test_each_warning_has_its_threshold(healthy, kind, name, still_well, no_longer):
+    assert not healthy["warnings"]
+    assert kind not in diagnostics.warnings(healthy | {name: still_well}, V)
+    assert kind in diagnostics.warnings(healthy | {name: no_longer}, V)
+
+
+def test_a_stream_may_grow_more_once_something_is_learnt(healthy):
+    grown = healthy | {"residual": [0.1, 2.0, 2.0]}
+    assert "initialise c_proj smaller" in diagnostics.warnings(grown, V)["residual"]
+    assert "residual" not in diagnostics.warnings(grown | {"entropy": 3.0}, V)
+    assert "is drowned" in diagnostics.warnings(grown | {"entropy": 3.0, "residual": [0.1, 4.0]}, V)["residual"]
 
 
 def test_a_layer_that_is_left_behind_is_named_with_how_far():

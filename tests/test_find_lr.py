@@ -3,11 +3,13 @@
 import dataclasses
 import math
 import random
+import re
 
 import pytest
 
 import train_gpt2
 from data import DataError, find_lr, pydocs
+from data.parallel import Processes
 
 
 def quadratic(curvature=100.0):
@@ -72,6 +74,20 @@ def test_noise_of_the_loss_moves_the_suggestion_little():
         assert max(plain / noisy, noisy / plain) < 2
 
 
+def test_the_step_that_explodes_does_not_reach_back_to_the_valley():
+    def curve(rate, explosion):
+        return explosion if rate > 0.05 else 3 + (math.log10(rate) + 2.5) ** 2 / 4
+
+    exploded, stopped = (find_lr.find(lambda rate, e=e: curve(rate, e)) for e in (1e9, math.inf))
+    assert exploded.suggestion == pytest.approx(stopped.suggestion, rel=0.2)
+    assert exploded.valley == pytest.approx(stopped.valley, rel=0.5)
+
+
+def test_the_valley_is_what_lies_within_a_twentieth_of_the_fall_around_the_lowest_point():
+    assert find_lr.valley([5.0, 1.1, 1.3, 1.19, 1.0, 1.1, 1.21, 1.1]) == (3, 4, 5)
+    assert find_lr.valley([5.0, 1.1, 1.0, 1.1]) == (1, 2, 3)
+
+
 def test_smoothing_does_not_lag_and_the_slope_is_per_tenfold_rate():
     x = [i / 40 for i in range(200)]  # log10 of rates
     smooth = find_lr.smoothed([7 - 2 * v for v in x], 200)
@@ -124,21 +140,29 @@ def config(tmp_path_factory):
 
 def trained(config):
     """Validation loss after a whole run."""
-    trainer, loader, val_split, *_ = train_gpt2.set_up(config, 0, 0, 1)
+    trainer, loader, val_split, *_ = train_gpt2.set_up(config, Processes())
     for step in range(1, config.max_steps + 1):
         train_gpt2.train_step(trainer, *loader.batch(step - 1), step)
     return train_gpt2.validate(trainer, val_split)
 
 
-def test_a_small_gpt_trains_better_at_the_suggestion_than_nine_times_below_or_above(config):
-    trainer, loader, *_ = train_gpt2.set_up(config, 0, 0, 1)
-    steps = iter(range(10**6))
-
-    def step_with_lr(rate):
-        trainer.config = dataclasses.replace(config, lr=rate, min_lr=rate, warmup_steps=0)
-        step = next(steps)
-        return train_gpt2.train_step(trainer, *loader.batch(step), step + 1)[0]
-
-    rate = find_lr.find(step_with_lr).suggestion
+def test_a_small_gpt_trains_better_at_the_suggestion_than_nine_times_below_or_above(config, tmp_path, capsys):
+    out = tmp_path / "runs" / "swept"
+    train_gpt2.run(dataclasses.replace(config, find_lr=True, out_dir=str(out)))
+    assert [path.name for path in out.iterdir()] == ["find_lr.png"]
+    rate = float(re.search(r"^--lr (\S+): there the smoothed loss is lowest", capsys.readouterr().out, re.MULTILINE)[1])
     losses = {lr: trained(dataclasses.replace(config, lr=lr)) for lr in (rate / 9, rate, rate * 9)}
     assert min(losses, key=losses.get) == rate, losses
+
+
+def test_a_step_that_breaks_down_ends_the_command_with_a_suggestion_and_other_processes_write_nothing(tmp_path, capsys):
+    def loss_at(rate, step):
+        assert step == 1 + round(40 * math.log10(rate / 1e-5) * 199 / 200)
+        if rate > 0.1:
+            raise train_gpt2.RunError("loss inf")
+        return 3 + (math.log10(rate) + 2.5) ** 2 / 4
+
+    find_lr.run(loss_at, train_gpt2.RunError, tmp_path / "one", quiet=False)
+    find_lr.run(loss_at, train_gpt2.RunError, tmp_path / "other", quiet=True)
+    assert "--lr 0.003" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.glob("**/*.png")] == ["find_lr.png"] and not (tmp_path / "other").exists()
