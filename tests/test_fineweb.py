@@ -253,8 +253,8 @@ def alive(pid):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_killed_and_interrupted_it_goes_on_and_ends_with_the_same_bytes(tmp_path):
-    texts = documents(9000)
-    files = [write_parquet(tmp_path / "a.parquet", texts[:6000]), write_jsonl(tmp_path / "b.jsonl", texts[6000:])]
+    texts = documents(7000)
+    files = [write_parquet(tmp_path / "a.parquet", texts[:5000]), write_jsonl(tmp_path / "b.jsonl", texts[5000:])]
     command = ["--input", *files, "--shard-tokens", "5001", "--processes", "1", "--out"]
     status, out, err = run(*command, tmp_path / "straight")
     assert status == 0 and "documents/s" not in out and re.search(r"tokens/s, [\d,]+ documents, [\d,]+/s", err)
@@ -336,7 +336,7 @@ if __name__ == "__main__":
 """
     (tmp_path / "measure.py").write_text(script, "utf-8")
     peaks = []
-    for megabytes in (5, 30):
+    for megabytes in (4, 20):
         texts = ["word " * 2000 + str(i) for i in range(100 * megabytes)]
         path = write_parquet(tmp_path / f"{megabytes}.parquet", texts)
         command = [sys.executable, tmp_path / "measure.py", path, tmp_path / str(megabytes)]
@@ -344,7 +344,7 @@ if __name__ == "__main__":
         assert shown.returncode == 0, shown.stderr
         peaks.append([int(word) for word in shown.stdout.split()])
     grown = [large - small for small, large in zip(*peaks, strict=True)]
-    assert max(grown) < 15, f"{peaks} MB, for 25 MB more of text"
+    assert max(grown) < 10, f"{peaks} MB, for 16 MB more of text"
 
 
 # -------------------------------------------------------------------------------------------------------------- parts
