@@ -6,7 +6,7 @@ laptop: .venv/ready  ## train a small GPT: minutes on two CPU cores, no download
 	.venv/bin/python train_gpt2.py laptop
 
 test: .venv/ready  ## prove everything: under six minutes on two CPU cores
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 gate: .venv/ready  ## hold every kernel's machine code and traffic to its limits, for the A100 and the H100
 	.venv/bin/python -m kernels.report --arch sm_80 sm_90 --check

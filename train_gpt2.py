@@ -487,8 +487,6 @@ def main(arguments: list[str] | None = None) -> None:
         config = data.parse_options(lambda: parse(arguments))
         if config.plan:
             status = show_plan(config)
-        elif (grid is not None or config.ladder) and "WORLD_SIZE" in os.environ:
-            raise RunError("--sweep and --ladder start their runs themselves, one after another: leave torchrun out")
         elif grid is not None:
             status = sweep.run(Path(__file__), arguments, grid, parse)
         elif config.ladder:

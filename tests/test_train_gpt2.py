@@ -1,5 +1,6 @@
 """Training: what a step computes, exact resume after every kind of interruption, and each mistake a person can make."""
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -462,6 +463,23 @@ def test_services_that_are_not_installed_are_named(dataset, tmp_path, capsys):
         assert "pip install tensorboard" in refused(capsys, dataset, tmp_path / "run", "--tensorboard")
 
 
+def test_a_plan_is_printed_and_nothing_is_trained(dataset, tmp_path, capsys):
+    assert train(dataset, tmp_path / "run", "--plan") == 0
+    printed = capsys.readouterr().out
+    count = train_gpt2.gpt.GPT(train_gpt2.gpt.GPTConfig(2, 2, 32, 32, 104)).parameter_count()
+    assert f"{count:,} parameters" in printed and "H100" in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_sweep_without_a_grid_says_what_it_needs(dataset, tmp_path, capsys):
+    assert train(dataset, tmp_path / "sweep", "--sweep") == 2
+    assert "--sweep needs an option and its values" in capsys.readouterr().err
+
+
+def test_diagnose_with_shared_weights_is_refused(dataset, tmp_path, capsys):
+    assert "--diagnose needs every weight" in refused(capsys, dataset, tmp_path / "run", diagnose=5, parallel="zero1")
+
+
 def test_profile_writes_a_trace(dataset, tmp_path):
     assert train(dataset, tmp_path / "run", "--profile", max_steps=8) == 0
     trace = json.loads((tmp_path / "run" / "trace.json").read_text())
@@ -558,12 +576,19 @@ def test_shakespeare_char_starts_as_it_should(tmp_path):
     assert end.value.code == 0 and losses[1] == pytest.approx(math.log(65), abs=0.15) and losses[4] < losses[1]
 
 
-def test_names_one_a_line_train_too(tmp_path):
+def test_names_one_a_line_train_too_and_new_ones_are_told_apart(tmp_path, capsys):
     names = tmp_path / "names.txt"
     names.write_text("".join(f"{a}{b}{c}\n" for a in "bdfgklm" for b in "aeiou" for c in "nrstx"))
     text.prepare([names], tmp_path / "data", lines=True)
     assert train(tmp_path / "data", tmp_path / "run", block_size=8, eval_tokens=64, max_steps=5) == 0
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "step_000005.pt")["step"] == 5
+    capsys.readouterr()
+    options = ["--num-samples", "20", "--new-only", "--max-new-tokens", "12", "--temperature", "0.5"]
+    with contextlib.suppress(SystemExit):
+        train_gpt2.gpt.main([str(tmp_path / "run"), *options])
+    written = capsys.readouterr()
+    new, known = written.out.splitlines(), names.read_text(encoding="utf-8").splitlines()
+    assert f"{len(new)} of 20 are not in the training text" in written.err and not set(new) & set(known[:100])
 
 
 @pytest.mark.skipif(not shutil.which("gcc"), reason="torch.compile needs a C++ compiler on a CPU")
