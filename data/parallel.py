@@ -117,10 +117,12 @@ class Processes:
     def shard(self, model: nn.Module, blocks: list[nn.Module]) -> None:
         """fsdp: cut the parameters of each block, and then those outside, into a share for each process."""
         if self.mode == "fsdp":
-            from torch.distributed.fsdp import fully_shard  # here: it takes a second to import
+            from torch.distributed.device_mesh import init_device_mesh  # here: they take a second to import
+            from torch.distributed.fsdp import fully_shard
 
+            mesh = init_device_mesh(next(model.parameters()).device.type, (self.world_size,))
             for module in [*blocks, model]:
-                fully_shard(module)
+                fully_shard(module, mesh=mesh)
 
     def replicate(self, model: nn.Module) -> nn.Module:
         """ddp and zero1: the model whose backward averages gradients over the processes."""
