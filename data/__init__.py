@@ -198,7 +198,7 @@ def download(url: str, sha256: str, what: str, option: str = "--input FILE") -> 
     import urllib.request
 
     try:
-        with urllib.request.urlopen(url, timeout=30) as response:
+        with urllib.request.build_opener().open(url, timeout=30) as response:  # urlopen keeps an older proxy setting
             content = response.read()
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)

@@ -386,7 +386,7 @@ def test_the_command_scores_a_run_with_its_own_tokenizer(tmp_path, monkeypatch, 
         "config": config,
         "tokenizer": tokenizer.spec(),
     }
-    with Run(tmp_path / "run", {}, 0, 1) as run:
+    with Run(tmp_path / "run", {"max_steps": 1}, 0, {}) as run:
         run.save({**checkpoint, "run": {}}, keep=1)
     path = write_questions(tmp_path / "twenty.jsonl")
     capsys.readouterr()

@@ -34,7 +34,7 @@ def random_model(vocab_size, seed=0):
 
 def save_run(folder, model, tokenizer):
     checkpoint = {"step": 1, "model": model.state_dict(), "config": vars(model.config), "tokenizer": tokenizer.spec()}
-    with Run(folder, {}, 0, 1) as run:
+    with Run(folder, {"max_steps": 1}, 0, {}) as run:
         run.save(checkpoint | {"optimizers": [], "run": {}}, keep=1)
     return str(folder)
 
