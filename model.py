@@ -282,8 +282,8 @@ class GPT(nn.Module):
         temperature: 0 takes the most likely token; above, it divides the logits
         top_k:       sample among the k most likely; top_p: among the fewest whose probabilities reach p
         generator:   source of the randomness; torch's own when None
-        use_cache:   keep keys and values, so that a step costs one token. It never changes a result: past block_size
-                     the window slides by one, every position changes, and each step computes the whole window
+        use_cache:   keep keys and values, so that a step costs one token; results change by rounding at most. Past
+                     block_size the window slides, every position changes, and a step computes the whole window
         """
         block_size = self.config.block_size
         caches = [LayerCache(block_size) for _ in self.transformer.h] if use_cache else []
@@ -414,7 +414,7 @@ class SampleOptions:
     num_samples: int = 1
     """samples, drawn side by side; a single one appears as it is written"""
     new_only: bool = False
-    """of a run on documents, names say: each sample up to its end, without those of the training text"""
+    """of a run on documents, for example names: each sample up to its end, without those of the training text"""
     temperature: float = 0.8
     """0 takes the most likely token every time"""
     top_k: int | None = None
@@ -428,7 +428,7 @@ class SampleOptions:
     kernels: str = "none"
     """families in Triton: all, none, or a list of layernorm,gelu,attention,cross_entropy"""
     cache: bool = True
-    """keep keys and values; the text is the same without, and the time is not"""
+    """keep keys and values; the text is the same without, up to rounding, and the time is not"""
     export: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = ""
     """write no text, but the model into this new folder, in Hugging Face's format"""
 

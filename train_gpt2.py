@@ -30,7 +30,7 @@ from tqdm import tqdm
 import data
 import kernels
 import model as gpt
-from data import diagnostics, find_lr, hellaswag, ladder, shards, sweep, tokenizer
+from data import diagnostics, find_lr, flag, hellaswag, ladder, shards, sweep, tokenizer
 from data.parallel import Mode, Processes
 from data.run import Run, StopRequest, find_checkpoint, loss_landmarks, profiler
 from kernels import devices, plan
@@ -57,7 +57,7 @@ class Config:
     block_size: int = 1024  # tokens a sequence
     dropout: float = 0.0  # share of activations dropped in training
     batch_tokens: int = 524_288  # tokens an optimizer step, over all processes and micro-steps
-    micro_batch: int | Literal["auto"] = "auto"  # sequences held at once; auto: all a GPU holds, a few on a CPU
+    micro_batch: int | Literal["auto"] = "auto"  # sequences held at once; auto: all a GPU holds, 16,384 tokens on a CPU
     max_steps: int = 19_073  # optimizer steps
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, AdamW for the rest, both at --lr
     lr: float = 6e-4  # peak learning rate
@@ -118,10 +118,6 @@ class Config:
 
     def shape(self, vocab_size: int) -> gpt.GPTConfig:
         return gpt.GPTConfig(self.n_layer, self.n_head, self.n_embd, self.block_size, vocab_size, self.dropout)
-
-
-def flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 # ------------------------------------------------------------------------------------------------------------ presets
@@ -263,21 +259,18 @@ def validate(trainer: Trainer, split: shards.Split) -> float:
 
 def choose_micro_batch(trainer: Trainer, sequences: int) -> int:
     """--micro-batch auto: the largest divisor of `sequences`, a process's share of the batch, that memory holds."""
-    block_size = trainer.config.block_size
-    if trainer.device.type != "cuda":  # 16,384 tokens: more gain a CPU nothing
-        enough = max(1, 16_384 // block_size)
-        return max(n for n in range(1, min(enough, sequences) + 1) if sequences % n == 0)
-    # held aside: AdamW's two moments, and under DDP a second copy of the gradients
+    # held aside: AdamW's two moments, and of several processes a second copy of the gradients; fsdp cuts later
     copies = 2 if trainer.ranks.world_size == 1 else 3
+    block_size = trainer.config.block_size
     largest = devices.largest_micro_batch(trainer.raw, block_size, sequences, copies, trainer.autocast)
     least = -trainer.ranks.greatest(-largest)
     if least == 0:
-        raise RunError("not even one sequence fits in the GPU's memory: lower --block-size, or take a smaller model")
+        raise RunError("not one sequence fits in memory: lower --block-size, or with fsdp give --micro-batch 1")
     return least
 
 
 def starting_point(config: Config, split: shards.Split, restarted: bool) -> dict | None:
-    """The checkpoint to go on from, if there is one; RunError where it is of another model, text or batch order."""
+    """The checkpoint to go on from, if there is one; RunError where its model, tokens or batch order is another."""
     path, checkpoint = find_checkpoint(Path(config.out_dir), config.resume, restarted)
     if checkpoint is None:
         return None
@@ -410,7 +403,8 @@ def train(config: Config, ranks: Processes) -> int:
     trainer, loader, val_split, tokens, checkpoint = set_up(config, ranks)
     first, last = checkpoint["step"] if checkpoint else 0, config.max_steps
     if first >= last:
-        print(f"{config.out_dir} has done its {first} steps: raise --max-steps, or start afresh with --resume never")
+        if ranks.rank == 0:
+            print(f"{config.out_dir} has done its {first} steps: raise --max-steps, or use --resume never")
         return 0
     questions = []
     if config.hellaswag_every:
@@ -457,7 +451,7 @@ def run(config: Config) -> int:
     """Prepare the data, join the other processes, and train, or sweep the learning rate. Returns the exit status."""
     ranks = Processes.of_torchrun(config.parallel)
     data.prepare_if_missing(config.data)  # before they form a group: whoever waits inside one runs out of time
-    if config.hellaswag_every:
+    if config.hellaswag_every and not config.find_lr:
         hellaswag.prepare_if_missing(config.hellaswag_input)
     with ranks.joined(gpus=torch.cuda.is_available() and config.device != "cpu"), devices.clear_memory_errors():
         return find_learning_rate(config, ranks) if config.find_lr else train(config, ranks)
@@ -485,6 +479,9 @@ def main(arguments: list[str] | None = None) -> None:
     with data.clear_errors(RunError, gpt.ModelError, kernels.KernelError, devices.DeviceError, plan.PlanError):
         arguments, grid = sweep.take_grid(sys.argv[1:] if arguments is None else arguments)
         config = data.parse_options(lambda: parse(arguments))
+        alone = [flag(name) for name in ("plan", "find_lr", "ladder") if getattr(config, name)]
+        if len(alone) + (grid is not None) > 1:
+            raise RunError(f"{' and '.join(alone)} and --sweep are commands of their own: give one of them")
         if config.plan:
             status = show_plan(config)
         elif grid is not None:

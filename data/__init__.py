@@ -119,6 +119,11 @@ def writing(folder: Path) -> Iterator[None]:
         os.close(held)
 
 
+def flag(name: str) -> str:
+    """An option as it is typed: "min_lr" -> "--min-lr"."""
+    return f"--{name.replace('_', '-')}"
+
+
 def parse_options(command_line: Callable[[], T]) -> T:
     """What `command_line`, a call of tyro.cli, returns; where tyro draws a box around a mistake, one `error:` line."""
     shown = io.StringIO()
@@ -151,7 +156,7 @@ def check_numbers(options: dict, above_zero: Iterable[str], zero_or_more: Iterab
         low = name in bounds and not (value > 0 or value == 0 and bounds[name] == "0 or more")
         if low or not value < 2**63:
             right = bounds[name] if low else "an ordinary number"
-            raise DataError(f"--{name.replace('_', '-')} is {value}, but must be {right}")
+            raise DataError(f"{flag(name)} is {value}, but must be {right}")
 
 
 def run_script(prepare: Callable[..., str], prog: str) -> None:

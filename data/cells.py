@@ -23,13 +23,13 @@ from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
 
-from data import DataError, folder_of, lock, parse_options, prepare_if_missing, shards, write_whole
+from data import DataError, flag, folder_of, lock, parse_options, prepare_if_missing, shards, write_whole
 from data.run import loss_landmarks, read_log
 
 SET_BY_US = {"out_dir", "resume", "sweep", "ladder", "plan", "find_lr"}  # not for a cell to have of its own
 # Options that leave the losses of a run as they are: a finished cell stays valid when they change.
 WITHOUT_EFFECT = SET_BY_US | {
-    "device", "keep", "checkpoint_every", "sample_every", "hellaswag_every", "hellaswag_input", "diagnose", "check",
+    "keep", "checkpoint_every", "sample_every", "hellaswag_every", "hellaswag_input", "diagnose", "check",
     "profile", "wandb", "tensorboard",
 }  # fmt: skip
 
@@ -86,15 +86,14 @@ def chosen_folder(arguments: list[str], out_dir: str, what: str) -> Path:
     return Path(out_dir if "out_dir" in given(arguments) else f"{out_dir}-{what}")
 
 
-def flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
 # -------------------------------------------------------------------------------------------------------------- running
 
 
 def run_cells(script: Path, cells: list[Cell], folder: Path, what: str, draw: Callable) -> int:
-    """Trains the cells that are not finished into `folder`, rewriting WHAT.md and WHAT.png after each. See `run`."""
+    """Trains the cells that are not finished into `folder`, rewriting WHAT.md and WHAT.png after each.
+
+    Returns 0, or 128 + the signal that ended it early; DataError when a cell failed, or torchrun started this.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise DataError(f"--{what} starts one process a cell: call python train_gpt2.py, without torchrun")
     for name in {cell.config.data for cell in cells}:  # here, where one can see it, and not once in every cell

@@ -70,7 +70,8 @@ class Diagnostics:
     @contextlib.contextmanager
     def watching(self, inputs: Tensor, targets: Tensor) -> Iterator[dict]:
         """
-        A context around one training step over this batch; it gives a dict, which is filled once the context ends.
+        A context around one training step over this batch; it gives a dict, with the
+        activations at once, and with all else when the context ends without an exception.
 
         inputs, targets: (sequences, T) int64, on the model's device. The step may be interrupted by an exception.
         """

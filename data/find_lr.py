@@ -1,9 +1,10 @@
 """
 The learning-rate finder (train_gpt2.py --find-lr): which rate to give --lr, from one short sweep.
 
-A model with fresh weights trains for a few hundred steps while the rate grows from step to step by a constant factor,
-from far too low to far too high. At first the loss hardly moves, then it falls, stays low for a while, and rises again
-where steps become too long. The optimizer is never reset on the way: its moments are part of what a rate does.
+A model, as a run would start it, trains for a few hundred steps while the rate grows from step to step by a constant
+factor, from far too low to far too high. At first the loss hardly moves, then it falls, stays low for a while, and
+rises again where steps become too long. The optimizer is never reset on the way: its moments are part of what a rate
+does.
 
 The loss of a single step is noisy. It is smoothed by two exponential averages, both corrected for their start, one from
 each end, so that their lags cancel; the derivative is of that curve, in nats per tenfold rate.
@@ -28,7 +29,7 @@ from data import DataError, write_whole
 
 LOW, HIGH, STEPS = 1e-5, 1.0, 200  # 40 steps for every factor of ten
 EXPLODED = 4.0  # times the lowest smoothed loss: higher rates can tell nothing more
-WINDOW = 20  # the averages reach over this fraction of the sweep, a quarter of a factor of ten
+WINDOW = 20  # the averages reach over a 20th of the sweep, a quarter of a factor of ten
 VALLEY = 0.05  # share of the fall by which a rate may miss the lowest loss and still do
 LEAST_FALL = 0.1  # nats: with less, nothing was learnt at any rate
 
@@ -82,7 +83,7 @@ def suggest(rates: list[float], losses: list[float], steps: int) -> Result:
     if fall < LEAST_FALL:
         raise DataError(
             f"the loss fell by {fall:.3f} nats at most between the learning rates {rates[0]:.1e} and {rates[-1]:.1e}, "
-            "which says nothing: sweep a wider range, or look at the data"
+            "which says nothing: look at the data, or take a larger --batch-tokens, whose loss is less noisy"
         )
     suggestion = float(f"{rates[lowest]:.1e}")
     reason = (

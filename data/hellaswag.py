@@ -38,7 +38,7 @@ URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 
 ENDINGS = 4
-BATCH = 8  # questions scored at once: with GPT-2's vocabulary a gigabyte of logits
+BATCH = 8  # questions scored at once: at HellaSwag's lengths and with GPT-2's vocabulary a gigabyte of logits
 HELLASWAG_CHANCE = 1 / ENDINGS
 # acc_norm on all 10,042 questions. GPT-2: the released weights scored as here, by llm.c's dev/data/hellaswag.py. GPT-3:
 # as its makers report it, zero-shot, for their smallest model: https://arxiv.org/abs/2005.14165, table H.1.

@@ -211,7 +211,9 @@ def _check_fit(name: str, shape: dict[str, int], weights: dict[str, Tensor]) -> 
         ("the number of layers", shape["n_layer"], len(layers)),
     ]:
         if said != found:
-            raise DataError(f"{name!r} is not a GPT-2: {what} is {said} by its config.json, {found} in its weights")
+            raise DataError(
+                f"{name!r} is not a GPT-2: {what} should be {said} by its shape, and is {found} in its weights"
+            )
 
 
 def _read_json(path: Path) -> dict:

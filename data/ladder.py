@@ -5,16 +5,16 @@ ladder.md, and a picture, ladder.png. See cells.py for what happens when one is 
 
 There is one model.py, and a rung is what GPT-2's own dimensions can express: a block always has its feed-forward
 layer, its residual stream and its layer norms, and the head is always tied to the token embedding. Ladders in which
-these come one by one are of another family of models. A published one has, with 32 channels and 8 tokens of context:
+these come one by one are of another family of models. Reported of one, with 32 channels and 8 tokens of context:
 a bigram as a free table of logits 2.49, one head 2.41, several 2.29, with feed-forward 2.35, with residual stream and
 layer norm 2.09; and 1.50 with six layers of 384 channels. Its rungs and ours are not the same models.
 """
 
 from pathlib import Path
 
-from data import DataError
+from data import DataError, flag
 from data import cells as runs
-from data.cells import Cell, Parse, flag
+from data.cells import Cell, Parse
 
 DIMENSIONS = ("n_layer", "n_head", "n_embd", "block_size")
 RUNGS = {  # folder -> what is new, DIMENSIONS, learning rate
@@ -25,7 +25,7 @@ RUNGS = {  # folder -> what is new, DIMENSIONS, learning rate
     "5-context": ("128 tokens of context", (4, 4, 32, 128), 1e-2),
     "6-width": ("128 channels", (4, 4, 128, 128), 3e-3),
 }
-COMMON = {  # of every rung; options on the command line go before these
+COMMON = {  # of every rung; the command line's options win over them
     "data": "shakespeare-char",
     "optimizer": "adamw",  # Muon has nothing to train in a bigram
     "batch_tokens": 2048,

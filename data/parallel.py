@@ -27,6 +27,7 @@ from data import DataError
 
 Mode = Literal["ddp", "zero1", "fsdp"]
 LATECOMERS = timedelta(days=7)  # to wait for a machine that still prepares its data
+# what gloo and NCCL say when a process is gone
 LOST = ("closed by peer", "reset by peer", "remote process exited", "Broken pipe", "Connection refused")
 
 
@@ -55,7 +56,10 @@ class Processes:
 
     @contextlib.contextmanager
     def joined(self, gpus: bool) -> Iterator[None]:
-        """Waits for the others, however late they are, and forms a group with them: NCCL for GPUs, else gloo."""
+        """Waits for the others, however late they are, and forms a group with them: NCCL for GPUs, else gloo.
+
+        DataError when another process is lost meanwhile.
+        """
         if self.world_size == 1:
             yield
             return
@@ -97,7 +101,7 @@ class Processes:
     def sum(self, value: Tensor) -> Tensor:
         """The sum of the processes' tensors, in place."""
         if self.world_size > 1:
-            dist.all_reduce(value)  # gloo has no mean
+            dist.all_reduce(value)
         return value
 
     def greatest(self, number: int) -> int:
@@ -131,9 +135,9 @@ class Processes:
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def average_gradients(self, model: nn.Module, now: bool) -> None:
-        """Whether the next backward is to. Said before the forward: DDP reads it there too.
+        """ddp, zero1: whether the next backward averages over the processes. Before the forward, which reads it too.
 
-        fsdp averages after every backward all the same: until then it would hold whole gradients.
+        fsdp averages after every backward: until then it would hold whole gradients.
         """
         if self.mode != "fsdp" and self.world_size > 1:
             model.require_backward_grad_sync = now
@@ -153,7 +157,8 @@ class Processes:
         return (value.full_tensor() if self.mode == "fsdp" else value).item()
 
     def whole(self, value):
-        """The same with every tensor in it whole: a tensor, or dicts and lists of them. All processes call it."""
+        """value, a tensor or dicts and lists of them, made whole: under fsdp on the CPU of the first process, and None
+        on the others; else as it is. All call it."""
         if isinstance(value, dict):
             return {name: self.whole(item) for name, item in value.items()}
         if isinstance(value, list):

@@ -9,8 +9,12 @@ A run's folder: what training leaves on disk, and how it is read back; and the s
     samples.txt                    text that the model wrote
     checkpoints/step_NNNNNN.pt     after NNNNNN steps: torch.save of a dict, read with weights_only=True
     checkpoints/step_NNNNNN.pt.sha256
+    checkpoints/step_NNNNNN.pt.old set aside, as the run went on from an earlier one
+    trace.json                     with --profile: steps 6 to 8 that this process did
+    find_lr.png                    of --find-lr, which leaves nothing else here
 
-Every file appears whole or not at all, but for log.jsonl and samples.txt, which only grow. A checkpoint whose sha256 is
+Every file appears whole or not at all, but for log.jsonl and samples.txt, which only grow, and what the profiler, wandb
+and TensorBoard write. A checkpoint whose sha256 is
 not the one beside it is damaged, and the one before it serves. One process at a time writes to the folder: it holds a
 lock on `.lock`, which goes with the process however that ends.
 """
@@ -34,12 +38,11 @@ from data import DataError, diagnostics, lock, write_whole
 from data.hellaswag import HELLASWAG_CHANCE, HELLASWAG_GPT2_124M, HELLASWAG_GPT3_124M
 from data.shards import Split
 
-CHECKPOINT_KEYS = {"step", "model", "optimizers", "config", "tokenizer", "run"}  # what a checkpoint holds at least
+# what a checkpoint holds at least
+CHECKPOINT_KEYS = {"step", "model", "optimizers", "config", "tokenizer", "run", "micro_batch"}
 GPT2_124M = "OpenAI's GPT-2 (124M)"
-PUBLISHED = {
-    "fineweb-edu": 3.2924,
-    "fineweb": 3.425,
-}  # its loss, nats per token, on the validation shard of either text
+# GPT-2 (124M)'s loss, nats per token, on the validation shard of either text, as build-nanogpt and llm.c publish it
+PUBLISHED = {"fineweb-edu": 3.2924, "fineweb": 3.425}
 HELLASWAG = {GPT2_124M: HELLASWAG_GPT2_124M, "GPT-3 (124M)": HELLASWAG_GPT3_124M}
 RANDOM = "guessing at random"
 SAMPLE_LINE = "-" * 40  # begins each sample in samples.txt
@@ -61,10 +64,12 @@ class Run:
         self._untrained = not config.get("init_from")
         wandb = config.get("wandb") and _optional("wandb", "wandb")
         tensorboard = config.get("tensorboard") and _optional("torch.utils.tensorboard", "tensorboard")
+        busy = f"another process is writing to {folder}: wait for it, or use --out-dir"
         if afresh and folder.exists():
+            lock(folder / ".lock", busy).close()  # nobody else's run is moved
             _move_aside(folder)
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        self._lock = lock(folder / ".lock", f"another process is writing to {folder}: wait for it, or use --out-dir")
+        self._lock = lock(folder / ".lock", busy)
         _clean(folder, step)
         self.records = [record for record in read_log(folder) if record["step"] <= step]
         _write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
@@ -240,12 +245,11 @@ def _draw_levels(axes, levels: dict[str, float]) -> None:
 
 def loss_landmarks(split: Split) -> dict[str, float]:
     """Losses to compare a model's with, in nats per token: what counting the training text gives, what is published."""
-    names = {"uniform": RANDOM, "unigram": "token frequencies", "bigram": "bigrams counted"}
-    names["trigram"] = "trigrams counted"
+    names = {"unigram": "token frequencies", "bigram": "bigrams counted", "trigram": "trigrams counted"}
     counted = {names[name]: split.baselines[name] for name in names if name in split.baselines}
     first = split.shards[0].path
-    text = "fineweb-edu" if "edu" in f"{first.parent.name}/{first.name}" else "fineweb"
-    known = {GPT2_124M: PUBLISHED[text]} if "fineweb" in str(first) else {}
+    place = f"{first.parent.name}/{first.name}"
+    known = {GPT2_124M: PUBLISHED["fineweb-edu" if "edu" in place else "fineweb"]} if "fineweb" in place else {}
     return {RANDOM: math.log(split.vocab_size), **counted, **known}
 
 

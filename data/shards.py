@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data import DataError, baselines, write_whole, writing
+from data import DATASETS, DataError, baselines, write_whole, writing
 from data.tokenizer import Tokenizer, token_dtype
 
 BIN_MAGIC, BIN_VERSION, BIN_HEADER_BYTES = 20240520, 1, 1024
@@ -212,7 +212,8 @@ def open_split(folder: str | Path, split: str) -> Split:
     paths = sorted(folder.glob("*.bin"))
     if not paths:
         example = f"`python -m data.pydocs --out {folder}`"
-        raise DataError(f"there is no dataset in {folder}: prepare one there, for example with {example}")
+        names = ", ".join(DATASETS)
+        raise DataError(f"there is no dataset in {folder}: name one of {names}, or prepare one, as with {example}")
     named = re.compile(rf"(?<![a-z]){split}(?![a-z])")  # "medieval_train_0.bin" is none of val's
     shards = [_map_bin(path) for path in paths if named.search(path.name)]
     if not shards:

@@ -13,8 +13,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from data import DataError
-from data.cells import SET_BY_US, Cell, Parse, chosen_folder, draw_curves, flag, parsed, run_cells
+from data import DataError, flag
+from data.cells import SET_BY_US, Cell, Parse, chosen_folder, draw_curves, parsed, run_cells
 
 
 def take_grid(arguments: list[str]) -> tuple[list[str], list[str] | None]:

@@ -444,7 +444,7 @@ def causal_attention(qkv: Tensor, n_head: int, dropout_p: float) -> Tensor:
     Returns y: (B, T, C), dtype of qkv or of autocast; sums and softmax are in float32.
     Raises ValueError for any other dropout_p, head size, shape or dtype.
     """
-    if dropout_p > 0:
+    if dropout_p != 0:
         raise ValueError(
             f"the attention kernel has no dropout, and dropout is {dropout_p}: "
             "use --dropout 0, or leave attention to PyTorch: --kernels layernorm,gelu,cross_entropy"
@@ -456,6 +456,9 @@ def causal_attention(qkv: Tensor, n_head: int, dropout_p: float) -> Tensor:
     if not 16 <= D <= 128:
         raise ValueError(f"a head has {D} channels: the attention kernel takes 16 to 128")
     if qkv.shape[0] * n_head > MAX_HEADS:
-        raise ValueError(f"{qkv.shape[0]} sequences of {n_head} heads: the attention kernel takes {MAX_HEADS} in all")
+        raise ValueError(
+            f"{qkv.shape[0]} sequences of {n_head} heads: the attention kernel takes {MAX_HEADS} heads in all: "
+            "lower --micro-batch"
+        )
     y, _ = _causal_attention(qkv.to(matmul_dtype(qkv)).contiguous(), n_head)
     return y

@@ -54,6 +54,9 @@ GPUS = {  # words of a GPU's name -> what the source says
 }
 
 
+CPU_TOKENS = 16_384  # at once: more gain a CPU nothing
+
+
 class DeviceError(Exception):
     """A device that is not there, or too small; the text says what to do."""
 
@@ -141,11 +144,14 @@ def largest_that_fits(candidates: list[int], attempt: Callable[[int], None]) -> 
 def largest_micro_batch(model: nn.Module, block_size: int, most: int, copies: int, autocast: Callable) -> int:
     """
     The largest divisor of `most` whose sequences a forward and backward of `model` holds in memory; 0 if not even one.
+    On a CPU the largest of at most CPU_TOKENS.
 
     copies: of the parameters, held aside meanwhile for the optimizer's state and the like
     autocast: gives the context that the model is called in
     """
-    device = next(model.parameters()).device
+    device, divisors = next(model.parameters()).device, [n for n in range(most, 0, -1) if most % n == 0]
+    if device.type != "cuda":
+        return next((n for n in divisors if n * block_size <= CPU_TOKENS), 1)
 
     def attempt(n: int) -> None:
         held = [torch.empty_like(p) for p in model.parameters() for _ in range(copies)]
@@ -154,6 +160,6 @@ def largest_micro_batch(model: nn.Module, block_size: int, most: int, copies: in
             model(tokens, tokens).backward()
         del held
 
-    found = largest_that_fits([n for n in range(most, 0, -1) if most % n == 0], attempt)
+    found = largest_that_fits(divisors, attempt)
     model.zero_grad(set_to_none=True)
     return found

@@ -7,8 +7,8 @@ Held all the time, float32 (P parameters, the padded rows of wte among them):
     DDP    the gradients are views into its buckets; while micro-steps add up before the all-reduce, a second copy: 4P
     ZeRO-1 as DDP, but the optimizer's state is dealt out, whole tensors at a time, to the rank that has least so far
     FSDP   weights, gradients and state are cut along the first dimension; besides, whole while they are used: the
-           embeddings, two blocks of weights (one at work, one on its way) and a block's and the embeddings' gradients;
-           while micro-steps add up, all gradients are whole besides: 4P
+           embeddings, two blocks of weights (one at work, one on its way) and a block's and the embeddings' gradients,
+           which every backward cuts again
 
 In a micro-step (N tokens, C channels, H heads, s bytes a number: 2 under bfloat16 autocast, 4 without):
 
@@ -32,8 +32,8 @@ from kernels.shapes import Shape
 
 MODES = ("ddp", "zero1", "fsdp")  # how processes share a model
 SPARE = 0.05  # of a GPU's memory, for what is left out above: an assumption
-# 10^9 bytes of memory on the GPUs of kernels.devices.GPUS: the makers' figures, from memory where no page is named:
-# check before quoting. Drivers show some 5 % more than 10^9 bytes a GB: a margin besides SPARE
+# 10^9 bytes on the GPUs of kernels.devices.GPUS: the makers' figures; where no page is named, not looked up: check.
+# Drivers show some 5 % more than 10^9 bytes a GB: a margin besides SPARE
 GIGABYTES = {
     "B200": 180,  # 192 on other pages: the smaller counts
     "GB200": 186,
@@ -195,7 +195,7 @@ def per_gpu(
         block = 4 * _numbers({name: size for name, size in shapes.items() if name.startswith("h.0.")})
         ends = 4 * _numbers({name: size for name, size in shapes.items() if not name.startswith("h.")})
         rows["gathered by FSDP"] = 2 * ends + min(3, 2 * shape.L) * block
-    if world_size > 1 and micro_steps > 1:
+    if world_size > 1 and micro_steps > 1 and not sharded:
         rows["second copy of the gradients"] = 4 * _numbers(shapes)
     rows["optimizer state"] = optimizer_bytes(shape, optimizer, parallel if world_size > 1 else "ddp", world_size)
     rows["copies for autocast"] = cast_bytes(shape, number_bytes, triton_head)

@@ -387,7 +387,7 @@ def test_the_command_scores_a_run_with_its_own_tokenizer(tmp_path, monkeypatch, 
         "tokenizer": tokenizer.spec(),
     }
     with Run(tmp_path / "run", {"max_steps": 1}, 0, {}) as run:
-        run.save({**checkpoint, "run": {}}, keep=1)
+        run.save({**checkpoint, "run": {}, "micro_batch": 1}, keep=1)
     path = write_questions(tmp_path / "twenty.jsonl")
     capsys.readouterr()
     out, err, status = command(monkeypatch, capsys, "--model", tmp_path / "run", "--input", path, "--device", "cpu")

@@ -35,7 +35,7 @@ def random_model(vocab_size, seed=0):
 def save_run(folder, model, tokenizer):
     checkpoint = {"step": 1, "model": model.state_dict(), "config": vars(model.config), "tokenizer": tokenizer.spec()}
     with Run(folder, {"max_steps": 1}, 0, {}) as run:
-        run.save(checkpoint | {"optimizers": [], "run": {}}, keep=1)
+        run.save(checkpoint | {"optimizers": [], "run": {}, "micro_batch": 1}, keep=1)
     return str(folder)
 
 
@@ -277,10 +277,10 @@ def test_a_head_of_its_own_is_refused(copy):
 
 def test_weights_that_do_not_fit_the_shape_are_refused(copy):
     for field, value, said in [
-        ("n_layer", 3, "the number of layers is 3 by its config.json, 2 in its weights"),
-        ("n_embd", 32, "wte is (150, 32) by its config.json, (150, 16) in its weights"),
-        ("n_positions", 48, "wpe is (48, 16)"),
-        ("vocab_size", 151, "wte is (151, 16)"),
+        ("n_layer", 3, "the number of layers should be 3 by its shape, and is 2 in its weights"),
+        ("n_embd", 32, "wte should be (150, 32) by its shape, and is (150, 16) in its weights"),
+        ("n_positions", 48, "wpe should be (48, 16)"),
+        ("vocab_size", 151, "wte should be (151, 16)"),
         ("n_head", 3, "--n-embd 16 is not divisible by --n-head 3"),
         ("n_layer", "2", "gives no whole number for n_layer"),
     ]:

@@ -20,7 +20,15 @@ def record(step, **more):
 
 
 def checkpoint(step, weight):
-    return {"step": step, "model": {"weight": weight}, "optimizers": [], "config": {}, "tokenizer": {}, "run": {}}
+    return {
+        "step": step,
+        "model": {"weight": weight},
+        "optimizers": [],
+        "config": {},
+        "tokenizer": {},
+        "run": {},
+        "micro_batch": 1,
+    }
 
 
 def opened(folder, step=0, landmarks=None, **config):

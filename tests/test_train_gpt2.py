@@ -17,7 +17,7 @@ from hellaswag_questions import write_questions
 from runs import ROOT, assert_same_run, command, curve, start, train, wait_for_step, weights
 
 import train_gpt2
-from data import DataError, pydocs, shards, text, tokenizer
+from data import DataError, flag, pydocs, shards, text, tokenizer
 from data.hugging_face import RELEASES
 from data.run import load_checkpoint, newest_checkpoint, read_log
 
@@ -431,8 +431,7 @@ def test_a_checkpoint_of_another_shape_is_refused(dataset, tmp_path, capsys):
     message = refused(capsys, dataset, out, n_layer=3, max_steps=2)
     assert "--n-layer 2 there, 3 here" in message and "--resume never" in message
     for name, value in [("optimizer", "adamw"), ("seed", 7), ("batch_tokens", 512), ("block_size", 16)]:
-        flag = train_gpt2.flag(name)
-        assert f"{flag} " in refused(capsys, dataset, out, max_steps=2, **{name: value})
+        assert f"{flag(name)} " in refused(capsys, dataset, out, max_steps=2, **{name: value})
     other = tmp_path / "other"
     (tmp_path / "text").write_text("another text, of fewer characters\n" * 100, encoding="utf-8")
     text.prepare([tmp_path / "text"], other)
@@ -469,6 +468,12 @@ def test_a_plan_is_printed_and_nothing_is_trained(dataset, tmp_path, capsys):
     count = train_gpt2.gpt.GPT(train_gpt2.gpt.GPTConfig(2, 2, 32, 32, 104)).parameter_count()
     assert f"{count:,} parameters" in printed and "H100" in printed
     assert not (tmp_path / "run").exists()
+
+
+def test_commands_of_their_own_are_not_combined(dataset, tmp_path, capsys):
+    for flags in (["--plan", "--find-lr"], ["--ladder", "--sweep", "lr=1e-3,1e-2"]):
+        assert train(dataset, tmp_path / "run", *flags) == 2
+        assert "are commands of their own" in capsys.readouterr().err
 
 
 def test_a_sweep_without_a_grid_says_what_it_needs(dataset, tmp_path, capsys):
