@@ -247,7 +247,7 @@ def test_a_later_format_and_an_unknown_split_are_named(tmp_path):
 
 @pytest.mark.parametrize("name", [".", "nowhere"])
 def test_a_folder_without_a_dataset_is_named(tmp_path, name):
-    with pytest.raises(DataError, match=r"there is no dataset in .*prepare one there"):
+    with pytest.raises(DataError, match=r"there is no dataset in .*: name one of pydocs, .* or prepare one"):
         open_split(tmp_path / name, "train")
 
 
