@@ -32,7 +32,7 @@ import kernels
 import model as gpt
 from data import diagnostics, find_lr, flag, hellaswag, ladder, shards, sweep, tokenizer
 from data.parallel import Mode, Processes
-from data.run import Run, StopRequest, find_checkpoint, loss_landmarks, profiler
+from data.run import Run, StopRequest, find_checkpoint, loss_landmarks, profiler, restarted_in
 from kernels import devices, plan
 
 BETAS = (0.9, 0.95)  # of AdamW, GPT-3's
@@ -269,9 +269,9 @@ def choose_micro_batch(trainer: Trainer, sequences: int) -> int:
     return least
 
 
-def starting_point(config: Config, split: shards.Split, restarted: bool) -> dict | None:
+def starting_point(config: Config, split: shards.Split) -> dict | None:
     """The checkpoint to go on from, if there is one; RunError where its model, tokens or batch order is another."""
-    path, checkpoint = find_checkpoint(Path(config.out_dir), config.resume, restarted)
+    path, checkpoint = find_checkpoint(Path(config.out_dir), config.resume)
     if checkpoint is None:
         return None
     there, here = checkpoint["run"], dataclasses.asdict(config)
@@ -302,7 +302,7 @@ def set_up(config: Config, ranks: Processes):
     loader = shards.Loader(
         train_split, config.block_size, sequences * ranks.world_size, device=device, check=config.check, **order
     )
-    checkpoint = starting_point(config, train_split, ranks.restarted)
+    checkpoint = starting_point(config, train_split)
     for what, number in [
         ("--data", int(train_split.fingerprint[:12], 16)),
         ("checkpoint", checkpoint["step"] if checkpoint else 0),
@@ -370,7 +370,7 @@ def start_run(trainer: Trainer, val_split: shards.Split, step: int):
     print(f"{trainer.raw.parameter_count() / 1e6:.2f}M parameters, vocabulary of {shape.vocab_size:,} tokens")
     print(f"{ranks.world_size} x {device.type} ({name}), {str(trainer.dtype).removeprefix('torch.')}")
     print(f"{config.batch_tokens:,} tokens a step, {trainer.micro_batch} sequences a micro-step; into {config.out_dir}")
-    afresh = config.resume == "never" and not ranks.restarted
+    afresh = config.resume == "never" and not restarted_in(Path(config.out_dir))
     return Run(Path(config.out_dir), dataclasses.asdict(config), step, loss_landmarks(val_split), afresh)
 
 
@@ -402,6 +402,7 @@ def train(config: Config, ranks: Processes) -> int:
     """A run, or the rest of one. Returns the exit status: 0, or 128 + the signal that ended it early."""
     trainer, loader, val_split, tokens, checkpoint = set_up(config, ranks)
     first, last = checkpoint["step"] if checkpoint else 0, config.max_steps
+    del checkpoint  # gigabytes
     if first >= last:
         if ranks.rank == 0:
             print(f"{config.out_dir} has done its {first} steps: raise --max-steps, or use --resume never")
@@ -453,14 +454,14 @@ def run(config: Config) -> int:
     data.prepare_if_missing(config.data)  # before they form a group: whoever waits inside one runs out of time
     if config.hellaswag_every and not config.find_lr:
         hellaswag.prepare_if_missing(config.hellaswag_input)
-    with ranks.joined(gpus=torch.cuda.is_available() and config.device != "cpu"), devices.clear_memory_errors():
+    with ranks.joined(gpus=torch.cuda.is_available() and config.device != "cpu"), devices.clear_errors():
         return find_learning_rate(config, ranks) if config.find_lr else train(config, ranks)
 
 
 def show_plan(config: Config) -> int:
     """--plan: what a run with these options would take, for as many GPUs as torchrun starts processes."""
     vocab_size = 50257  # FineWeb-Edu's tokens are GPT-2's: nothing to prepare
-    if not config.data.startswith("fineweb"):
+    if config.data not in data.DATASETS or not config.data.startswith("fineweb"):
         data.prepare_if_missing(config.data)
         vocab_size = shards.open_split(data.folder_of(config.data), "train").vocab_size
     job = plan.Job.of_options(dataclasses.asdict(config), vocab_size, int(os.environ.get("WORLD_SIZE", 1)))

@@ -9,6 +9,7 @@ Here is what all of them share: the error that a user can mend, how it is shown,
 how a file is written whole or not at all.
 """
 
+import errno
 import functools
 import hashlib
 import importlib
@@ -98,6 +99,13 @@ def lock(path: Path, refusal: str | None = None) -> TextIO:
         except BlockingIOError:
             file.close()
             raise DataError(refusal) from None
+        except OSError as error:  # a network file system without locks: better none than no run
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            print(
+                f"warning: {path.parent} is on a file system without locks: start one process at a time",
+                file=sys.stderr,
+            )
     return file
 
 

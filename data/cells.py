@@ -107,7 +107,8 @@ def run_cells(script: Path, cells: list[Cell], folder: Path, what: str, draw: Ca
                 if relay.signal:
                     break
                 print(f"[{i}/{len(cells)}] {cell.name}{': done before' if cell.finished else ''}", flush=True)
-                if not cell.finished:
+                whole = folder / cell.name / "checkpoints" / f"step_{cell.config.max_steps:06d}.pt"
+                if not cell.finished or not whole.exists():
                     _run_cell(script, cell, folder / cell.name, relay)
                     _report(cells, folder, what, draw)
         print(f"\n{_report(cells, folder, what, draw)}\n{folder} holds {what}.md, {what}.png and a run in each folder")

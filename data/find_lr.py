@@ -9,10 +9,13 @@ does.
 The loss of a single step is noisy. It is smoothed by two exponential averages, both corrected for their start, one from
 each end, so that their lags cancel; the derivative is of that curve, in nats per tenfold rate.
 
-The suggestion is the rate at which the smoothed loss is lowest: below it steps are too short, above it they undo what
-was learnt. A tenth of it, or the rate of steepest fall, are common choices with plain SGD. Both come too early here:
-steps of AdamW and Muon are as long as the rate says, whatever the gradient, so that most of the fall is what any rate
-achieves at the start of training, and the valley behind it is wide. How wide is told with the suggestion.
+Where the smoothed loss is lowest is the best rate to stay at: below it steps are too short, above it they undo what
+was learnt. A run does not stay: --lr is the peak of a schedule whose mean is PEAK_SHARE of it, so the suggestion is
+that rate divided by PEAK_SHARE.
+
+A tenth of it, or the rate of steepest fall, are common choices with plain SGD. Both come too early here: steps of AdamW
+and Muon are as long as the rate says, whatever the gradient, so that most of the fall is what any rate achieves at the
+start of training, and the valley behind it is wide. How wide is told with the suggestion.
 Source: L. Smith, "Cyclical Learning Rates for Training Neural Networks", 2015, https://arxiv.org/abs/1506.01186.
 """
 
@@ -30,6 +33,7 @@ from data import DataError, write_whole
 LOW, HIGH, STEPS = 1e-5, 1.0, 200  # 40 steps for every factor of ten
 EXPLODED = 4.0  # times the lowest smoothed loss: higher rates can tell nothing more
 WINDOW = 20  # the averages reach over a 20th of the sweep, a quarter of a factor of ten
+PEAK_SHARE = 0.55  # the mean of a cosine from 1 to 0.1
 VALLEY = 0.05  # share of the fall by which a rate may miss the lowest loss and still do
 LEAST_FALL = 0.1  # nats: with less, nothing was learnt at any rate
 
@@ -85,10 +89,11 @@ def suggest(rates: list[float], losses: list[float], steps: int) -> Result:
             f"the loss fell by {fall:.3f} nats at most between the learning rates {rates[0]:.1e} and {rates[-1]:.1e}, "
             "which says nothing: look at the data, or take a larger --batch-tokens, whose loss is less noisy"
         )
-    suggestion = float(f"{rates[lowest]:.1e}")
+    suggestion = float(f"{rates[lowest] / PEAK_SHARE:.1e}")
     reason = (
-        f"there the smoothed loss is lowest, {smooth[lowest]:.2f} nats per token after {smooth[0]:.2f} at the start; "
-        f"from {rates[first]:.1e} to {rates[last]:.1e} it is within {VALLEY:.0%} of that fall"
+        f"the smoothed loss is lowest at {rates[lowest]:.1e}, {smooth[lowest]:.2f} nats per token, {smooth[0]:.2f} at "
+        f"the start, and a run's mean is {PEAK_SHARE} of its peak; from {rates[first]:.1e} to {rates[last]:.1e} the "
+        f"loss is within {VALLEY:.0%} of that fall"
     )
     if lowest == len(smooth) - 1:
         reason += "; it was still falling where the sweep ended, so that a higher rate may be better"

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import os
 import secrets
+import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -49,11 +50,6 @@ class Processes:
             raise DataError(f"--parallel {mode} shares memory among processes: start several with torchrun, or use ddp")
         return found
 
-    @property
-    def restarted(self) -> bool:
-        """Whether torchrun has started the processes anew, after one of them failed."""
-        return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
     @contextlib.contextmanager
     def joined(self, gpus: bool) -> Iterator[None]:
         """Waits for the others, however late they are, and forms a group with them: NCCL for GPUs, else gloo.
@@ -63,10 +59,10 @@ class Processes:
         if self.world_size == 1:
             yield
             return
-        store, _, _ = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(self._agreed_name(store), store)
-        dist.init_process_group("nccl" if gpus else "gloo", store=store, rank=self.rank, world_size=self.world_size)
         try:
+            store, _, _ = next(dist.rendezvous("env://"))
+            store = dist.PrefixStore(self._agreed_name(store), store)
+            dist.init_process_group("nccl" if gpus else "gloo", store=store, rank=self.rank, world_size=self.world_size)
             yield
         except RuntimeError as error:
             if any(text in str(error) for text in LOST):
@@ -87,8 +83,11 @@ class Processes:
             name = store.get(f"answer/{mine}").decode()
             store.set(f"{name}/confirmed/{self.rank}", "")
             return name
-        missing = set(range(1, self.world_size))
+        missing, rounds = set(range(1, self.world_size)), 0
         while missing:
+            rounds += 1
+            if rounds % 1200 == 0:  # a minute
+                print(f"still waiting for process(es) {sorted(missing)}", file=sys.stderr, flush=True)
             for rank in missing:
                 if store.check([f"asks/{rank}"]):
                     store.set(f"answer/{store.get(f'asks/{rank}').decode()}", mine)
@@ -176,7 +175,8 @@ class Processes:
         return optimizer.state_dict() if self.rank == 0 else None
 
     def load_optimizer_state(self, optimizer: torch.optim.Optimizer, state: dict) -> None:
-        """Take over what `optimizer_state` gave in any mode; all call it."""
+        """Take over what `optimizer_state` gave in any mode, but not its options, weight decay say; all call it."""
+        options = [{name: value for name, value in g.items() if name != "params"} for g in optimizer.param_groups]
         if self.mode == "fsdp":
             from torch.distributed.tensor import distribute_tensor
 
@@ -193,3 +193,5 @@ class Processes:
             moments = {i: {name: share(name, v, parameters[i]) for name, v in held.items()} for i, held in moments}
             state = {**state, "state": moments}
         optimizer.load_state_dict(state)
+        for group, own in zip(optimizer.param_groups, options, strict=True):
+            group.update(own)

@@ -25,6 +25,7 @@ import json
 import math
 import os
 import pickle
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -71,11 +72,11 @@ class Run:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         self._lock = lock(folder / ".lock", busy)
         _clean(folder, step)
+        _write_text(folder / ".launch", os.environ.get("TORCHELASTIC_RUN_ID", ""))
         self.records = [record for record in read_log(folder) if record["step"] <= step]
         _write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
         _write_text(folder / "log.jsonl", "".join(json.dumps(record) + "\n" for record in self.records))
-        if step == 0:
-            (folder / "samples.txt").unlink(missing_ok=True)
+        _cut_samples(folder / "samples.txt", step)
         if wandb:
             self.services.append(_wandb(wandb, config, folder))
         if tensorboard:
@@ -249,7 +250,8 @@ def loss_landmarks(split: Split) -> dict[str, float]:
     counted = {names[name]: split.baselines[name] for name in names if name in split.baselines}
     first = split.shards[0].path
     place = f"{first.parent.name}/{first.name}"
-    known = {GPT2_124M: PUBLISHED["fineweb-edu" if "edu" in place else "fineweb"]} if "fineweb" in place else {}
+    known = {GPT2_124M: PUBLISHED["fineweb-edu" if "edu" in place else "fineweb"]}
+    known = known if "fineweb" in place and split.tokenizer_spec == {"type": "gpt2"} else {}
     return {RANDOM: math.log(split.vocab_size), **counted, **known}
 
 
@@ -266,13 +268,22 @@ def _move_aside(folder: Path) -> None:
     print(f"the run in {folder} is now {aside}")
 
 
+def _cut_samples(path: Path, step: int) -> None:
+    """Leave out the samples of later steps, which this run will write anew."""
+    if path.exists():
+        texts = re.split(rf"(?m)^(?={SAMPLE_LINE} after \d+ steps$)", path.read_text(encoding="utf-8"))
+        kept = [text for text in texts if text and int(text.split(maxsplit=3)[2]) <= step]
+        _write_text(path, "".join(kept)) if kept else path.unlink()
+
+
 def _clean(folder: Path, step: int) -> None:
     """Remove what a kill left half-written; set checkpoints past `step` aside, which this run will write anew."""
     for path in [*folder.glob(".*.tmp"), *(folder / "checkpoints").glob(".*.tmp")]:
         path.unlink()
     for path in checkpoints(folder):
         if _step_of(path) > step:
-            path.rename(f"{path}.old")
+            path.replace(f"{path}.old")
+            Path(f"{path}.sha256").unlink(missing_ok=True)
 
 
 def read_log(folder: Path) -> list[dict]:
@@ -299,6 +310,10 @@ def _step_of(path: Path) -> int:
 
 def load_checkpoint(path: Path) -> dict:
     """A checkpoint, its tensors on the CPU; DataError where the file is missing, damaged, or something else."""
+    if path.is_file() and not Path(f"{path}.sha256").exists():
+        raise DataError(
+            f"{path} cannot be checked: {path.name}.sha256, which is written beside it, is missing: copy both"
+        )
     try:
         expected = Path(f"{path}.sha256").read_text(encoding="utf-8").strip()
         with path.open("rb") as file:
@@ -327,12 +342,28 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict] | tuple[None, None]:
     return None, None
 
 
-def find_checkpoint(folder: Path, resume: str, restarted: bool) -> tuple[Path, dict] | tuple[None, None]:
-    """The checkpoint that --resume means, behind its path, or two None; after a restart first the run's own newest."""
-    path, checkpoint = newest_checkpoint(folder) if resume == "auto" or restarted else (None, None)
-    if checkpoint is None and resume not in ("auto", "never"):
+def restarted_in(folder: Path) -> bool:
+    """Whether torchrun has started the processes anew, and those before had begun to write to this folder."""
+    begun, launch = folder / ".launch", os.environ.get("TORCHELASTIC_RUN_ID", "")
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return again and begun.exists() and begun.read_text(encoding="utf-8") == launch
+
+
+def find_checkpoint(folder: Path, resume: str) -> tuple[Path, dict] | tuple[None, None]:
+    """The checkpoint that --resume means for a run in `folder`, behind its path; two None where it begins afresh.
+
+    A file of another run begins this one, which then goes on with its own checkpoints. DataError where the folder holds
+    a run that did not begin so.
+    """
+    if resume == "never" and not restarted_in(folder):
+        return None, None
+    if resume in ("auto", "never"):
+        return newest_checkpoint(folder)
+    if folder.resolve() in Path(resume).resolve().parents or not checkpoints(folder):
         return Path(resume), load_checkpoint(Path(resume))
-    return path, checkpoint
+    if json.loads((folder / "config.json").read_text(encoding="utf-8")).get("resume") != resume:
+        raise DataError(f"{folder} holds a run that did not begin with --resume {resume}: give another --out-dir")
+    return newest_checkpoint(folder)
 
 
 class StopRequest:

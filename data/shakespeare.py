@@ -50,7 +50,7 @@ def prepare(
 
 def download(url: str) -> str:
     """The text at `url`, whole and with the checksum above; DataError otherwise."""
-    return data.download(url, SHA256, "tiny Shakespeare").decode()
+    return data.download(url, SHA256, "tiny Shakespeare", "python -m data.shakespeare --input FILE").decode()
 
 
 def read_input(path: Path) -> str:

@@ -54,6 +54,7 @@ GPUS = {  # words of a GPU's name -> what the source says
 }
 
 
+OTHER_CHIPS = {"Laptop", "Ti", "SUPER", "D", "Max", "MIG"}  # words that make a name another GPU's, or a slice of one
 CPU_TOKENS = 16_384  # at once: more gain a CPU nothing
 
 
@@ -106,6 +107,8 @@ def named_peak(gpu: str) -> float | None:
 def named_gpu(gpu: str) -> GPU | None:
     """The row of GPUS for a name as the driver spells it; None where the table lacks it."""
     words = f" {gpu.replace('-', ' ')} "
+    if OTHER_CHIPS & set(words.split()):
+        return None
     return next((found for name, found in GPUS.items() if f" {name} " in words), None)
 
 
@@ -116,13 +119,18 @@ def out_of_memory(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def clear_memory_errors() -> Iterator[None]:
-    """DeviceError, with what to do about it, where memory runs out within."""
+def clear_errors() -> Iterator[None]:
+    """DeviceError, with what to do about it, where memory runs out or torch.compile fails within."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if out_of_memory(error):
             raise DeviceError("out of memory: lower --micro-batch, or take a smaller model") from error
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            reason = str(error).strip().partition("\n")[0][:200]
+            raise DeviceError(
+                f"torch.compile failed ({reason}): use --no-compile, or install a C++ compiler"
+            ) from error
         raise
 
 

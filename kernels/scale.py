@@ -205,7 +205,7 @@ def micro_steps_of(shape: Shape, n: int, gpu: str, change: Change) -> int:
 def fsdp_seconds(shape: Shape, n: int, cluster: Cluster, compute: float, micro_steps: int) -> tuple[float, float]:
     """
     FSDP's communication in bfloat16, all of it and what is not hidden: a gather in the forward and one in the backward
-    of every micro-step, half an all-reduce each, and a reduce-scatter at the end. wte's gather opens the step and its
+    of every micro-step and a reduce-scatter behind it, half an all-reduce each. wte's gather opens the step and its
     reduce-scatter ends it; the rest runs beside forward and backward.
     """
     sizes = memory.parameter_shapes(shape)
@@ -213,7 +213,7 @@ def fsdp_seconds(shape: Shape, n: int, cluster: Cluster, compute: float, micro_s
     block = 2 * sum(math.prod(size) for name, size in sizes.items() if name.startswith("h.0."))
     half = all_reduce_seconds(block, n, cluster) / 2
     edges = all_reduce_seconds(ends, n, cluster) / 2
-    rest = shape.L * half * (2 * micro_steps + 1)
+    rest = shape.L * half * 3 * micro_steps
     return rest + 2 * edges, max(0.0, rest - compute) + 2 * edges
 
 
@@ -234,6 +234,7 @@ def report(mfu: float) -> str:
         f"{LATENCY * 1e6:.0f} microseconds a hop; nodes of {NODE} GPUs",
         "ring: bytes a GPU sends in one flat ring; NVLink, network: of the hierarchical one; times in ms",
         "hidden: share of the communication beside the backward; exposed: the rest, bucket by bucket",
+        "Without torch.compile: a compiled backward hands over all gradients at its end, and hides nothing",
     ]
     for preset in MODELS:
         text += scale_tables(preset, mfu)

@@ -217,7 +217,10 @@ def test_the_launch_table_covers_every_head_and_its_blocks_fit_into_each_other(k
         ({"n_head": 4}, "a head has 8 channels: the attention kernel takes 16 to 128"),
         ({"qkv": torch.zeros(1, 1, 3 * 160), "n_head": 1}, "a head has 160 channels"),
         ({"qkv": torch.zeros(1, 4, 96, dtype=torch.float64)}, "qkv is torch.float64: the kernels take float32"),
-        ({"qkv": torch.zeros(32768, 0, 96)}, "32768 sequences of 2 heads: the attention kernel takes 65535 heads in all"),
+        (
+            {"qkv": torch.zeros(32768, 0, 96)},
+            "32768 sequences of 2 heads: the attention kernel takes 65535",
+        ),
     ],
 )
 def test_a_wrong_argument_is_named(change, sentence):

@@ -10,9 +10,18 @@ import torch
 import tyro
 
 from data import DataError, clear_errors, parse_options
-from data.run import GPT2_124M, Run, checkpoints, load_checkpoint, loss_landmarks, newest_checkpoint, read_log
+from data.run import (
+    GPT2_124M,
+    Run,
+    checkpoints,
+    find_checkpoint,
+    load_checkpoint,
+    loss_landmarks,
+    newest_checkpoint,
+    read_log,
+)
 from data.shards import open_split, write_dataset
-from data.tokenizer import CharTokenizer
+from data.tokenizer import CharTokenizer, gpt2
 
 
 def record(step, **more):
@@ -104,7 +113,7 @@ def test_every_kind_of_damage_to_a_checkpoint_is_found(folder):
         with pytest.raises(DataError, match="is no checkpoint of train_gpt2.py"):
             load_checkpoint(path)
     sha256.unlink()
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="sha256, .*written beside it, is missing"):
         load_checkpoint(path)
 
 
@@ -159,13 +168,60 @@ def test_the_summary_adds_up_the_steps_and_takes_the_last_measurements(folder, c
     assert "bigrams counted" in capsys.readouterr().out
 
 
+def test_characters_are_compared_with_no_tokens_of_gpt2(tmp_path):
+    folder, tokens = tmp_path / "fineweb-mine", np.tile(np.arange(5), 40)
+    write_dataset(folder, CharTokenizer("abcde", documents=False), {"train": [tokens], "val": [tokens[:90]]})
+    assert GPT2_124M not in loss_landmarks(open_split(folder, "val"))
+
+
+def test_a_live_run_is_not_moved_aside_by_one_that_starts_afresh(folder):
+    with opened(folder) as run, pytest.raises(DataError, match="another process is writing"):
+        run.log(record(1))
+        Run(folder, {"max_steps": 9}, 0, {"guessing at random": 1.0}, afresh=True)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_samples_past_the_step_a_run_goes_on_from_are_left_out(folder):
+    with opened(folder) as run:
+        for step in (2, 4, 6):
+            run.sample(step, f"text {step}")
+    with opened(folder, step=5):
+        pass
+    written = (folder / "samples.txt").read_text(encoding="utf-8")
+    assert "text 2" in written and "text 4" in written and "text 6" not in written
+
+
+def test_a_restart_goes_on_only_with_what_the_same_launch_wrote(folder, monkeypatch):
+    with opened(folder) as run:
+        run.save(checkpoint(3, torch.zeros(1)), keep=1)
+    assert find_checkpoint(folder, "never") == (None, None)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-1")
+    assert find_checkpoint(folder, "never") == (None, None)  # another launch wrote it
+    with opened(folder, step=3) as run:
+        run.save(checkpoint(4, torch.zeros(1)), keep=1)
+    assert find_checkpoint(folder, "never")[1]["step"] == 4
+
+
+def test_a_run_that_began_with_another_s_checkpoint_goes_on_with_its_own(folder, tmp_path):
+    with opened(tmp_path / "other") as run:
+        run.save(checkpoint(2, torch.zeros(1)), keep=1)
+    source = str(checkpoints(tmp_path / "other")[0])
+    assert find_checkpoint(folder, source)[1]["step"] == 2
+    with opened(folder, step=2, resume=source) as run:
+        run.save(checkpoint(5, torch.zeros(1)), keep=1)
+    assert find_checkpoint(folder, source)[1]["step"] == 5
+    with pytest.raises(DataError, match="did not begin with --resume"):
+        find_checkpoint(tmp_path / "other", str(checkpoints(folder)[0]))
+
+
 @pytest.mark.parametrize("name, published", [("fineweb-edu-10B", 3.2924), ("fineweb10B", 3.425), ("mine", None)])
 def test_landmarks_are_what_the_text_gives_and_what_is_published_for_it(tmp_path, name, published):
     tokens = np.tile(np.arange(5), 40)
-    write_dataset(tmp_path / name, CharTokenizer("abcde", documents=False), {"train": [tokens], "val": [tokens[:90]]})
+    write_dataset(tmp_path / name, gpt2(), {"train": [tokens], "val": [tokens[:90]]})
     found = loss_landmarks(open_split(tmp_path / name, "val"))
-    assert found["guessing at random"] == pytest.approx(math.log(5))
-    assert found["bigrams counted"] < found["token frequencies"]
+    assert found["guessing at random"] == pytest.approx(math.log(50257))
+    assert found["token frequencies"] < found["guessing at random"]
     assert found.get(GPT2_124M) == published
 
 

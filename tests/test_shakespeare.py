@@ -85,7 +85,7 @@ def test_without_network_the_error_names_the_way_out_and_an_older_dataset_stays(
     path = tmp_path / "mine.txt"
     path.write_text("To be, or not to be")
     prepare(tmp_path / "out", path)
-    with pytest.raises(DataError, match="cannot download .*: give a copy of it with --input FILE"):
+    with pytest.raises(DataError, match="cannot download .*: give a copy of it with python -m .* --input FILE"):
         prepare(tmp_path / "out", url=url)
     assert text_of(tmp_path / "out", "val") == "be"
 
