@@ -222,7 +222,7 @@ def test_a_finished_run_says_so_and_can_go_on_longer(dataset, tmp_path, capsys):
     out = tmp_path / "run"
     assert train(dataset, out, max_steps=4) == 0
     assert train(dataset, out, max_steps=4) == 0
-    assert "has done its 4 steps: raise --max-steps, or start afresh with --resume never" in capsys.readouterr().out
+    assert "has done its 4 steps: raise --max-steps, or use --resume never" in capsys.readouterr().out
     assert train(dataset, out, max_steps=6) == 0
     assert [record["step"] for record in read_log(out)] == [1, 2, 3, 4, 5, 6]
 
