@@ -243,7 +243,7 @@ def train(choice: str, compiled: bool, chosen: argparse.Namespace, device: torch
     script = Path(__file__).parents[1] / "train_gpt2.py"
     command = [sys.executable, "-c", PEAK, str(script), chosen.preset, "--kernels", choice, "--out-dir", str(folder)]
     command += ["--max-steps", str(chosen.steps), "--compile" if compiled else "--no-compile", "--device", str(device)]
-    command += ["--resume", "never", "--eval-every", "0", "--sample-every", "0"]
+    command += ["--resume", "never", "--eval-every", "0", "--sample-every", "0", "--hellaswag-every", "0"]
     command += ["--eval-tokens", "65536", *chosen.train_options]  # a validation at the end there always is
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     if done.returncode:
