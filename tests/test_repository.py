@@ -73,6 +73,11 @@ def test_text_is_read_and_written_as_utf8_on_every_system(path):
             assert explicit or "utf-8" in words, f"{path.name}:{node.lineno}: {ast.unparse(node)}"
 
 
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
+def test_durations_are_taken_from_a_clock_that_does_not_jump(path):
+    assert "time.time(" not in path.read_text(encoding="utf-8")
+
+
 def test_unsafe_ways_to_read_what_comes_from_outside_do_not_occur():
     for path in PRODUCT:
         calls = [ast.unparse(node) for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
