@@ -13,6 +13,7 @@ ends anyway, so the ids of the parts, put together, are the ids of the whole.
 """
 
 import functools
+import json
 import multiprocessing
 import os
 import re
@@ -28,7 +29,7 @@ from typing import TypeVar
 import numpy as np
 
 from data import DataError
-from data.tokenizer import gpt2, token_dtype
+from data.tokenizer import Tokenizer, from_spec, gpt2, token_dtype
 
 Label = TypeVar("Label")
 
@@ -38,11 +39,16 @@ WHITE_SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 RUN = re.compile(f"[{WHITE_SPACE}]{{3,}}+")
 
 
-def encode_documents(texts: Sequence[str]) -> np.ndarray:
-    """All documents in one array, (n,) uint16: for each, GPT-2's end-of-text token and then its ids.
+def encode_documents(texts: Sequence[str], spec: str = "") -> np.ndarray:
+    """All documents in one array, (n,) uint16: for each, the end-of-text token and then its ids.
 
-    The same ids as `tokenizer.gpt2().encode` gives; "<|endoftext|>" in a text is text.
+    The same ids as `tokenizer.gpt2().encode` gives, or, not as fast, the tokenizer whose `spec()` is the JSON `spec`;
+    "<|endoftext|>" in a text is text.
     """
+    if spec:
+        tokenizer = _tokenizer(spec)
+        pieces = [np.insert(tokenizer.encode(text), 0, tokenizer.eot) for text in texts]
+        return np.concatenate(pieces) if pieces else np.empty(0, token_dtype(tokenizer.vocab_size))
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -59,9 +65,9 @@ def encode_documents(texts: Sequence[str]) -> np.ndarray:
 
 
 def encode_in_order(
-    batches: Iterable[tuple[Label, Sequence[str]]], processes: int
+    batches: Iterable[tuple[Label, Sequence[str]]], processes: int, spec: str = ""
 ) -> Iterator[tuple[Label, np.ndarray]]:
-    """For each (label, texts), in their order, (label, encode_documents(texts)), computed by `processes` processes.
+    """For each (label, texts), in order, (label, encode_documents(texts, spec)), computed by `processes` processes.
 
     `batches` is read in this process, a few batches ahead. DataError when a process dies. Ctrl-C is for this process
     alone; the others end with it, also when it is killed.
@@ -74,7 +80,7 @@ def encode_in_order(
             while failure is None and len(ahead) < 2 * processes + 2:
                 try:
                     label, texts = next(batches)
-                    ahead.append((label, pool.submit(encode_documents, texts)))
+                    ahead.append((label, pool.submit(encode_documents, texts, spec)))
                 except Exception as error:  # after what was read before it
                     failure = error
             if ahead:
@@ -89,6 +95,11 @@ def encode_in_order(
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@functools.cache
+def _tokenizer(spec: str) -> Tokenizer:
+    return from_spec(json.loads(spec))
 
 
 @functools.cache

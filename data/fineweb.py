@@ -34,7 +34,7 @@ import tyro
 from data import DataError, lock, run_script, writing
 from data.encode import encode_in_order
 from data.resumable import Position, Record, read_record, remove_shards, write_shards
-from data.tokenizer import gpt2
+from data.tokenizer import Tokenizer, from_spec, load
 
 # The processes that tokenize import this module too, so data.shards, which imports torch, waits until it is used.
 
@@ -57,6 +57,7 @@ def prepare(
     pretokenized: bool = False,
     processes: int | None = None,
     shard_tokens: int = 100_000_000,
+    tokenizer: Annotated[str, tyro.conf.arg(metavar="gpt2|FILE")] = "gpt2",
 ) -> str:
     """Makes a dataset of FineWeb-Edu in GPT-2's tokens, or goes on with one that was interrupted.
 
@@ -71,6 +72,7 @@ def prepare(
         pretokenized: Download 10 billion tokens of FineWeb that are ready.
         processes: How many tokenize; one for each CPU core, at most 16, if not given.
         shard_tokens: Tokens in a shard.
+        tokenizer: GPT-2's tokens, or those of a file that holds a tokenizer.
     """
     if pretokenized:
         if input or part:
@@ -82,6 +84,9 @@ def prepare(
     for option, value in {"--processes": processes, "--shard-tokens": shard_tokens}.items():
         if value < 1:
             raise DataError(f"{option} is {value}: it must be 1 or more")
+    chosen = load(tokenizer)
+    if chosen.eot is None or chosen.vocab_size > 1 << 16:
+        raise DataError(f"--tokenizer {tokenizer} must have an end-of-text token, and 65,536 tokens at most")
     folder = folder or Path("datasets", "fineweb-edu-" + name.removeprefix("sample-").removesuffix("T"))
     k, n = _parse_part(part)
     prefix, record_name = ("", "progress.json") if part is None else (f"part{k}of{n}_", f"part{k}of{n}.json")
@@ -92,7 +97,7 @@ def prepare(
         record = read_record(folder / record_name)
         if record is None and (folder / "meta.json").exists():
             raise DataError(f"{folder} holds another dataset: give another folder with --out, or delete it")
-        recipe, files = _recipe(None if input else name, input, part, shard_tokens, record)
+        recipe, files = _recipe(None if input else name, input, part, shard_tokens, chosen, record)
         first, end = (k - 1) * len(files) // n, k * len(files) // n
         if record:
             _same(record, recipe, first, folder / record_name)
@@ -100,16 +105,18 @@ def prepare(
         if not record.finished:
             remove_shards(folder, record_name, prefix, only_unfinished=bool(record.tokens()))
             share = files[first:end]
+            spec = "" if tokenizer == "gpt2" else json.dumps(chosen.spec())
             _check_space(folder, 2 * (sum(file.tokens for file in share) - record.tokens()))
             # Closed here, so that the processes and the progress bar have ended when an error is shown.
             with (
-                closing(encode_in_order(read_batches(share, record.position), processes)) as encoded,
+                closing(encode_in_order(read_batches(share, record.position), processes, spec)) as encoded,
                 closing(_shown(share, record, encoded)) as shown,
             ):
                 record = write_shards(folder / record_name, record, shown, shard_tokens, prefix, val=k == 1)
         source = ["--input", *input] if input else ["--name", name]
         command = shlex.join(map(str, ["python", "-m", "data.fineweb", *source, "--out", folder]))
         command += f" --shard-tokens {shard_tokens}" * (shard_tokens != 100_000_000)
+        command += f" --tokenizer {shlex.quote(tokenizer)}" * (tokenizer != "gpt2")
         return _join(folder, record, n, command) if part else _finish(folder, [record], command)
 
 
@@ -274,7 +281,12 @@ def _parse_part(part: str | None) -> tuple[int, int]:
 
 
 def _recipe(
-    name: str | None, input: Sequence[Path], part: str | None, shard_tokens: int, record: Record | None
+    name: str | None,
+    input: Sequence[Path],
+    part: str | None,
+    shard_tokens: int,
+    tokenizer: Tokenizer,
+    record: Record | None,
 ) -> tuple[dict, list[File]]:
     """What the record must agree with, and all files of all parts."""
     if name is None:
@@ -289,7 +301,7 @@ def _recipe(
     if n > len(files):
         raise DataError(f"--part {part} gives each part whole files, and there are {len(files)}: use fewer parts")
     recipe = {"name": name, "revision": revision, "part": part, "shard_tokens": shard_tokens}
-    return recipe | {"tokenizer": gpt2().spec(), "files": [[file.name, file.bytes] for file in files]}, files
+    return recipe | {"tokenizer": tokenizer.spec(), "files": [[file.name, file.bytes] for file in files]}, files
 
 
 def _same(record: Record, recipe: dict, first: int, path: Path) -> None:
@@ -302,10 +314,12 @@ def _same(record: Record, recipe: dict, first: int, path: Path) -> None:
         "name": "--name",
         "part": "--part",
         "shard_tokens": "--shard-tokens",
+        "tokenizer": "--tokenizer",
         "files": "--input",
     }.items():
         before, now = record.recipe.get(key), recipe[key]
         same = before == now
+        before = before["type"] if key == "tokenizer" else before
         if key == "files" and not same:
             same = _names(before) == _names(now) and before[first:settled] == now[first:settled]
             before = f"{len(before)} files"
@@ -354,7 +368,7 @@ def _finish(folder: Path, records: list[Record], command: str) -> str:
             f"all {total:,} tokens fit into one shard, and validation and training need one each: lower "
             f"--shard-tokens, for example to {max(1, total // 10)}"
         )
-    meta = write_meta(folder, gpt2(), shards, command)
+    meta = write_meta(folder, from_spec(records[0].recipe["tokenizer"]), shards, command)
     return f"{summary(folder, meta)}; {documents:,} documents" + f", {empty:,} empty ones left out" * bool(empty)
 
 

@@ -22,7 +22,7 @@ import data
 from data import DataError
 from data.fineweb import prepare
 from data.shards import open_split
-from data.tokenizer import gpt2
+from data.tokenizer import byte_pairs, gpt2
 
 ROOT = Path(__file__).parents[1]
 WORDS = re.findall(
@@ -75,6 +75,21 @@ def run(*arguments, **options):
 
 
 # ------------------------------------------------------------------------------------------------------------- shards
+
+
+def test_a_tokenizer_of_one_s_own_is_used_and_another_one_refused_later(tmp_path):
+    texts = documents(60)
+    file = write_jsonl(tmp_path / "a.jsonl", texts)
+    bpe = byte_pairs("gpt2", [b"th", b"the"])
+    path = tmp_path / "bpe.json"
+    path.write_text(json.dumps(bpe.spec()), "utf-8")
+    options = {"input": (file,), "folder": tmp_path / "out", "processes": 1, "shard_tokens": 3000}
+    assert "bpe" in prepare(**options, tokenizer=str(path))
+    expected = np.concatenate([np.insert(bpe.encode(text), 0, bpe.eot) for text in texts])
+    assert np.array_equal(ids_in(tmp_path / "out"), expected)
+    assert open_split(tmp_path / "out", "val").tokenizer_spec == bpe.spec()
+    with pytest.raises(DataError, match="begun with another --tokenizer"):
+        prepare(**options)
 
 
 @pytest.fixture(scope="module")
