@@ -452,6 +452,7 @@ def run(config: Config) -> int:
     """Prepare the data, join the other processes, and train, or sweep the learning rate. Returns the exit status."""
     ranks = Processes.of_torchrun(config.parallel)
     data.prepare_if_missing(config.data)  # before they form a group: whoever waits inside one runs out of time
+    shards.open_split(data.folder_of(config.data), "train")  # what is wrong with it is said before the next download
     if config.hellaswag_every and not config.find_lr:
         hellaswag.prepare_if_missing(config.hellaswag_input)
     with ranks.joined(gpus=torch.cuda.is_available() and config.device != "cpu"), devices.clear_errors():

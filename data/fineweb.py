@@ -89,6 +89,7 @@ def prepare(
         raise DataError(f"--tokenizer {tokenizer} must have an end-of-text token, and 65,536 tokens at most")
     folder = folder or Path("datasets", "fineweb-edu-" + name.removeprefix("sample-").removesuffix("T"))
     k, n = _parse_part(part)
+    local_files(input)  # a wrong name is said before a folder is made
     prefix, record_name = ("", "progress.json") if part is None else (f"part{k}of{n}_", f"part{k}of{n}.json")
     folder.mkdir(parents=True, exist_ok=True)
     # Parts may share a folder, so that each has a lock of its own.

@@ -128,8 +128,9 @@ def _download(name: str, release: Release) -> Path:
     huggingface_hub compares a download's size with the announced one and nothing more, and trusts its cache: the
     content is checked here, every time. The shape is known, so config.json is not needed.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, logging
 
+    logging.set_verbosity_error()  # it warns of what the error below says
     try:
         path = Path(hf_hub_download(f"openai-community/{name}", "model.safetensors", revision=release.revision))
         with path.open("rb") as file:

@@ -483,7 +483,7 @@ def test_a_second_process_waits_for_the_one_that_prepares_and_says_so(tmp_path):
 
 def test_a_folder_that_another_process_writes_to_is_refused(tmp_path):
     with data.writing(tmp_path):
-        for command in (["data.text", ROOT / "README.md"], ["data.fineweb", "--input", ROOT / "README.md"]):
+        for command in (["data.text", ROOT / "README.md"], ["data.fineweb", "--input", ROOT / "requirements.txt"]):
             command = [sys.executable, "-m", *map(str, command), "--out", str(tmp_path)]
             done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
             assert done.returncode == 2 and f"another process is writing to {tmp_path}: wait for it" in done.stderr
