@@ -12,6 +12,7 @@ A run's folder: what training leaves on disk, and how it is read back; and the s
     checkpoints/step_NNNNNN.pt.old set aside, as the run went on from an earlier one
     trace.json                     with --profile: steps 6 to 8 that this process did
     find_lr.png                    of --find-lr, which leaves nothing else here
+    .launch                        torchrun's name for the launch that wrote last: a restart goes on with its own alone
 
 Every file appears whole or not at all, but for log.jsonl and samples.txt, which only grow, and what the profiler, wandb
 and TensorBoard write. A checkpoint whose sha256 is
@@ -283,7 +284,8 @@ def _clean(folder: Path, step: int) -> None:
     for path in checkpoints(folder):
         if _step_of(path) > step:
             path.replace(f"{path}.old")
-            Path(f"{path}.sha256").unlink(missing_ok=True)
+            if (sidecar := Path(f"{path}.sha256")).exists():
+                sidecar.replace(f"{path}.old.sha256")  # so that --resume takes it back
 
 
 def read_log(folder: Path) -> list[dict]:
@@ -361,7 +363,11 @@ def find_checkpoint(folder: Path, resume: str) -> tuple[Path, dict] | tuple[None
         return newest_checkpoint(folder)
     if folder.resolve() in Path(resume).resolve().parents or not checkpoints(folder):
         return Path(resume), load_checkpoint(Path(resume))
-    if json.loads((folder / "config.json").read_text(encoding="utf-8")).get("resume") != resume:
+    try:
+        began_with = json.loads((folder / "config.json").read_text(encoding="utf-8"))["resume"]
+    except (OSError, ValueError, KeyError, TypeError):
+        began_with = None
+    if began_with != resume:
         raise DataError(f"{folder} holds a run that did not begin with --resume {resume}: give another --out-dir")
     return newest_checkpoint(folder)
 

@@ -211,8 +211,10 @@ def test_a_run_that_began_with_another_s_checkpoint_goes_on_with_its_own(folder,
     with opened(folder, step=2, resume=source) as run:
         run.save(checkpoint(5, torch.zeros(1)), keep=1)
     assert find_checkpoint(folder, source)[1]["step"] == 5
-    with pytest.raises(DataError, match="did not begin with --resume"):
-        find_checkpoint(tmp_path / "other", str(checkpoints(folder)[0]))
+    for config in ("{}", "damaged", "[]"):
+        (tmp_path / "other" / "config.json").write_text(config, encoding="utf-8")
+        with pytest.raises(DataError, match="did not begin with --resume"):
+            find_checkpoint(tmp_path / "other", str(checkpoints(folder)[0]))
 
 
 @pytest.mark.parametrize("name, published", [("fineweb-edu-10B", 3.2924), ("fineweb10B", 3.425), ("mine", None)])

@@ -243,7 +243,7 @@ def test_a_run_that_goes_on_from_an_earlier_checkpoint_sets_the_later_ones_aside
     assert train(dataset, out, max_steps=8, checkpoint_every=2) == 0
     assert train(dataset, out, max_steps=6, keep=1, resume=out / "checkpoints" / "step_000004.pt") == 0
     assert [path.name for path in (out / "checkpoints").glob("*.pt")] == ["step_000006.pt"]
-    assert (out / "checkpoints" / "step_000008.pt.old").exists()
+    assert load_checkpoint(out / "checkpoints" / "step_000008.pt.old")["step"] == 8  # set aside, not lost
     assert [record["step"] for record in read_log(out)] == [1, 2, 3, 4, 5, 6]
 
 
