@@ -12,6 +12,9 @@ command goes on where an interrupted run stopped, with the same bits as if it ha
 The file reads in this order: options, presets, pure functions, one step and its validation, how a run begins, the loop.
 """
 
+import training.startup  # noqa: F401  first: it sets what torch reads when it is imported
+
+# isort: split
 import contextlib
 import dataclasses
 import math
