@@ -11,26 +11,17 @@ Tokens meet the parts in this order (B sequences, T tokens, C channels, V vocabu
 Parameters carry the names of Hugging Face's GPT-2. The arithmetic between the matrix products comes in a bundle of
 functions, `ops`, which kernels.select() fills with Triton or PyTorch versions.
 Source: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, and OpenAI's released weights.
-
-    python model.py RUN_OR_NAME --prompt "Hello, I'm a language model,"     write text with a run, gpt2, gpt2-xl ...
-    python model.py RUN_OR_NAME --export FOLDER                             write it in Hugging Face's format
 """
 
 import dataclasses
 import math
-import sys
-import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
 
 import kernels
-from kernels import devices
 
 EPS = 1e-5  # of every layer norm: part of GPT-2, so not an option
 VOCAB_MULTIPLE = 128  # rows of wte are padded to it: tensor cores and 128-bit loads want even shapes
@@ -244,24 +235,6 @@ class GPT(nn.Module):
         matmul_parameters = self.parameter_count() - self.transformer.wpe.weight.numel()
         return 6 * matmul_parameters + 12 * c.n_layer * c.n_embd * c.block_size
 
-    @staticmethod
-    def from_pretrained(name_or_folder: str, ops: kernels.Ops | None = None) -> "GPT":
-        """OpenAI's GPT-2 of a name, or the one in a Hugging Face folder: `from_pretrained` below."""
-        return from_pretrained(name_or_folder, ops)
-
-    def take_weights(self, name: str, tokenizer_spec: dict) -> None:
-        """Copy those of a model that `load` finds, which may have a longer block size; ModelError where they differ."""
-        source, spec = load(name)
-        if spec != tokenizer_spec:
-            raise ModelError(f"--init-from {name} reads other tokens than --data: prepare the text with its tokenizer")
-        same = {"block_size": self.config.block_size, "dropout": self.config.dropout}
-        shorter = source.config.block_size < self.config.block_size
-        if shorter or dataclasses.replace(source.config, **same) != self.config:
-            raise ModelError(f"--init-from {name} has another shape: {source.config} there, {self.config} here")
-        weights = source.state_dict()
-        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: self.config.block_size]
-        self.load_state_dict(weights)
-
     # ------------------------------------------------------------------------------------------------------ sampling
 
     @torch.no_grad()
@@ -323,66 +296,6 @@ def sample(
     return order.gather(1, choice)[:, 0]
 
 
-# --------------------------------------------------------------------------------------- released weights and our own
-
-
-def from_pretrained(name_or_folder: str, ops: kernels.Ops | None = None) -> GPT:
-    """
-    A GPT with the weights of a Hugging Face GPT-2: gpt2, gpt2-medium, gpt2-large or gpt2-xl, or a folder.
-
-    The folder holds config.json and model.safetensors. Raises data.DataError where they cannot be had or are not of a
-    GPT-2, ModelError where their shape cannot be.
-    """
-    from data import hugging_face  # here, not above: the model itself needs no data
-
-    shape, weights = hugging_face.read(name_or_folder)
-    config, wte = GPTConfig(**shape), weights["transformer.wte.weight"]
-    weights["transformer.wte.weight"] = F.pad(wte, (0, 0, 0, config.padded_vocab_size - config.vocab_size))
-    return _with_weights(config, weights, name_or_folder, ops)
-
-
-def load(name: str, ops: kernels.Ops | None = None) -> tuple[GPT, dict]:
-    """A model and what describes its tokenizer, from a run's folder, a checkpoint file, or as from_pretrained."""
-    from data.hugging_face import read_tokenizer_spec
-    from data.run import load_checkpoint, newest_checkpoint
-
-    path = Path(name)
-    if path.is_file():
-        checkpoint = load_checkpoint(path)
-    elif (path / "checkpoints").is_dir():
-        _, checkpoint = newest_checkpoint(path)
-        if checkpoint is None:
-            raise ModelError(f"{path} holds no whole checkpoint: train_gpt2.py writes one there")
-    else:
-        model = from_pretrained(name, ops)
-        return model, read_tokenizer_spec(name, model.config.vocab_size)
-    return _with_weights(GPTConfig(**checkpoint["config"]), checkpoint["model"], name, ops), checkpoint["tokenizer"]
-
-
-def _with_weights(config: GPTConfig, weights: dict[str, Tensor], name: str, ops: kernels.Ops | None) -> GPT:
-    """A GPT that takes these tensors as its own, without drawing random ones first."""
-    with torch.device("meta"):
-        model = GPT(config, ops)
-    try:
-        model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        raise ModelError(f"{name!r} is not a GPT-2: {' '.join(str(error).split())[:300]}") from error
-    return model
-
-
-def export(name: str, folder: str) -> None:
-    """Write the model of that name, as `load` takes it, and its tokenizer as a Hugging Face folder."""
-    from data import hugging_face, tokenizer
-
-    model, spec = load(name)
-    shape, weights = dataclasses.asdict(model.config), model.state_dict()
-    weights["transformer.wte.weight"] = weights["transformer.wte.weight"][: model.config.vocab_size]
-    hugging_face.write(folder, shape, weights, tokenizer.from_spec(spec))
-
-
-# -------------------------------------------------------------------------------------------------------- command line
-
-
 def start_tokens(tokenizer) -> list[int]:
     """What stands before the first token of a text: end-of-text, else a line break, else the first token there is."""
     if tokenizer.eot is not None:
@@ -399,98 +312,3 @@ def sample_text(model: GPT, tokenizer, length: int, seed: int) -> str:
     ids = model.generate(start, length, temperature=0.8, generator=torch.Generator(device).manual_seed(seed))
     model.train(training)
     return tokenizer.decode(ids[0, start.shape[1] :].tolist())
-
-
-@dataclasses.dataclass(frozen=True)
-class SampleOptions:
-    """Write text with a trained GPT, or write the GPT in Hugging Face's format."""
-
-    model: Annotated[str, tyro.conf.Positional]
-    """a run's folder, a checkpoint file, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a Hugging Face folder"""
-    prompt: str = ""
-    """text to go on from; none: from the start of a document"""
-    max_new_tokens: int = 300
-    """tokens to add"""
-    num_samples: int = 1
-    """samples, drawn side by side; a single one appears as it is written"""
-    new_only: bool = False
-    """of a run on documents, for example names: each sample up to its end, without those of the training text"""
-    temperature: float = 0.8
-    """0 takes the most likely token every time"""
-    top_k: int | None = None
-    """sample among this many of the most likely tokens"""
-    top_p: float | None = None
-    """sample among the fewest tokens whose probabilities reach this sum"""
-    seed: int = 1337
-    """of the sampling"""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps"""
-    kernels: str = "none"
-    """families in Triton: all, none, or a list of layernorm,gelu,attention,cross_entropy"""
-    cache: bool = True
-    """keep keys and values; the text is the same without, up to rounding, and the time is not"""
-    export: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = ""
-    """write no text, but the model into this new folder, in Hugging Face's format"""
-
-    def __post_init__(self):
-        bounds = {"max_new_tokens": 1, "num_samples": 1, "temperature": 0, "top_k": 1, "top_p": 1e-6, "seed": 0}
-        for name, least in bounds.items():
-            value = getattr(self, name)
-            if value is not None and not least <= value < 2**63:
-                raise ModelError(f"--{name.replace('_', '-')} is {value}, but must be at least {least}")
-
-
-def continue_prompt(options: SampleOptions) -> None:
-    """Print samples; what the model is asked comes back in front of what it adds."""
-    from data.text import new_documents
-    from data.tokenizer import StreamDecoder, from_spec
-
-    device = devices.choose_device(options.device)
-    model, spec = load(options.model, kernels.select(options.kernels, device))
-    model.to(device).eval()
-    tokenizer = from_spec(spec)
-    start = start_tokens(tokenizer) if tokenizer.eot is not None or not options.prompt else []
-    prompt = [*start, *tokenizer.encode(options.prompt).tolist()]
-    tokens = torch.tensor([prompt] * options.num_samples, device=device)
-    steps = model.stream(
-        tokens,
-        options.max_new_tokens,
-        options.temperature,
-        options.top_k,
-        options.top_p,
-        torch.Generator(device).manual_seed(options.seed),
-        options.cache,
-    )
-    began = time.perf_counter()
-    if options.new_only:
-        new = new_documents(options.model, torch.stack(list(steps), dim=1).tolist(), options.prompt)
-        print(*new, sep="\n")
-        print(f"{len(new)} of {options.num_samples} are not in the training text", file=sys.stderr)
-    elif options.num_samples > 1:
-        for sample_ids in torch.stack(list(steps), dim=1).tolist():
-            print(options.prompt + tokenizer.decode(sample_ids), "-" * 80, sep="\n")
-    else:
-        print(options.prompt, end="", flush=True)
-        decoder = StreamDecoder(tokenizer)
-        for token in steps:
-            print(decoder.feed(token.item()), end="", flush=True)
-        print(decoder.flush())
-    rate = options.num_samples * options.max_new_tokens / (time.perf_counter() - began)
-    print(f"{rate:,.1f} tokens/s", file=sys.stderr)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    from data import clear_errors, parse_options
-
-    sys.stdout.reconfigure(errors="replace")  # where a terminal lacks a character of the text
-    with clear_errors(ModelError, kernels.KernelError, devices.DeviceError):
-        options = parse_options(lambda: tyro.cli(SampleOptions, args=arguments))
-        if options.export:
-            export(options.model, options.export)
-            print(f"{options.export} is ready for transformers: GPT2LMHeadModel.from_pretrained({options.export!r})")
-        else:
-            continue_prompt(options)
-
-
-if __name__ == "__main__":
-    main()

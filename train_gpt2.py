@@ -33,10 +33,11 @@ from tqdm import tqdm
 import data
 import kernels
 import model as gpt
-from data import diagnostics, find_lr, flag, hellaswag, ladder, shards, sweep, tokenizer
-from data.parallel import Mode, Processes
-from data.run import Run, StopRequest, find_checkpoint, loss_landmarks, profiler, restarted_in
-from kernels import devices, plan
+from data import files, shards, tokenizer
+from data.files import flag
+from training import devices, diagnostics, find_lr, hellaswag, ladder, plan, sweep, weights
+from training.distributed import Mode, Processes
+from training.run import Run, StopRequest, find_checkpoint, loss_landmarks, profiler, restarted_in
 
 BETAS = (0.9, 0.95)  # of AdamW, GPT-3's
 
@@ -98,7 +99,7 @@ class Config:
         self.shape(vocab_size=1)
         above_zero = ["block_size", "batch_tokens", "micro_batch", "max_steps", "lr", "eval_tokens", "checkpoint_every"]
         zero_or_more = ["warmup_steps", "eval_every", "sample_every", "hellaswag_every", "seed", "diagnose", "min_lr"]
-        data.check_numbers(
+        files.check_numbers(
             dataclasses.asdict(self), [*above_zero, "keep"], [*zero_or_more, "weight_decay", "grad_clip"]
         )
         self.sequences_of_one(processes=1)
@@ -318,7 +319,7 @@ def set_up(config: Config, ranks: Processes):
     if checkpoint:
         raw.load_state_dict(checkpoint["model"])
     elif config.init_from:
-        raw.take_weights(config.init_from, train_split.tokenizer_spec)
+        weights.take_weights(raw, config.init_from, train_split.tokenizer_spec)
     raw.to(device)
     trainer = Trainer(config, raw, raw, [], device, dtype, config.micro_batch, ranks)
     if config.micro_batch == "auto":  # a run that goes on keeps its size, and so its bits
@@ -481,9 +482,9 @@ def parse(arguments: list[str]) -> Config:
 def main(arguments: list[str] | None = None) -> None:
     """The command line, sys.argv by default; under torchrun, one process of several. Ends with SystemExit."""
     sys.stdout.reconfigure(errors="replace")  # where a terminal lacks a character of a sample
-    with data.clear_errors(RunError, gpt.ModelError, kernels.KernelError, devices.DeviceError, plan.PlanError):
+    with files.clear_errors(RunError, gpt.ModelError, kernels.KernelError, devices.DeviceError, plan.PlanError):
         arguments, grid = sweep.take_grid(sys.argv[1:] if arguments is None else arguments)
-        config = data.parse_options(lambda: parse(arguments))
+        config = files.parse_options(lambda: parse(arguments))
         alone = [flag(name) for name in ("plan", "find_lr", "ladder") if getattr(config, name)]
         if len(alone) + (grid is not None) > 1:
             raise RunError(f"{' and '.join(alone)} and --sweep are commands of their own: give one of them")

@@ -26,7 +26,7 @@ import numpy as np
 import regex
 import tyro
 
-from data import DataError, clear_errors, parse_options, write_whole
+from data.files import DataError, clear_errors, parse_options, write_whole
 from data.tokenizer import TRAINED_FILE, byte_characters, byte_pairs, choose, split_pattern
 from data.tokenizer_json import tokenizer_json
 

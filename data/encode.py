@@ -28,7 +28,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from data import DataError
+from data.files import DataError
 from data.tokenizer import Tokenizer, from_spec, gpt2, token_dtype
 
 Label = TypeVar("Label")

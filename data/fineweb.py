@@ -31,8 +31,8 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 import tyro
 
-from data import DataError, lock, run_script, writing
 from data.encode import encode_in_order
+from data.files import DataError, lock, run_script, writing
 from data.resumable import Position, Record, read_record, remove_shards, write_shards
 from data.tokenizer import Tokenizer, from_spec, load
 

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import tyro
 
-from data import DataError, run_script
+from data.files import DataError, run_script
 from data.shards import summary, write_dataset
 from data.tokenizer import choose, encode_documents
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import DataError, write_whole
+from data.files import DataError, write_whole
 
 # The processes that tokenize import this module too, so data.shards, which imports torch, waits until it is used.
 

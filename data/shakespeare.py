@@ -12,8 +12,8 @@ from typing import Annotated
 
 import tyro
 
-import data
-from data import DataError, run_script
+from data import files
+from data.files import DataError, run_script
 from data.shards import summary, write_dataset
 from data.text import read_text, split_documents
 from data.tokenizer import choose
@@ -50,7 +50,7 @@ def prepare(
 
 def download(url: str) -> str:
     """The text at `url`, whole and with the checksum above; DataError otherwise."""
-    return data.download(url, SHA256, "tiny Shakespeare", "python -m data.shakespeare --input FILE").decode()
+    return files.download(url, SHA256, "tiny Shakespeare", "python -m data.shakespeare --input FILE").decode()
 
 
 def read_input(path: Path) -> str:

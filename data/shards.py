@@ -29,7 +29,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data import DATASETS, DataError, baselines, write_whole, writing
+from data import DATASETS, baselines
+from data.files import DataError, write_whole, writing
 from data.tokenizer import Tokenizer, token_dtype
 
 BIN_MAGIC, BIN_VERSION, BIN_HEADER_BYTES = 20240520, 1, 1024

@@ -17,7 +17,8 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from data import DataError, folder_of, run_script
+from data import folder_of
+from data.files import DataError, run_script
 from data.shards import open_split, summary, write_dataset
 from data.tokenizer import choose, encode_documents, from_spec
 

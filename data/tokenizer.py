@@ -22,7 +22,7 @@ import numpy as np
 import tiktoken
 from numpy.typing import ArrayLike
 
-from data import DataError
+from data.files import DataError
 
 # encoder.json as OpenAI published it with GPT-2; the checksum is the one that tiktoken asks for.
 GPT2_ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"

@@ -10,7 +10,7 @@ import re
 
 import tiktoken
 
-from data import DataError
+from data.files import DataError
 from data.tokenizer import END_OF_TEXT, BytePairTokenizer, CharTokenizer, Tokenizer, spelled
 
 

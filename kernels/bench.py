@@ -35,9 +35,10 @@ import numpy as np
 import torch
 
 import kernels
-from kernels import report, roofline
-from kernels.devices import DeviceError, choose_device, choose_dtype, named_gpu, out_of_memory
-from kernels.shapes import PRESETS, Shape, ShapeError, arguments, calls_per_step, parse_shape
+from kernels.report import __main__ as report
+from kernels.report import roofline
+from kernels.report.shapes import PRESETS, Shape, ShapeError, arguments, calls_per_step, parse_shape
+from training.devices import DeviceError, choose_device, choose_dtype, named_gpu, out_of_memory
 
 OTHERS = ("liger", "flash-attn")
 TINY = Shape(B=1, T=16, C=32, H=1, L=1, V=60)  # for the interpreter

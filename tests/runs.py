@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train_gpt2
-from data.run import newest_checkpoint, read_log
+from training.run import newest_checkpoint, read_log
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

@@ -8,7 +8,7 @@ from accuracy import DEVICE, before_a_wall, check_all, far_rows, new_memory_is_n
 
 from kernels import attention, interpreted_for
 from kernels.attention import causal_attention, causal_attention_reference, causal_attention_torch
-from kernels.machine_code import ARCHITECTURES
+from kernels.report.machine_code import ARCHITECTURES
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2", "ignore:All-NaN slice")  # both meant
 OPTIONS = {"dropout_p": 0.0}

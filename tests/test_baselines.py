@@ -7,7 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data import DataError, baselines
+from data import baselines
+from data.files import DataError
 from data.shards import open_split, write_dataset, write_meta
 from data.tokenizer import CharTokenizer
 

@@ -13,9 +13,10 @@ import torch
 
 import kernels
 from data import text
-from kernels import bench, report
-from kernels.devices import GPUS
-from kernels.shapes import PRESETS, Shape, arguments, calls_per_step
+from kernels import bench
+from kernels.gpus import GPUS
+from kernels.report import __main__ as report
+from kernels.report.shapes import PRESETS, Shape, arguments, calls_per_step
 
 ROOT = Path(__file__).parents[1]
 TINY_SHAPE = Shape(B=2, T=5, C=32, H=2, L=1, V=50)

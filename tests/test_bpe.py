@@ -18,8 +18,9 @@ import tokenizers
 from tiktoken_ext import openai_public
 from tokenizers import models, pre_tokenizers, trainers
 
-from data import DataError, pydocs, shakespeare
+from data import pydocs, shakespeare
 from data.bpe import compare, count_words, learn, main, read_chunks, train
+from data.files import DataError
 from data.pydocs import read_topics
 from data.shards import open_split
 from data.text import prepare, read_text

@@ -1,4 +1,4 @@
-"""data/cells.py: runs one after another, with the real training script in small."""
+"""training/cells.py: runs one after another, with the real training script in small."""
 
 import json
 import os
@@ -15,9 +15,10 @@ from matplotlib.figure import Figure
 
 import model as gpt
 import train_gpt2
-from data import DataError, cells, sweep
+from data.files import DataError
 from data.shards import write_dataset
 from data.tokenizer import CharTokenizer
+from training import cells, sweep
 
 SCRIPT = Path(train_gpt2.__file__)
 TOKENIZER = CharTokenizer.train("abcdefgh", documents=False)
@@ -91,7 +92,7 @@ def test_a_cell_made_with_other_options_is_not_taken_for_this_one(dataset, swept
 
 def test_a_folder_that_another_sweep_uses_is_refused(dataset, swept):
     out, _ = swept
-    from data import lock
+    from data.files import lock
 
     with lock(out / ".lock"), pytest.raises(DataError, match="another process is writing to"):
         sweep.run(SCRIPT, command(dataset, out), ["lr=1e-3"], parse)
@@ -109,7 +110,7 @@ def test_torchrun_and_resume_are_refused(dataset, tmp_path, monkeypatch):
 def test_ctrl_c_lets_the_cell_save_ends_the_sweep_and_the_same_command_goes_on(dataset, tmp_path):
     program = """
 import sys
-from data import sweep
+from training import sweep
 from tests.test_cells import SCRIPT, parse
 raise SystemExit(sweep.run(SCRIPT, sys.argv[1:], ["lr=1e-3,1e-2"], parse))
 """

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 
 import kernels
 import train_gpt2
-from data import diagnostics, pydocs
-from data.diagnostics import Diagnostics
-from data.parallel import Processes
-from data.run import read_log
+from data import pydocs
 from model import GPT, GPTConfig
+from training import diagnostics
+from training.diagnostics import Diagnostics
+from training.distributed import Processes
+from training.run import read_log
 
 V, T = 300, 32
 

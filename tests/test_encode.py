@@ -8,8 +8,8 @@ import signal
 import numpy as np
 import pytest
 
-from data import DataError
 from data.encode import RUN, encode_documents, encode_in_order
+from data.files import DataError
 from data.tokenizer import gpt2
 
 

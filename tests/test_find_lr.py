@@ -8,8 +8,10 @@ import re
 import pytest
 
 import train_gpt2
-from data import DataError, find_lr, pydocs
-from data.parallel import Processes
+from data import pydocs
+from data.files import DataError
+from training import find_lr
+from training.distributed import Processes
 
 
 def quadratic(curvature=100.0):

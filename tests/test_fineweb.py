@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import data
-from data import DataError
+from data import files
+from data.files import DataError
 from data.fineweb import prepare
 from data.shards import open_split
 from data.tokenizer import byte_pairs, gpt2
@@ -466,7 +467,7 @@ def test_names_of_datasets_lead_to_the_samples():
 def test_a_second_process_waits_for_the_one_that_prepares_and_says_so(tmp_path):
     folder = tmp_path / "datasets" / "pydocs"
     folder.mkdir(parents=True)
-    held = data.lock(folder / ".lock")
+    held = files.lock(folder / ".lock")
     command = [sys.executable, "-c", "import data; data.prepare_if_missing('pydocs'); print('there')"]
     settings = {**os.environ, "PYTHONPATH": str(ROOT)}
     waiting = subprocess.Popen(
@@ -482,7 +483,7 @@ def test_a_second_process_waits_for_the_one_that_prepares_and_says_so(tmp_path):
 
 
 def test_a_folder_that_another_process_writes_to_is_refused(tmp_path):
-    with data.writing(tmp_path):
+    with files.writing(tmp_path):
         for command in (["data.text", ROOT / "README.md"], ["data.fineweb", "--input", ROOT / "requirements.txt"]):
             command = [sys.executable, "-m", *map(str, command), "--out", str(tmp_path)]
             done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

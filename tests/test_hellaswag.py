@@ -1,4 +1,4 @@
-"""data/hellaswag.py: scores against transformers and by hand, over any number of ranks; the file; the command."""
+"""training/hellaswag.py: scores against transformers and by hand, over any number of ranks; the file; the command."""
 
 import hashlib
 import http.server
@@ -14,8 +14,10 @@ import torch
 from hellaswag_questions import QUESTIONS, write_questions
 
 import model as gpt
-from data import DataError
-from data.hellaswag import (
+from data.files import DataError
+from data.tokenizer import CharTokenizer, gpt2
+from training import weights as model_weights
+from training.hellaswag import (
     Question,
     ending_losses,
     evaluate,
@@ -27,8 +29,7 @@ from data.hellaswag import (
     render,
     summary,
 )
-from data.run import Run
-from data.tokenizer import CharTokenizer, gpt2
+from training.run import Run
 
 BLOCK_SIZE = 40  # tokens: shorter than some of the twenty questions, longer than others
 
@@ -55,7 +56,7 @@ def folder(theirs, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ours(folder):
-    return gpt.load(str(folder))[0].eval()
+    return model_weights.load(str(folder))[0].eval()
 
 
 @pytest.fixture(scope="module")
@@ -348,7 +349,7 @@ def test_without_network_the_error_names_the_way_out(tmp_path, url):
 
 def command(monkeypatch, capsys, *words):
     """Runs the command. Returns what it prints on stdout and on stderr, and its exit status."""
-    monkeypatch.setattr(sys, "argv", ["data.hellaswag", *map(str, words)])
+    monkeypatch.setattr(sys, "argv", ["training.hellaswag", *map(str, words)])
     status = 0
     try:
         main()

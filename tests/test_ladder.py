@@ -1,4 +1,4 @@
-"""data/ladder.py; how rungs run is in test_cells.py."""
+"""training/ladder.py; how rungs run is in test_cells.py."""
 
 from pathlib import Path
 
@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 
 import model as gpt
 import train_gpt2
-from data import DataError, cells, ladder
+from data.files import DataError
 from data.shards import write_dataset
 from data.tokenizer import CharTokenizer
+from training import cells, ladder
 
 
 def parse(arguments):

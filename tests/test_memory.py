@@ -1,4 +1,4 @@
-"""kernels/memory.py: the plan of a GPU's memory against what PyTorch really keeps, on a CPU."""
+"""training/memory.py: the plan of a GPU's memory against what PyTorch really keeps, on a CPU."""
 
 import gc
 import io
@@ -12,9 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import model
-from kernels import memory, plan, roofline, select
-from kernels.devices import GPUS
-from kernels.shapes import Shape
+from kernels import select
+from kernels.gpus import GPUS
+from kernels.report import roofline
+from kernels.report.shapes import Shape
+from training import memory, plan
 
 SMALL, WIDE = Shape(2, 12, 32, 2, 2, 200), Shape(1, 20, 48, 3, 1, 700)
 BYTES = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}

@@ -8,8 +8,9 @@ from torch.nn import functional as F
 
 import kernels
 import model as gpt
-from data.hugging_face import RELEASES, other_layout
-from kernels import devices
+from training import devices
+from training import weights as model_weights
+from training.weights import RELEASES, other_layout
 
 SMALL = gpt.GPTConfig(n_layer=2, n_head=4, n_embd=32, block_size=24, vocab_size=150)  # 106 columns of padding
 
@@ -49,7 +50,7 @@ def theirs(tmp_path_factory):
 
 def test_logits_loss_and_every_gradient_are_those_of_transformers(theirs):
     judge, folder = theirs
-    ours = gpt.GPT.from_pretrained(str(folder))
+    ours = model_weights.from_pretrained(str(folder))
     tokens, targets = random_tokens(3, 20), random_tokens(3, 20)
 
     their_logits = judge(tokens).logits

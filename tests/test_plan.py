@@ -1,4 +1,4 @@
-"""kernels/plan.py: the dry run."""
+"""training/plan.py: the dry run."""
 
 import dataclasses
 import subprocess
@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 import train_gpt2
-from kernels import memory, plan, roofline
-from kernels.devices import GPUS
-from kernels.plan import Job, PlanError, of_preset
+from kernels.gpus import GPUS
+from kernels.report import roofline
+from training import memory, plan
+from training.plan import Job, PlanError, of_preset
 
 
 def text_of(capsys, *words: str) -> str:
@@ -139,6 +140,6 @@ def test_a_job_checks_itself_wherever_it_comes_from():
 
 
 def test_the_command_line_works_as_a_module():
-    command = [sys.executable, "-m", "kernels.plan", "--gpu", "H100"]
+    command = [sys.executable, "-m", "training.plan", "--gpu", "H100"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=120)
     assert done.returncode == 0 and done.stdout.startswith("gpt2-124m: 12 layers"), done.stderr

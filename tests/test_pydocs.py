@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from data import DataError
+from data.files import DataError
 from data.pydocs import prepare, read_topics, validation_topics
 from data.shards import open_split
 from data.tokenizer import from_spec

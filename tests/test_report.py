@@ -12,10 +12,18 @@ import pytest
 import torch
 
 import train_gpt2
-from kernels import attention, interpreted_for, report, roofline
-from kernels.devices import GPUS, SOURCES
-from kernels.machine_code import ARCHITECTURES, MULTIPROCESSORS, Multiprocessor, programs_that_fit, width_of_access
-from kernels.shapes import PRESETS, Shape, ShapeError, calls_per_step, parse_shape
+from kernels import attention, interpreted_for
+from kernels.gpus import GPUS, SOURCES
+from kernels.report import __main__ as report
+from kernels.report import roofline
+from kernels.report.machine_code import (
+    ARCHITECTURES,
+    MULTIPROCESSORS,
+    Multiprocessor,
+    programs_that_fit,
+    width_of_access,
+)
+from kernels.report.shapes import PRESETS, Shape, ShapeError, calls_per_step, parse_shape
 from model import GPT
 
 ROOT = Path(__file__).parents[1]
@@ -109,7 +117,7 @@ def attention_by_hand(heads: int, T: int, D: int, forward: int, dq: int, dkdv: i
     [("sm_80", 256, (128, 128, 128)), ("sm_80", 150, (64, 64, 64)), ("sm_90", 150, (128, 128, 64))],
 )
 def test_counted_bytes_of_attention_are_those_of_a_formula_by_hand(gpu, T, blocks):
-    from kernels import traffic
+    from kernels.report import traffic
 
     with interpreted_for(gpu):
         found = traffic.measure("causal_attention", Shape(B=1, T=T, C=64, H=2, L=1, V=10))
@@ -119,7 +127,7 @@ def test_counted_bytes_of_attention_are_those_of_a_formula_by_hand(gpu, T, block
 
 @INTERPRETED
 def test_each_gpu_gets_the_launches_of_its_own_row():
-    from kernels import traffic
+    from kernels.report import traffic
 
     launched = {}
     for gpu in MULTIPROCESSORS:
@@ -137,7 +145,7 @@ def test_each_gpu_gets_the_launches_of_its_own_row():
 @pytest.mark.parametrize("change", [{"B": 1, "T": 58}, {"B": 3, "T": 32}], ids=["58 rows", "96 rows"])
 @pytest.mark.parametrize("operation", list(calls_per_step(SMALL)))
 def test_the_rule_of_scaling_is_exact_at_other_sizes(operation, change):
-    from kernels import traffic
+    from kernels.report import traffic
 
     shape = dataclasses.replace(SMALL, **change)
     predicted = traffic.scaled(
@@ -155,7 +163,7 @@ def test_the_rule_of_scaling_is_exact_at_other_sizes(operation, change):
 @INTERPRETED
 def test_the_gradient_of_keys_and_values_does_not_spill_where_another_choice_would():
     """The kernel closest to its 255 registers; sm_80 and sm_90 are in the gate, sm_89 compiles to the code of sm_86."""
-    from kernels import traffic
+    from kernels.report import traffic
 
     chosen = {}
     for gpu in ("sm_86", "sm_100", "sm_120"):

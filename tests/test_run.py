@@ -9,8 +9,10 @@ import pytest
 import torch
 import tyro
 
-from data import DataError, clear_errors, parse_options
-from data.run import (
+from data.files import DataError, clear_errors, parse_options
+from data.shards import open_split, write_dataset
+from data.tokenizer import CharTokenizer, gpt2
+from training.run import (
     GPT2_124M,
     Run,
     checkpoints,
@@ -20,8 +22,6 @@ from data.run import (
     newest_checkpoint,
     read_log,
 )
-from data.shards import open_split, write_dataset
-from data.tokenizer import CharTokenizer, gpt2
 
 
 def record(step, **more):

@@ -1,4 +1,4 @@
-"""kernels/scale.py: what data parallelism costs, on paper; its parts against PyTorch and against slower arithmetic."""
+"""training/scale.py: what data parallelism costs, on paper; its parts against PyTorch and against slower arithmetic."""
 
 import dataclasses
 import math
@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 
 import model
-from kernels import memory, roofline, scale
-from kernels.shapes import PRESETS, Shape
+from kernels.report import roofline
+from kernels.report.shapes import PRESETS, Shape
+from training import memory, scale
 
 SMALL = Shape(1, 16, 32, 2, 3, 300)
 EVERY = [(preset, cluster, n) for preset in scale.MODELS for cluster in scale.CLUSTERS for n in (8, 16, 64, 256, 512)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data import DataError
+from data.files import DataError
 from data.shakespeare import download, main, prepare
 from data.shards import open_split
 from data.tokenizer import from_spec, gpt2

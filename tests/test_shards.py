@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import DataError, clear_errors, run_script, write_whole
+from data.files import DataError, clear_errors, run_script, write_whole
 from data.shards import Loader, evaluation_windows, open_split, read_windows, summary, write_dataset
 from data.tokenizer import CharTokenizer, from_spec, gpt2
 

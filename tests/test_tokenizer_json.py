@@ -9,7 +9,7 @@ import tiktoken
 import tokenizers
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from data import DataError
+from data.files import DataError
 from data.tokenizer import GPT4_PATTERN, BytePairTokenizer, CharTokenizer, gpt2, spelled
 from data.tokenizer_json import merges, tokenizer_json
 

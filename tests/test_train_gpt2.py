@@ -16,10 +16,12 @@ import torch
 from hellaswag_questions import write_questions
 from runs import ROOT, assert_same_run, command, curve, start, train, wait_for_step, weights
 
+import sample as sampling
 import train_gpt2
-from data import DataError, flag, pydocs, shards, text, tokenizer
-from data.hugging_face import RELEASES
-from data.run import load_checkpoint, newest_checkpoint, read_log
+from data import pydocs, shards, text, tokenizer
+from data.files import DataError, flag
+from training.run import load_checkpoint, newest_checkpoint, read_log
+from training.weights import RELEASES
 
 SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
 
@@ -270,7 +272,7 @@ def test_a_text_without_line_breaks_is_sampled_too(tmp_path):
     (tmp_path / "text").write_text("abcdefgh " * 500, encoding="utf-8")
     text.prepare([tmp_path / "text"], tmp_path / "data")
     assert train(tmp_path / "data", tmp_path / "run", max_steps=2, eval_tokens=64) == 0
-    train_gpt2.gpt.main([str(tmp_path / "run"), "--max-new-tokens", "5"])
+    sampling.main([str(tmp_path / "run"), "--max-new-tokens", "5"])
 
 
 def test_out_of_memory_is_an_error_line_on_a_cpu_too(dataset, tmp_path, capsys):
@@ -509,9 +511,9 @@ def test_check_names_a_token_past_the_vocabulary(tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------ sampling from a run
 
 
-def test_model_py_writes_text_with_a_run(straight, capsys):
+def test_sample_py_writes_text_with_a_run(straight, capsys):
     def write(*options):
-        train_gpt2.gpt.main([str(straight), *options])
+        sampling.main([str(straight), *options])
         return capsys.readouterr()
 
     streamed = write("--prompt", "The ", "--max-new-tokens", "40").out
@@ -534,18 +536,18 @@ def test_model_py_writes_text_with_a_run(straight, capsys):
         (["--no-such"], "--no-such"),
     ],
 )
-def test_model_py_names_what_is_wrong(straight, capsys, options, expected):
+def test_sample_py_names_what_is_wrong(straight, capsys, options, expected):
     with pytest.raises(SystemExit) as end:
-        train_gpt2.gpt.main([str(straight), *options])
+        sampling.main([str(straight), *options])
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.startswith("error: ") and expected in error and error.count("\n") == 1
 
 
-def test_model_py_names_a_run_without_checkpoints(tmp_path, capsys):
+def test_sample_py_names_a_run_without_checkpoints(tmp_path, capsys):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "step_x.pt").write_text("no checkpoint", encoding="utf-8")
     with pytest.raises(SystemExit) as end:
-        train_gpt2.gpt.main([str(tmp_path)])
+        sampling.main([str(tmp_path)])
     assert end.value.code == 2 and "holds no whole checkpoint" in capsys.readouterr().err
 
 
@@ -590,7 +592,7 @@ def test_names_one_a_line_train_too_and_new_ones_are_told_apart(tmp_path, capsys
     capsys.readouterr()
     options = ["--num-samples", "20", "--new-only", "--max-new-tokens", "12", "--temperature", "0.5"]
     with contextlib.suppress(SystemExit):
-        train_gpt2.gpt.main([str(tmp_path / "run"), *options])
+        sampling.main([str(tmp_path / "run"), *options])
     written = capsys.readouterr()
     new, known = written.out.splitlines(), names.read_text(encoding="utf-8").splitlines()
     assert f"{len(new)} of 20 are not in the training text" in written.err and not set(new) & set(known[:100])

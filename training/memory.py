@@ -28,11 +28,11 @@ tests/test_memory.py holds this against what autograd, the optimizers, DDP and t
 import math
 
 from kernels.cross_entropy import CHUNK_BYTES
-from kernels.shapes import Shape
+from kernels.report.shapes import Shape
 
 MODES = ("ddp", "zero1", "fsdp")  # how processes share a model
 SPARE = 0.05  # of a GPU's memory, for what is left out above: an assumption
-# 10^9 bytes on the GPUs of kernels.devices.GPUS: the makers' figures; where no page is named, not looked up: check.
+# 10^9 bytes on the GPUs of kernels.gpus.GPUS: the makers' figures; where no page is named, not looked up: check.
 # Drivers show some 5 % more than 10^9 bytes a GB: a margin besides SPARE
 GIGABYTES = {
     "B200": 180,  # 192 on other pages: the smaller counts

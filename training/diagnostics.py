@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import write_whole
+from data.files import write_whole
 
 SEQUENCES = 16  # of the batch, for the activations: position 0 has no more samples than that
 ATTENTION_SEQUENCES, ATTENTION_QUERIES = 4, 64  # for the entropy, which needs a row of weights a query

@@ -12,9 +12,9 @@ layer norm 2.09; and 1.50 with six layers of 384 channels. Its rungs and ours ar
 
 from pathlib import Path
 
-from data import DataError, flag
-from data import cells as runs
-from data.cells import Cell, Parse
+from data.files import DataError, flag
+from training import cells as runs
+from training.cells import Cell, Parse
 
 DIMENSIONS = ("n_layer", "n_head", "n_embd", "block_size")
 RUNGS = {  # folder -> what is new, DIMENSIONS, learning rate

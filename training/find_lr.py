@@ -28,7 +28,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import DataError, write_whole
+from data.files import DataError, write_whole
 
 LOW, HIGH, STEPS = 1e-5, 1.0, 200  # 40 steps for every factor of ten
 EXPLODED = 4.0  # times the lowest smoothed loss: higher rates can tell nothing more

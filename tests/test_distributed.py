@@ -13,7 +13,7 @@ from hellaswag_questions import write_questions
 from runs import ROOT, TORCHRUN, assert_same_run, command, curve, train, wait_for_step
 
 from data import fineweb, text
-from data.run import newest_checkpoint
+from training.run import newest_checkpoint
 
 SCRIPT = str(ROOT / "train_gpt2.py")
 

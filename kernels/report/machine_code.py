@@ -1,9 +1,9 @@
 """
 Kernels compiled ahead of time for a GPU that need not be there, and what their machine code says.
 
-    python -m kernels.machine_code sm_80 < kernels.json      in a process without TRITON_INTERPRET; prints JSON
+    python -m kernels.report.machine_code sm_80 < kernels.json      in a process without TRITON_INTERPRET; prints JSON
 
-A launch is compiled as kernels.traffic noted it down, specialised as Triton's launcher would: pointers aligned to 16
+A launch is compiled as traffic.py noted it down, specialised as Triton's launcher would: pointers aligned to 16
 bytes and integers divisible by 16 are marked so, an integer 1 and a None become constants. ptxas, cuobjdump and
 nvdisasm come with the triton package. For AMD the assembly text is read.
 

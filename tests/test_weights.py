@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from tiktoken_ext.openai_public import r50k_pat_str
 
 import model as gpt
-from data import DataError, hugging_face
-from data.run import Run
+import sample as sampling
+from data.files import DataError
 from data.tokenizer import BytePairTokenizer, CharTokenizer, gpt2
+from training import weights as model_weights
+from training.run import Run
 
 TEXT = "Hello, world! It's  twice\n\n   as long.  "
 
@@ -42,7 +44,7 @@ def save_run(folder, model, tokenizer):
 def write(folder, model, tokenizer):
     weights = model.state_dict()
     weights["transformer.wte.weight"] = weights["transformer.wte.weight"][: model.config.vocab_size]
-    hugging_face.write(folder, vars(model.config), weights, tokenizer)
+    model_weights.write(folder, vars(model.config), weights, tokenizer)
 
 
 def assert_transformers_agrees(folder, model, tokenizer):
@@ -65,7 +67,7 @@ def assert_transformers_agrees(folder, model, tokenizer):
 
 def refusal(folder):
     with pytest.raises((DataError, gpt.ModelError)) as error:
-        gpt.load(str(folder))
+        model_weights.load(str(folder))
     return str(error.value)
 
 
@@ -108,22 +110,22 @@ def test_a_run_goes_to_transformers_and_back_without_a_changed_bit(tokenizer, tm
     model = random_model(tokenizer.vocab_size)
     run = save_run(tmp_path / "run", model, tokenizer)
     folder = str(tmp_path / "new" / "export")
-    gpt.main([run, "--export", folder])
+    sampling.main([run, "--export", folder])
     assert folder in capsys.readouterr().out
     assert_transformers_agrees(folder, model, tokenizer)
 
-    back, spec = gpt.load(folder)
+    back, spec = model_weights.load(folder)
     assert spec == tokenizer.spec() and back.config == model.config
     for name, tensor in model.state_dict().items():
         tokens = tokenizer.vocab_size if "wte" in name else len(tensor)
         assert torch.equal(back.state_dict()[name][:tokens], tensor[:tokens]), name
         assert not back.state_dict()[name][tokens:].any()
 
-    gpt.main([run, "--prompt", "t", "--max-new-tokens", "8"])
+    sampling.main([run, "--prompt", "t", "--max-new-tokens", "8"])
     text = capsys.readouterr().out
-    gpt.main([folder, "--prompt", "t", "--max-new-tokens", "8"])
+    sampling.main([folder, "--prompt", "t", "--max-new-tokens", "8"])
     assert capsys.readouterr().out == text
-    gpt.main([folder, "--export", str(tmp_path / "again")])
+    sampling.main([folder, "--export", str(tmp_path / "again")])
     for path in Path(folder).iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
 
@@ -147,7 +149,7 @@ def test_the_tokenizer_files_of_gpt2_are_openais_byte_for_byte_and_no_others_pas
     ]:
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == sha256
     (folder / "tokenizer_spec.json").unlink()  # what transformers writes has none
-    assert gpt.load(str(folder))[1] == {"type": "gpt2"}
+    assert model_weights.load(str(folder))[1] == {"type": "gpt2"}
     content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
     content["model"]["vocab"] |= {"Ġthe": 276, "ed": 262}  # of the same size, in another order
     (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
@@ -176,7 +178,7 @@ def test_an_export_never_touches_what_is_there(tmp_path):
     assert (tmp_path / "full" / "precious").read_text("utf-8") == "work"
     (tmp_path / "empty").mkdir()
     write(tmp_path / "empty", random_model(3), tokenizer)
-    assert gpt.load(str(tmp_path / "empty"))[1] == tokenizer.spec()
+    assert model_weights.load(str(tmp_path / "empty"))[1] == tokenizer.spec()
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="could not be written"):
         write(tmp_path / "file" / "export", random_model(3), tokenizer)
@@ -203,7 +205,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        hugging_face.write(
+        model_weights.write(
             tmp_path / "export",
             vars(random_model(3).config),
             Interrupted(random_model(3).state_dict()),
@@ -231,7 +233,7 @@ def test_all_that_transformers_may_write_is_read(judge, tmp_path):
     save_file(weights | masks | {"lm_head.weight": weights["wte.weight"].clone()}, old / "model.safetensors")
     (old / "config.json").write_bytes((folder / "config.json").read_bytes())
     for path in (folder, shards, old):
-        ours = gpt.GPT.from_pretrained(str(path)).eval()
+        ours = model_weights.from_pretrained(str(path)).eval()
         torch.testing.assert_close(ours(tokens), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -239,14 +241,14 @@ def test_all_that_transformers_may_write_is_read(judge, tmp_path):
 def test_weights_of_half_the_size_become_float32(copy, dtype):
     weights = load_file(copy / "model.safetensors")
     save_file({name: tensor.to(dtype) for name, tensor in weights.items()}, copy / "model.safetensors")
-    ours = gpt.from_pretrained(str(copy)).state_dict()
+    ours = model_weights.from_pretrained(str(copy)).state_dict()
     assert {tensor.dtype for tensor in ours.values()} == {torch.float32}
     half = weights["transformer.h.0.mlp.c_fc.weight"].to(dtype).float().t()
     assert torch.equal(ours["transformer.h.0.mlp.c_fc.weight"], half)
 
 
 def test_weights_outlive_the_file_they_came_from(copy):
-    ours = gpt.from_pretrained(str(copy))
+    ours = model_weights.from_pretrained(str(copy))
     before = ours.transformer.wpe.weight.clone()
     with (copy / "model.safetensors").open("r+b") as file:  # in place: a mapped file would change under the model
         file.seek(1000)
@@ -331,7 +333,7 @@ def test_another_tokenizers_tokens_are_refused(copy):
 def test_a_download_is_read_only_when_its_content_is_openais(tmp_path, monkeypatch, capsys):
     config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2)
     judge = transformers.GPT2LMHeadModel(config).eval()
-    release = hugging_face.RELEASES["gpt2"]
+    release = model_weights.RELEASES["gpt2"]
     snapshot = tmp_path / "models--openai-community--gpt2" / "snapshots" / release.revision  # as if downloaded
     judge.save_pretrained(snapshot)
     (snapshot / "config.json").unlink()
@@ -341,13 +343,13 @@ def test_a_download_is_read_only_when_its_content_is_openais(tmp_path, monkeypat
 
     sha256 = hashlib.sha256((snapshot / "model.safetensors").read_bytes()).hexdigest()
     tiny = release._replace(n_layer=1, n_head=2, n_embd=8, sha256=sha256)
-    monkeypatch.setitem(hugging_face.RELEASES, "gpt2", tiny)
-    ours, spec = gpt.load("gpt2")
+    monkeypatch.setitem(model_weights.RELEASES, "gpt2", tiny)
+    ours, spec = model_weights.load("gpt2")
     tokens = torch.randint(0, 50257, (2, 9))
     torch.testing.assert_close(ours.eval()(tokens), judge(tokens).logits, rtol=1e-5, atol=1e-5)
     assert spec == {"type": "gpt2"} and ours.config.block_size == 1024
 
-    gpt.main(["gpt2", "--export", "export"])
+    sampling.main(["gpt2", "--export", "export"])
     again = transformers.GPT2LMHeadModel.from_pretrained("export").eval()
     assert torch.equal(again(tokens).logits, judge(tokens).logits)
 

@@ -11,7 +11,7 @@ here. Counted: from running the kernels in Triton's interpreter, scaled to the s
 and on the makers' data sheets. None is a timing; for those there is kernels.bench.
 
 Two processes do the work, since Triton decides at import whether its kernels are interpreted or compiled:
-kernels.traffic with TRITON_INTERPRET, kernels.machine_code without it.
+kernels.report.traffic with TRITON_INTERPRET, kernels.report.machine_code without it.
 """
 
 import argparse
@@ -25,10 +25,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from kernels import roofline
-from kernels.devices import GPUS
-from kernels.machine_code import ARCHITECTURES, MULTIPROCESSORS
-from kernels.shapes import PRESETS, Shape, ShapeError, parse_shape
+from kernels.gpus import GPUS
+from kernels.report import roofline
+from kernels.report.machine_code import ARCHITECTURES, MULTIPROCESSORS
+from kernels.report.shapes import PRESETS, Shape, ShapeError, parse_shape
 
 LIMITS = {  # of --check, for each kernel and target; AMD code is compiled only, and not held to them
     "stack_bytes": 0,  # where spilled registers go
@@ -63,7 +63,7 @@ def child(module: str, *arguments: str, work: object, interpret: bool) -> list |
     """What `python -m module` prints as JSON, given `work` as JSON, with or without Triton's interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
-    paths = (str(Path(__file__).parents[1]), environment.get("PYTHONPATH"))
+    paths = (str(Path(__file__).parents[2]), environment.get("PYTHONPATH"))
     environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(
@@ -75,17 +75,17 @@ def child(module: str, *arguments: str, work: object, interpret: bool) -> list |
 
 
 def count(shape: Shape, architectures: list[str]) -> dict[str, list[dict]]:
-    """By architecture, every kernel: how it is launched there, and its counted traffic. See kernels.traffic.report."""
+    """By architecture, every kernel: how it is launched there, and its counted traffic. See traffic.report."""
     work = {"shape": dataclasses.asdict(shape), "architectures": architectures}
-    return child("kernels.traffic", work=work, interpret=True)
+    return child("kernels.report.traffic", work=work, interpret=True)
 
 
 def compile_all(kernels: dict[str, list[dict]]) -> dict[str, list[dict]]:
-    """By architecture, what kernels.machine_code.figures says of every kernel; as many at a time as there are cores."""
+    """By architecture, what machine_code.figures says of every kernel; as many at a time as there are cores."""
 
     def one(architecture: str) -> list[dict]:
         work = [{"launch": kernel["launch"], "sites": kernel["sites"]} for kernel in kernels[architecture]]
-        return child("kernels.machine_code", architecture, work=work, interpret=False)
+        return child("kernels.report.machine_code", architecture, work=work, interpret=False)
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(kernels, pool.map(one, kernels), strict=True))

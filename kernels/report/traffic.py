@@ -1,7 +1,7 @@
 """
 What the kernels are launched with, and the bytes and FLOPs that each launch moves, counted without a GPU.
 
-    python -m kernels.traffic < work.json       in a process with TRITON_INTERPRET=1; prints report() as JSON
+    python -m kernels.report.traffic < work.json       in a process with TRITON_INTERPRET=1; prints report() as JSON
 
 Launches: every operation runs as in training, forward and backward under bfloat16 autocast, at the full shape, with the
 launch parameters of each GPU asked about (kernels.interpreted_for). A torch function returns memory that nobody wrote,
@@ -38,7 +38,7 @@ from torch.utils._pytree import tree_map_only
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, ReduceOps
 
 import kernels
-from kernels.shapes import Shape, arguments, calls_per_step, forward_and_backward
+from kernels.report.shapes import Shape, arguments, calls_per_step, forward_and_backward
 
 ROWS = (16, 24, 42)  # of the small runs: programs are not proportional to them where a program takes up to 16 rows
 HEADS = (1, 2)  # of the small runs of attention

@@ -1,12 +1,12 @@
 """
 A dry run: what a training run would take, from its options alone. Nothing is trained, no GPU is needed.
 
-    python -m kernels.plan --preset gpt2-124m --gpus 8                        parameters, memory, time, cost, disk
-    python -m kernels.plan --preset gpt2-1558m --gpus 64 --parallel fsdp      the same, another way to share
-    python -m kernels.plan --all                                              a line for every preset
-    python -m kernels.plan --scale                                            1, 8, 64 and 512 GPUs: kernels/scale.py
+    python -m training.plan --preset gpt2-124m --gpus 8                        parameters, memory, time, cost, disk
+    python -m training.plan --preset gpt2-1558m --gpus 64 --parallel fsdp      the same, another way to share
+    python -m training.plan --all                                              a line for every preset
+    python -m training.plan --scale                                            1, 8, 64 and 512 GPUs: training/scale.py
 
-Parameters and FLOPs are exact. Memory is a model, checked against measurements on a CPU: kernels/memory.py. Time is
+Parameters and FLOPs are exact. Memory is a model, checked against measurements on a CPU: training/memory.py. Time is
 arithmetic: tokens/s = MFU x peak FLOP/s x GPUs / FLOPs per token, for an MFU that you give; validation, samples and
 checkpoints take time besides. `train_gpt2.py ... --plan` prints the same for the options that it is given.
 """
@@ -15,9 +15,11 @@ import argparse
 import dataclasses
 import sys
 
-from kernels import FAMILIES, KernelError, families, memory, roofline
-from kernels.devices import GPUS
-from kernels.shapes import PRESETS, Shape
+from kernels import FAMILIES, KernelError, families
+from kernels.gpus import GPUS
+from kernels.report import roofline
+from kernels.report.shapes import PRESETS, Shape
+from training import memory
 
 RUNS = {  # preset -> tokens a step, steps, optimizer, dropout, tokens of its data (None: as many as it trains on)
     "laptop": (2_048, 1_100, "muon", 0.0, None),
@@ -241,7 +243,7 @@ def plan(job: Job, gpus: list[str] | tuple[str, ...] = ("A100", "H100"), mfu: fl
     """
     All that the run would take, as text of at most 100 columns.
 
-    gpus:  names of kernels.devices.GPUS to plan for
+    gpus:  names of kernels.gpus.GPUS to plan for
     mfu:   share of the bfloat16 peak that the run is taken to reach, 0 to 1
     price: of a GPU for an hour, in any currency
     Raises PlanError, a sentence for the command line.
@@ -310,7 +312,7 @@ def every_preset(gpus: list[str], world_size: int, mfu: float, price: float, par
 
 def options(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m kernels.plan", description="What a training run would take: memory, time, cost, disk. No GPU."
+        prog="python -m training.plan", description="What a training run would take: memory, time, cost, disk. No GPU."
     )
     parser.error = lambda message: fail(f"{message} (--help shows every option)")
     parser.add_argument("--preset", default="gpt2-124m", help=f"one of {', '.join(RUNS)}")
@@ -340,7 +342,7 @@ def fail(message: str) -> None:
 
 def run(chosen: argparse.Namespace) -> str:
     if chosen.scale:
-        from kernels import scale  # here: it builds on this module
+        from training import scale  # here: it builds on this module
 
         check_gpus(chosen.gpu, chosen.mfu, chosen.price)
         return scale.report(chosen.mfu)

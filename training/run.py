@@ -36,13 +36,18 @@ from typing import BinaryIO
 import torch
 from tqdm import tqdm
 
-from data import DataError, diagnostics, lock, write_whole
-from data.hellaswag import HELLASWAG_CHANCE, HELLASWAG_GPT2_124M, HELLASWAG_GPT3_124M
+from data.files import DataError, lock, write_whole
 from data.shards import Split
+from training import diagnostics
 
 # what a checkpoint holds at least
 CHECKPOINT_KEYS = {"step", "model", "optimizers", "config", "tokenizer", "run", "micro_batch"}
 GPT2_124M = "OpenAI's GPT-2 (124M)"
+HELLASWAG_CHANCE = 1 / 4
+# acc_norm on all 10,042 questions. GPT-2: the released weights scored as here, by llm.c's dev/data/hellaswag.py. GPT-3:
+# as its makers report it, zero-shot, for their smallest model: https://arxiv.org/abs/2005.14165, table H.1.
+HELLASWAG_GPT2_124M = 0.2955
+HELLASWAG_GPT3_124M = 0.337
 # GPT-2 (124M)'s loss, nats per token, on the validation shard of either text, as build-nanogpt and llm.c publish it
 PUBLISHED = {"fineweb-edu": 3.2924, "fineweb": 3.425}
 HELLASWAG = {GPT2_124M: HELLASWAG_GPT2_124M, "GPT-3 (124M)": HELLASWAG_GPT3_124M}
@@ -121,7 +126,7 @@ class Run:
         for name, loss in self.landmarks.items():
             print(f"{'compare: ' + name:<26} {loss:.4f}")
         print(f"{self.folder} holds loss.png, log.jsonl, samples.txt and checkpoints")
-        print(f'python model.py {self.folder} --prompt "..." writes more')
+        print(f'python sample.py {self.folder} --prompt "..." writes more')
 
     def summary(self) -> dict[str, str]:
         """What the run came to, named; of val_loss and HellaSwag the last that were measured."""

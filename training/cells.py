@@ -23,8 +23,9 @@ from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
 
-from data import DataError, flag, folder_of, lock, parse_options, prepare_if_missing, shards, write_whole
-from data.run import loss_landmarks, read_log
+from data import folder_of, prepare_if_missing, shards
+from data.files import DataError, flag, lock, parse_options, write_whole
+from training.run import loss_landmarks, read_log
 
 SET_BY_US = {"out_dir", "resume", "sweep", "ladder", "plan", "find_lr"}  # not for a cell to have of its own
 # Options that leave the losses of a run as they are: a finished cell stays valid when they change.

@@ -5,15 +5,15 @@ A kernel takes at least the longest of: bytes touched / memory bandwidth, tl.dot
 arithmetic / float32 peak. Bytes that are read again are taken to come from a cache. A training step adds up, one after
 the other: the kernels (counted); the matrix products, the PyTorch versions of the operations and AdamW (modelled, from
 their published algorithms, run eagerly under bfloat16 autocast, each pass at the ceilings above). Left out: embeddings,
-communication, launches. Ceilings are those of the data sheets, in kernels.devices.GPUS: no real kernel reaches them.
+communication, launches. Ceilings are those of the data sheets, in kernels.gpus.GPUS: no real kernel reaches them.
 
 Sources: Williams, Waterman and Patterson, "Roofline", 2009, https://doi.org/10.1145/1498765.1498785
          Chowdhery et al., "PaLM", 2022, appendix B, for MFU, https://arxiv.org/abs/2204.02311
 """
 
 from kernels import FAMILIES
-from kernels.devices import GPU, GPUS
-from kernels.shapes import Shape
+from kernels.gpus import GPU, GPUS
+from kernels.report.shapes import Shape
 
 FAMILY = {operation: family for family, operations in FAMILIES.items() for operation in operations}
 TYPICAL = {  # architecture -> the GPU whose ceilings stand for it

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data import DataError
+from data.files import DataError
 
 Mode = Literal["ddp", "zero1", "fsdp"]
 LATECOMERS = timedelta(days=7)  # to wait for a machine that still prepares its data

@@ -13,8 +13,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from data import DataError, flag
-from data.cells import SET_BY_US, Cell, Parse, chosen_folder, draw_curves, parsed, run_cells
+from data.files import DataError, flag
+from training.cells import SET_BY_US, Cell, Parse, chosen_folder, draw_curves, parsed, run_cells
 
 
 def take_grid(arguments: list[str]) -> tuple[list[str], list[str] | None]:

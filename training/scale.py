@@ -25,9 +25,10 @@ Sources: ring all-reduce and its factor: https://github.com/NVIDIA/nccl-tests/bl
 import dataclasses
 import math
 
-from kernels import memory, plan, roofline
-from kernels.devices import GPUS
-from kernels.shapes import PRESETS, Shape
+from kernels.gpus import GPUS
+from kernels.report import roofline
+from kernels.report.shapes import PRESETS, Shape
+from training import memory, plan
 
 NODE = 8  # GPUs of a machine, joined by NVLink
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20  # bytes: DistributedDataParallel's defaults

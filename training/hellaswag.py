@@ -1,8 +1,8 @@
 """HellaSwag: which of four endings goes on with a text? 10,042 questions, of which guessing gets a quarter right.
 
-`python -m data.hellaswag --model RUN_OR_NAME` scores a model. An ending is read after its context, as one text, and its
-loss is summed over the ending's tokens alone. The model's answer is the ending with the lowest sum (acc), or with the
-lowest mean a token (acc_norm, which does not favour short endings); of equal ones, the first.
+`python -m training.hellaswag --model RUN_OR_NAME` scores a model. An ending is read after its context, as one text,
+and its loss is summed over the ending's tokens alone. The model's answer is the ending with the lowest sum (acc), or
+with the lowest mean a token (acc_norm, which does not favour short endings); of equal ones, the first.
 
     context                          endings, label 3
     A man is sitting on a roof. he   is using wrap to wrap a pair of skis. | ... | starts pulling up roofing on a roof.
@@ -29,9 +29,11 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import DataError, clear_errors, download, lock, run_script, write_whole
-from data.parallel import Processes
+from data.files import DataError, clear_errors, download, lock, run_script, write_whole
 from data.tokenizer import CharTokenizer, Tokenizer, from_spec
+from training import devices, weights
+from training.distributed import Processes
+from training.run import HELLASWAG_CHANCE, HELLASWAG_GPT2_124M
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 # 12,246,618 bytes; the checksum is the one in Hugging Face's datasets/hellaswag/dataset_infos.json.
@@ -39,11 +41,6 @@ SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 
 ENDINGS = 4
 BATCH = 8  # questions scored at once: at HellaSwag's lengths and with GPT-2's vocabulary a gigabyte of logits
-HELLASWAG_CHANCE = 1 / ENDINGS
-# acc_norm on all 10,042 questions. GPT-2: the released weights scored as here, by llm.c's dev/data/hellaswag.py. GPT-3:
-# as its makers report it, zero-shot, for their smallest model: https://arxiv.org/abs/2005.14165, table H.1.
-HELLASWAG_GPT2_124M = 0.2955
-HELLASWAG_GPT3_124M = 0.337
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,14 +278,11 @@ def score(
         batch: Questions scored at once.
         device: auto, cpu, cuda, cuda:1, mps.
     """
-    import model as gpt  # here, not above: reading and scoring need no model of ours
-    from kernels import devices
-
     if batch < 1:
         raise DataError(f"--batch is {batch}, but must be at least 1")
-    with clear_errors(gpt.ModelError, devices.DeviceError):
+    with clear_errors():
         where = devices.choose_device(device)
-        network, tokenizer_spec = gpt.load(model)
+        network, tokenizer_spec = weights.load(model)
         path = prepare_if_missing(input)
         questions, tokenizer = read_questions(path), from_spec(tokenizer_spec)
         rendered = render(questions, tokenizer, network.config.block_size)
@@ -313,7 +307,7 @@ def summary(model: str, counts: Tensor, comparable: bool) -> str:
 
 
 def main() -> None:
-    run_script(score, prog="python -m data.hellaswag")
+    run_script(score, prog="python -m training.hellaswag")
 
 
 if __name__ == "__main__":

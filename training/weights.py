@@ -10,6 +10,7 @@ Weights go by the names of the model here, which are theirs. Two things differ: 
 (Conv1D), and their names may lack "transformer." in front. OpenAI's four GPT-2s are downloaded by name.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -20,11 +21,16 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from data import DataError, write_whole
+import kernels
+from data import tokenizer
+from data.files import DataError, write_whole
 from data.tokenizer import END_OF_TEXT, Tokenizer, from_spec, gpt2
 from data.tokenizer_json import tokenizer_json, vocabulary
+from model import GPT, GPTConfig, ModelError
+from training.run import load_checkpoint, newest_checkpoint
 
 
 class Release(NamedTuple):
@@ -316,3 +322,67 @@ def _tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
         texts["vocab.json"] = json.dumps(model["vocab"])
         texts["merges.txt"] = "\n".join(["#version: 0.2", *map(" ".join, model["merges"])]) + "\n"
     return texts
+
+
+# --------------------------------------------------------------------------------------- released weights and our own
+
+
+def from_pretrained(name_or_folder: str, ops: kernels.Ops | None = None) -> GPT:
+    """
+    A GPT with the weights of a Hugging Face GPT-2: gpt2, gpt2-medium, gpt2-large or gpt2-xl, or a folder.
+
+    The folder holds config.json and model.safetensors. Raises files.DataError where they cannot be had or are not of a
+    GPT-2, ModelError where their shape cannot be.
+    """
+    shape, weights = read(name_or_folder)
+    config, wte = GPTConfig(**shape), weights["transformer.wte.weight"]
+    weights["transformer.wte.weight"] = F.pad(wte, (0, 0, 0, config.padded_vocab_size - config.vocab_size))
+    return _with_weights(config, weights, name_or_folder, ops)
+
+
+def load(name: str, ops: kernels.Ops | None = None) -> tuple[GPT, dict]:
+    """A model and what describes its tokenizer, from a run's folder, a checkpoint file, or as from_pretrained."""
+    path = Path(name)
+    if path.is_file():
+        checkpoint = load_checkpoint(path)
+    elif (path / "checkpoints").is_dir():
+        _, checkpoint = newest_checkpoint(path)
+        if checkpoint is None:
+            raise ModelError(f"{path} holds no whole checkpoint: train_gpt2.py writes one there")
+    else:
+        model = from_pretrained(name, ops)
+        return model, read_tokenizer_spec(name, model.config.vocab_size)
+    return _with_weights(GPTConfig(**checkpoint["config"]), checkpoint["model"], name, ops), checkpoint["tokenizer"]
+
+
+def _with_weights(config: GPTConfig, weights: dict[str, Tensor], name: str, ops: kernels.Ops | None) -> GPT:
+    """A GPT that takes these tensors as its own, without drawing random ones first."""
+    with torch.device("meta"):
+        model = GPT(config, ops)
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise ModelError(f"{name!r} is not a GPT-2: {' '.join(str(error).split())[:300]}") from error
+    return model
+
+
+def export(name: str, folder: str) -> None:
+    """Write the model of that name, as `load` takes it, and its tokenizer as a Hugging Face folder."""
+    model, spec = load(name)
+    shape, weights = dataclasses.asdict(model.config), model.state_dict()
+    weights["transformer.wte.weight"] = weights["transformer.wte.weight"][: model.config.vocab_size]
+    write(folder, shape, weights, tokenizer.from_spec(spec))
+
+
+def take_weights(model: GPT, name: str, tokenizer_spec: dict) -> None:
+    """Copy those of a model that `load` finds, which may have a longer block size; ModelError where they differ."""
+    source, spec = load(name)
+    if spec != tokenizer_spec:
+        raise ModelError(f"--init-from {name} reads other tokens than --data: prepare the text with its tokenizer")
+    same = {"block_size": model.config.block_size, "dropout": model.config.dropout}
+    shorter = source.config.block_size < model.config.block_size
+    if shorter or dataclasses.replace(source.config, **same) != model.config:
+        raise ModelError(f"--init-from {name} has another shape: {source.config} there, {model.config} here")
+    weights = source.state_dict()
+    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: model.config.block_size]
+    model.load_state_dict(weights)

@@ -1,60 +1,14 @@
 """The hardware at hand: which device a run takes, which dtype it multiplies fast, and how fast at best."""
 
 import contextlib
-import dataclasses
 import gc
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 
+from kernels.gpus import named_gpu
 
-@dataclasses.dataclass(frozen=True)
-class GPU:
-    """What the maker's data sheet says that a GPU reaches at best."""
-
-    flops: float  # FLOP/s of dense bf16 matrix products with float32 accumulation
-    bandwidth: float  # bytes/s of its memory
-    arithmetic: float  # float32 FLOP/s outside the tensor cores
-    architecture: str
-    source: str  # of SOURCES; a "?" behind it: the number in the comment was found in no copy of it
-
-
-SOURCES = {  # read in copies and in tables that cite them; data sheets print bf16 with sparsity, twice the dense figure
-    "blackwell": "NVIDIA Blackwell data sheet, column HGX B200 or GB200, https://nvdam.widen.net/s/wwnsxrhm2w",
-    "hopper": "NVIDIA H100 and H200 data sheets, https://resources.nvidia.com/en-us-tensor-core",
-    "a100": "NVIDIA A100 data sheet, https://www.nvidia.com/en-us/data-center/a100",
-    "ampere": "NVIDIA A40 and A10 data sheets, https://www.nvidia.com/en-us/data-center/a40",
-    "a10g": "AWS, Amazon EC2 G5 instances, https://aws.amazon.com/ec2/instance-types/g5",
-    "ada": "NVIDIA L40S and L4 data sheets, https://resources.nvidia.com/en-us-l40s/l40s-datasheet-28413",
-    "rtx": "NVIDIA architecture white papers: RTX Blackwell, Ada, GA102, https://www.nvidia.com/en-us/technologies",
-    "mi300x": "AMD Instinct MI300X data sheet, https://www.amd.com/en/products/accelerators/instinct/mi300/mi300x.html",
-}
-GPUS = {  # words of a GPU's name -> what the source says
-    "B200": GPU(2250e12, 7700e9, 75e12, "sm_100", "blackwell"),
-    "GB200": GPU(2500e12, 8000e9, 80e12, "sm_100", "blackwell"),
-    "H200 NVL": GPU(836e12, 4800e9, 60e12, "sm_90", "hopper?"),  # arithmetic. Ahead of the plain name: the SXM module's
-    "H200": GPU(989e12, 4800e9, 67e12, "sm_90", "hopper"),
-    "H100 PCIe": GPU(756e12, 2000e9, 51e12, "sm_90", "hopper"),  # likewise
-    "H100 NVL": GPU(835e12, 3900e9, 60e12, "sm_90", "hopper?"),  # arithmetic
-    "H100": GPU(989e12, 3350e9, 67e12, "sm_90", "hopper"),
-    "A100 SXM4 40GB": GPU(312e12, 1555e9, 19.5e12, "sm_80", "a100?"),  # bandwidth
-    "A100 PCIE 40GB": GPU(312e12, 1555e9, 19.5e12, "sm_80", "a100?"),  # bandwidth
-    "A100 80GB PCIe": GPU(312e12, 1935e9, 19.5e12, "sm_80", "a100?"),  # bandwidth
-    "A100": GPU(312e12, 2039e9, 19.5e12, "sm_80", "a100"),
-    "A40": GPU(149.7e12, 696e9, 37.4e12, "sm_86", "ampere"),
-    "A10G": GPU(70e12, 600e9, 31.5e12, "sm_86", "a10g?"),  # flops and arithmetic
-    "A10": GPU(125e12, 600e9, 31.2e12, "sm_86", "ampere?"),  # flops
-    "L40S": GPU(362e12, 864e9, 91.6e12, "sm_89", "ada"),
-    "L4": GPU(121e12, 300e9, 30.3e12, "sm_89", "ada?"),  # arithmetic
-    "RTX 5090": GPU(209.5e12, 1792e9, 104.8e12, "sm_120", "rtx"),
-    "RTX 4090": GPU(165.2e12, 1008e9, 82.6e12, "sm_89", "rtx"),
-    "RTX 3090": GPU(71e12, 936e9, 35.6e12, "sm_86", "rtx"),
-    "MI300X": GPU(1307.4e12, 5300e9, 163.4e12, "gfx942", "mi300x"),
-}
-
-
-OTHER_CHIPS = {"Laptop", "Ti", "SUPER", "D", "Max", "MIG"}  # words that make a name another GPU's, or a slice of one
 CPU_TOKENS = 16_384  # at once: more gain a CPU nothing
 
 
@@ -102,14 +56,6 @@ def named_peak(gpu: str) -> float | None:
     """The same by a GPU's name, as the driver spells it: "NVIDIA A100-SXM4-80GB"."""
     found = named_gpu(gpu)
     return found and found.flops
-
-
-def named_gpu(gpu: str) -> GPU | None:
-    """The row of GPUS for a name as the driver spells it; None where the table lacks it."""
-    words = f" {gpu.replace('-', ' ')} "
-    if OTHER_CHIPS & set(words.split()):
-        return None
-    return next((found for name, found in GPUS.items() if f" {name} " in words), None)
 
 
 def out_of_memory(error: Exception) -> bool:
