@@ -27,16 +27,12 @@ EPS = 1e-5  # of every layer norm: part of GPT-2, so not an option
 VOCAB_MULTIPLE = 128  # rows of wte are padded to it: tensor cores and 128-bit loads want even shapes
 
 
-class ModelError(Exception):
-    """A shape, a checkpoint or a name that cannot work; the text says what would."""
-
-
 # ------------------------------------------------------------------------------------------------------ configuration
 
 
 @dataclasses.dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT. Raises ModelError, in the words of the command line, for a shape that cannot be."""
+    """The shape of a GPT. Raises ValueError, in the words of the command line, for a shape that cannot be."""
 
     n_layer: int = 12
     n_head: int = 12
@@ -48,13 +44,13 @@ class GPTConfig:
     def __post_init__(self):
         for name in ("n_head", "n_embd", "block_size", "vocab_size"):
             if getattr(self, name) < 1:
-                raise ModelError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but must be at least 1")
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but must be at least 1")
         if self.n_layer < 0:
-            raise ModelError(f"--n-layer is {self.n_layer}, but cannot be negative")
+            raise ValueError(f"--n-layer is {self.n_layer}, but cannot be negative")
         if self.n_embd % self.n_head:
-            raise ModelError(f"--n-embd {self.n_embd} is not divisible by --n-head {self.n_head}")
+            raise ValueError(f"--n-embd {self.n_embd} is not divisible by --n-head {self.n_head}")
         if not 0.0 <= self.dropout < 1.0:
-            raise ModelError(f"--dropout is {self.dropout}, but must be at least 0 and below 1")
+            raise ValueError(f"--dropout is {self.dropout}, but must be at least 0 and below 1")
 
     @property
     def padded_vocab_size(self) -> int:
@@ -90,7 +86,7 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys, values in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, cache: "LayerCache | None") -> Tensor:
+    def forward(self, x: Tensor, cache: "KVCache | None") -> Tensor:
         """x: (B, T, C). Returns (B, T, C). A cache that holds earlier tokens lends their keys and values."""
         qkv = self.c_attn(x)
         if cache is None or cache.append(qkv) == qkv.shape[1]:  # no earlier tokens: plain causal attention
@@ -125,14 +121,14 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config, ops)
         self.mlp = MLP(config, ops)
 
-    def forward(self, x: Tensor, residual: Tensor | None, cache: "LayerCache | None") -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, residual: Tensor | None, cache: "KVCache | None") -> tuple[Tensor, Tensor]:
         """x: the branch before, residual: the stream it belongs to, both (B, T, C). Returns the same pair, one on."""
         h, residual = self.ln_1(x, residual)
         h, residual = self.ln_2(self.attn(h, cache), residual)
         return self.mlp(h), residual
 
 
-class LayerCache:
+class KVCache:
     """Keys and values of the tokens that one attention layer has seen: (B, block_size, 2C), filled from the front."""
 
     def __init__(self, block_size: int):
@@ -188,11 +184,11 @@ class GPT(nn.Module):
                 parameter.zero_()
         self.transformer.wte.weight[self.config.vocab_size :] = 0.0
 
-    def hidden(self, tokens: Tensor, caches: "list[LayerCache] | None" = None) -> Tensor:
+    def hidden(self, tokens: Tensor, caches: "list[KVCache] | None" = None) -> Tensor:
         """tokens: (B, T) int64. Returns ln_f's output (B, T, C). With caches, tokens continue what those hold."""
         start = caches[0].length if caches else 0
         if start + tokens.shape[1] > self.config.block_size:
-            raise ModelError(f"{start + tokens.shape[1]} tokens do not fit a block size of {self.config.block_size}")
+            raise ValueError(f"{start + tokens.shape[1]} tokens do not fit a block size of {self.config.block_size}")
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         x = self.transformer.wte(tokens) + self.transformer.wpe(positions)
         x, residual = F.dropout(x, self.config.dropout, self.training), None
@@ -206,7 +202,7 @@ class GPT(nn.Module):
 
         tokens, targets: (B, T) int64; a target of -100 is left out of the loss
         Returns logits (B, T, V) without targets; with them the mean loss, a scalar in nats per token, for which the
-        Triton version keeps no logits; with return_logits (loss, logits). ModelError when T exceeds block_size.
+        Triton version keeps no logits; with return_logits (loss, logits). ValueError when T exceeds block_size.
         """
         x, V = self.hidden(tokens), self.config.vocab_size
         if targets is not None and not return_logits:
@@ -238,7 +234,7 @@ class GPT(nn.Module):
     # ------------------------------------------------------------------------------------------------------ sampling
 
     @torch.no_grad()
-    def stream(
+    def generate_stream(
         self,
         tokens: Tensor,
         max_new_tokens: int,
@@ -259,7 +255,7 @@ class GPT(nn.Module):
                      block_size the window slides, every position changes, and a step computes the whole window
         """
         block_size = self.config.block_size
-        caches = [LayerCache(block_size) for _ in self.transformer.h] if use_cache else []
+        caches = [KVCache(block_size) for _ in self.transformer.h] if use_cache else []
         for _ in range(max_new_tokens):
             if caches and tokens.shape[1] <= block_size:
                 x = self.hidden(tokens[:, caches[0].length :], caches)
@@ -272,7 +268,7 @@ class GPT(nn.Module):
 
     def generate(self, tokens: Tensor, max_new_tokens: int, **options) -> Tensor:
         """tokens: (B, T) int64. Returns them with max_new_tokens more, (B, T + max_new_tokens). Options: see stream."""
-        new = [token[:, None] for token in self.stream(tokens, max_new_tokens, **options)]
+        new = [token[:, None] for token in self.generate_stream(tokens, max_new_tokens, **options)]
         return torch.cat([tokens, *new], dim=1)
 
 

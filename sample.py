@@ -15,7 +15,7 @@ import tyro
 
 import kernels
 import model as gpt
-from data.files import clear_errors, parse_options
+from data.files import UserError, as_user_error, exit_on_user_error, parse_options
 from data.text import new_documents
 from data.tokenizer import StreamDecoder, from_spec
 from training import devices, weights
@@ -57,19 +57,21 @@ class SampleOptions:
         for name, least in bounds.items():
             value = getattr(self, name)
             if value is not None and not least <= value < 2**63:
-                raise gpt.ModelError(f"--{name.replace('_', '-')} is {value}, but must be at least {least}")
+                raise UserError(f"--{name.replace('_', '-')} is {value}, but must be at least {least}")
 
 
 def continue_prompt(options: SampleOptions) -> None:
     """Print samples; what the model is asked comes back in front of what it adds."""
     device = devices.choose_device(options.device)
-    model, spec = weights.load(options.model, kernels.select(options.kernels, device))
+    with as_user_error():
+        ops = kernels.select(options.kernels, device)
+    model, spec = weights.load(options.model, ops)
     model.to(device).eval()
     tokenizer = from_spec(spec)
     start = gpt.start_tokens(tokenizer) if tokenizer.eot is not None or not options.prompt else []
     prompt = [*start, *tokenizer.encode(options.prompt).tolist()]
     tokens = torch.tensor([prompt] * options.num_samples, device=device)
-    steps = model.stream(
+    steps = model.generate_stream(
         tokens,
         options.max_new_tokens,
         options.temperature,
@@ -98,7 +100,7 @@ def continue_prompt(options: SampleOptions) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     sys.stdout.reconfigure(errors="replace")  # where a terminal lacks a character of the text
-    with clear_errors(gpt.ModelError, kernels.KernelError, devices.DeviceError):
+    with exit_on_user_error():
         options = parse_options(lambda: tyro.cli(SampleOptions, args=arguments))
         if options.export:
             weights.export(options.model, options.export)

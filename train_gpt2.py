@@ -34,16 +34,12 @@ import data
 import kernels
 import model as gpt
 from data import files, shards, tokenizer
-from data.files import flag
+from data.files import UserError, as_flag
 from training import devices, diagnostics, find_lr, hellaswag, ladder, plan, sweep, weights
-from training.distributed import Mode, Processes
-from training.run import Run, StopRequest, find_checkpoint, loss_landmarks, profiler, restarted_in
+from training.distributed import Distributed, Mode
+from training.run import Run, StopRequest, find_checkpoint, profiler, reference_losses, restarted_in
 
 BETAS = (0.9, 0.95)  # of AdamW, GPT-3's
-
-
-class RunError(Exception):
-    """Something that the person at the command line can mend; the text says how."""
 
 
 # ------------------------------------------------------------------------------------------------------------ options
@@ -96,25 +92,29 @@ class Config:
     tensorboard: bool = False  # log to TensorBoard too
 
     def __post_init__(self):
-        self.shape(vocab_size=1)
+        with files.as_user_error():
+            self.shape(vocab_size=1)
+            families = () if self.kernels == "auto" else kernels.families(self.kernels)
         above_zero = ["block_size", "batch_tokens", "micro_batch", "max_steps", "lr", "eval_tokens", "checkpoint_every"]
         zero_or_more = ["warmup_steps", "eval_every", "sample_every", "hellaswag_every", "seed", "diagnose", "min_lr"]
         files.check_numbers(
             dataclasses.asdict(self), [*above_zero, "keep"], [*zero_or_more, "weight_decay", "grad_clip"]
         )
-        self.sequences_of_one(processes=1)
-        if self.dropout and self.kernels != "auto" and "attention" in kernels.families(self.kernels):
-            raise RunError("the Triton attention has no dropout: use --dropout 0, or --kernels without attention")
+        self.sequences_per_rank(processes=1)
+        if self.dropout and "attention" in families:
+            raise UserError("the Triton attention has no dropout: use --dropout 0, or --kernels without attention")
         if self.diagnose and self.parallel != "ddp":
-            raise RunError(f"--diagnose needs every weight on one process, which --parallel {self.parallel} shares out")
+            raise UserError(
+                f"--diagnose needs every weight on one process, which --parallel {self.parallel} shares out"
+            )
         if self.parallel == "fsdp" and self.optimizer == "muon":
-            raise RunError("--optimizer muon needs whole matrices, which --parallel fsdp cuts: use zero1 or ddp")
+            raise UserError("--optimizer muon needs whole matrices, which --parallel fsdp cuts: use zero1 or ddp")
 
-    def sequences_of_one(self, processes: int) -> int:
-        """Sequences in one process's share of a step's batch; RunError where the batch cannot be shared evenly."""
+    def sequences_per_rank(self, processes: int) -> int:
+        """Sequences in one process's share of a step's batch; UserError where the batch cannot be shared evenly."""
         multiple = self.block_size * processes * (1 if self.micro_batch == "auto" else self.micro_batch)
         if self.batch_tokens % multiple:
-            raise RunError(
+            raise UserError(
                 f"--batch-tokens {self.batch_tokens} cannot be cut evenly into {processes} process(es), --micro-batch "
                 f"{self.micro_batch} and sequences of {self.block_size}: it must be a multiple of {multiple}"
             )
@@ -161,7 +161,7 @@ def learning_rate(step: int, config: Config) -> float:
     return low + (config.lr - low) * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
 
-def make_optimizers(model: gpt.GPT, config: Config, ranks: Processes) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: gpt.GPT, config: Config, ranks: Distributed) -> list[torch.optim.Optimizer]:
     """AdamW for everything; with --optimizer muon, Muon for the blocks' matrices and AdamW for the rest."""
     groups = model.parameter_groups(config.weight_decay)
     adamw = {"lr": config.lr, "betas": BETAS, "fused": next(model.parameters()).device.type in ("cpu", "cuda")}
@@ -169,7 +169,7 @@ def make_optimizers(model: gpt.GPT, config: Config, ranks: Processes) -> list[to
         return [ranks.optimizer(torch.optim.AdamW, groups, **adamw)]
     hidden = [p for p in model.transformer.h.parameters() if p.dim() == 2]
     if not hidden:
-        raise RunError("--optimizer muon needs blocks, whose matrices it trains: use --n-layer 1 or more, or adamw")
+        raise UserError("--optimizer muon needs blocks, whose matrices it trains: use --n-layer 1 or more, or adamw")
     chosen = {id(p) for p in hidden}
     rest = [{**group, "params": [p for p in group["params"] if id(p) not in chosen]} for group in groups]
     # match_rms_adamw scales Muon's updates to the size of AdamW's, so that one learning rate serves both
@@ -191,16 +191,16 @@ def due(step: int, every: int, last: int) -> bool:
 
 @dataclasses.dataclass
 class Trainer:
-    """What a step works with. `model` is what trains (compiled, DDP); `raw` is the same weights, neither."""
+    """What a step works with. `model` is what trains (compiled, DDP); `raw_model` is the same weights, neither."""
 
     config: Config
-    raw: gpt.GPT
+    raw_model: gpt.GPT
     model: nn.Module
     optimizers: list[torch.optim.Optimizer]
     device: torch.device
     dtype: torch.dtype
     micro_batch: int  # sequences
-    ranks: Processes = Processes()
+    ranks: Distributed = Distributed()
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -212,22 +212,22 @@ def train_step(trainer: Trainer, inputs: Tensor, targets: Tensor, step: int) -> 
 
     inputs, targets: (sequences, block_size) int64
     Returns the mean loss over processes and micro-steps, in nats per token, and the gradient's norm before clipping.
-    Raises RunError, with the weights as they were, when either is not finite.
+    Raises UserError, with the weights as they were, when either is not finite.
     """
     config, ranks = trainer.config, trainer.ranks
     seed_dropout(config.seed, step, ranks.rank)
     micro_batches = list(zip(inputs.split(trainer.micro_batch), targets.split(trainer.micro_batch), strict=True))
     loss_sum = torch.zeros((), device=trainer.device)
     for micro_step, (x, y) in enumerate(micro_batches, start=1):
-        ranks.average_gradients(trainer.model, now=micro_step == len(micro_batches))
+        ranks.set_grad_sync(trainer.model, enabled=micro_step == len(micro_batches))
         with trainer.autocast():
             loss = trainer.model(x, y) / len(micro_batches)
         loss.backward()
         loss_sum += loss.detach()
     mean_loss = (ranks.sum(loss_sum) / ranks.world_size).item()
-    grad_norm = ranks.item(nn.utils.clip_grad_norm_(trainer.raw.parameters(), config.grad_clip or math.inf))
+    grad_norm = ranks.item(nn.utils.clip_grad_norm_(trainer.raw_model.parameters(), config.grad_clip or math.inf))
     if not math.isfinite(mean_loss + grad_norm):
-        raise RunError(
+        raise UserError(
             f"step {step} has loss {mean_loss} and gradient norm {grad_norm}: stopped before the update, and the "
             f"checkpoints in {config.out_dir} stay as they are; lower --lr, or raise --warmup-steps"
         )
@@ -246,15 +246,15 @@ def validate(trainer: Trainer, split: shards.Split) -> float:
     starts = shards.evaluation_windows(split, block_size, trainer.config.eval_tokens)
     ranks, size = trainer.ranks, trainer.micro_batch
     mine = starts[ranks.rank :: ranks.world_size]
-    trainer.raw.eval()
+    trainer.raw_model.eval()
     loss_sum = torch.zeros((), dtype=torch.float64)
     for first in range(0, math.ceil(len(starts) / ranks.world_size), size):
         windows = mine[first : first + size]
         some = windows if len(windows) else starts[:1]  # under fsdp all processes call the model equally often
         inputs, targets = (t.to(trainer.device) for t in shards.read_windows(split, some, block_size))
         with trainer.autocast():
-            loss_sum += trainer.raw(inputs, targets).item() * len(windows)
-    trainer.raw.train()
+            loss_sum += trainer.raw_model(inputs, targets).item() * len(windows)
+    trainer.raw_model.train()
     return ranks.sum(loss_sum.to(trainer.device, torch.float32)).item() / len(starts)
 
 
@@ -266,39 +266,41 @@ def choose_micro_batch(trainer: Trainer, sequences: int) -> int:
     # held aside: AdamW's two moments, and of several processes a second copy of the gradients; fsdp cuts later
     copies = 2 if trainer.ranks.world_size == 1 else 3
     block_size = trainer.config.block_size
-    largest = devices.largest_micro_batch(trainer.raw, block_size, sequences, copies, trainer.autocast)
-    least = -trainer.ranks.greatest(-largest)
+    largest = devices.largest_micro_batch(trainer.raw_model, block_size, sequences, copies, trainer.autocast)
+    least = -trainer.ranks.all_reduce_max(-largest)
     if least == 0:
-        raise RunError("not one sequence fits in memory: lower --block-size, or with fsdp give --micro-batch 1")
+        raise UserError("not one sequence fits in memory: lower --block-size, or with fsdp give --micro-batch 1")
     return least
 
 
 def starting_point(config: Config, split: shards.Split) -> dict | None:
-    """The checkpoint to go on from, if there is one; RunError where its model, tokens or batch order is another."""
+    """The checkpoint to go on from, if there is one; UserError where its model, tokens or batch order is another."""
     path, checkpoint = find_checkpoint(Path(config.out_dir), config.resume)
     if checkpoint is None:
         return None
     there, here = checkpoint["run"], dataclasses.asdict(config)
     fixed = ["n_layer", "n_head", "n_embd", "block_size", "optimizer", "batch_tokens", "seed", "shuffle"]
-    differs = [f"{flag(name)} {there[name]} there, {here[name]} here" for name in fixed if there[name] != here[name]]
+    differs = [f"{as_flag(name)} {there[name]} there, {here[name]} here" for name in fixed if there[name] != here[name]]
     if checkpoint["tokenizer"] != split.tokenizer_spec:
         differs.append(f"--data {there['data']} there, {config.data} with another vocabulary here")
     if differs:
-        raise RunError(
+        raise UserError(
             f"{path} is of another run ({'; '.join(differs)}): give the options that it was made with, another "
             "--out-dir, or --resume never"
         )
     return checkpoint
 
 
-def set_up(config: Config, ranks: Processes):
+def set_up(config: Config, ranks: Distributed):
     """What the loop needs: trainer, loader, validation split, tokenizer, and the checkpoint to go on from or None."""
-    sequences = config.sequences_of_one(ranks.world_size)
+    sequences = config.sequences_per_rank(ranks.world_size)
     device = devices.choose_device(config.device, ranks.local_rank)
-    dtype, ops = devices.choose_dtype(config.dtype, device), kernels.select(config.kernels, device, config.dropout)
+    dtype = devices.choose_dtype(config.dtype, device)
+    with files.as_user_error():
+        ops = kernels.select(config.kernels, device, config.dropout)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32
-    train_split, val_split = (shards.open_split(data.folder_of(config.data), name) for name in ("train", "val"))
+    train_split, val_split = (shards.open_split(data.dataset_dir(config.data), name) for name in ("train", "val"))
     for split in (train_split, val_split):
         split.verify(ranks.rank, ranks.world_size)
     shards.evaluation_windows(val_split, config.block_size, config.eval_tokens)  # too short a split fails here, early
@@ -311,25 +313,25 @@ def set_up(config: Config, ranks: Processes):
         ("--data", int(train_split.fingerprint[:12], 16)),
         ("checkpoint", checkpoint["step"] if checkpoint else 0),
     ]:
-        if ranks.differ(number):
-            raise RunError(f"the processes see different files for {what}: they must share it, or hold equal copies")
+        if ranks.disagree(number):
+            raise UserError(f"the processes see different files for {what}: they must share it, or hold equal copies")
 
     torch.manual_seed(config.seed)
-    raw = gpt.GPT(config.shape(train_split.vocab_size), ops)
+    raw_model = gpt.GPT(config.shape(train_split.vocab_size), ops)
     if checkpoint:
-        raw.load_state_dict(checkpoint["model"])
+        raw_model.load_state_dict(checkpoint["model"])
     elif config.init_from:
-        weights.take_weights(raw, config.init_from, train_split.tokenizer_spec)
-    raw.to(device)
-    trainer = Trainer(config, raw, raw, [], device, dtype, config.micro_batch, ranks)
+        weights.init_from(raw_model, config.init_from, train_split.tokenizer_spec)
+    raw_model.to(device)
+    trainer = Trainer(config, raw_model, raw_model, [], device, dtype, config.micro_batch, ranks)
     if config.micro_batch == "auto":  # a run that goes on keeps its size, and so its bits
         before = checkpoint["micro_batch"] if checkpoint else sequences + 1
         trainer.micro_batch = choose_micro_batch(trainer, sequences) if sequences % before else before
-    ranks.shard(raw, list(raw.transformer.h))
-    trainer.optimizers = make_optimizers(raw, config, ranks)
+    ranks.shard(raw_model, list(raw_model.transformer.h))
+    trainer.optimizers = make_optimizers(raw_model, config, ranks)
     for optimizer, state in zip(trainer.optimizers, checkpoint["optimizers"] if checkpoint else (), strict=False):
         ranks.load_optimizer_state(optimizer, state)
-    trainer.model = ranks.replicate(torch.compile(raw) if config.compile else raw)
+    trainer.model = ranks.replicate(torch.compile(raw_model) if config.compile else raw_model)
     return trainer, loader, val_split, tokenizer.from_spec(train_split.tokenizer_spec), checkpoint
 
 
@@ -338,8 +340,8 @@ def set_up(config: Config, ranks: Processes):
 
 def sample(trainer: Trainer, run: Run | None, tokens: tokenizer.Tokenizer, step: int, length: int = 300) -> None:
     """Adds to samples.txt `length` tokens that begin as a document does, drawn with the same seed every time."""
-    model, ranks = trainer.raw, trainer.ranks
-    weights = ranks.whole(model.state_dict()) if ranks.mode == "fsdp" else None
+    model, ranks = trainer.raw_model, trainer.ranks
+    weights = ranks.gather_full(model.state_dict()) if ranks.mode == "fsdp" else None
     if run is None:
         return
     if weights:
@@ -353,9 +355,9 @@ def save(trainer: Trainer, run: Run | None, tokens: tokenizer.Tokenizer, step: i
     """A checkpoint and the pictures. What is random depends on seed and step alone: there is no state of it to save."""
     checkpoint = {
         "step": step,
-        "model": trainer.ranks.whole(trainer.raw.state_dict()),
+        "model": trainer.ranks.gather_full(trainer.raw_model.state_dict()),
         "optimizers": [trainer.ranks.optimizer_state(optimizer) for optimizer in trainer.optimizers],
-        "config": dataclasses.asdict(trainer.raw.config),
+        "config": dataclasses.asdict(trainer.raw_model.config),
         "tokenizer": tokens.spec(),
         "run": dataclasses.asdict(trainer.config),
         "micro_batch": trainer.micro_batch,
@@ -367,15 +369,15 @@ def save(trainer: Trainer, run: Run | None, tokens: tokenizer.Tokenizer, step: i
 
 def start_run(trainer: Trainer, val_split: shards.Split, step: int):
     """The run's folder, behind a few lines that say what is about to be trained; on the first process alone."""
-    config, shape, device, ranks = trainer.config, trainer.raw.config, trainer.device, trainer.ranks
+    config, shape, device, ranks = trainer.config, trainer.raw_model.config, trainer.device, trainer.ranks
     if ranks.rank > 0:
         return contextlib.nullcontext()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"{trainer.raw.parameter_count() / 1e6:.2f}M parameters, vocabulary of {shape.vocab_size:,} tokens")
+    print(f"{trainer.raw_model.parameter_count() / 1e6:.2f}M parameters, vocabulary of {shape.vocab_size:,} tokens")
     print(f"{ranks.world_size} x {device.type} ({name}), {str(trainer.dtype).removeprefix('torch.')}")
     print(f"{config.batch_tokens:,} tokens a step, {trainer.micro_batch} sequences a micro-step; into {config.out_dir}")
     afresh = config.resume == "never" and not restarted_in(Path(config.out_dir))
-    return Run(Path(config.out_dir), dataclasses.asdict(config), step, loss_landmarks(val_split), afresh)
+    return Run(Path(config.out_dir), dataclasses.asdict(config), step, reference_losses(val_split), afresh)
 
 
 def run_step(trainer: Trainer, loader: shards.Loader, watch: diagnostics.Diagnostics, step: int) -> dict:
@@ -398,11 +400,11 @@ def run_step(trainer: Trainer, loader: shards.Loader, watch: diagnostics.Diagnos
         "grad_norm": grad_norm,
         "ms": round(seconds * 1000, 3),
         "tokens_per_s": round(tokens_per_s, 1),
-        "mfu": tokens_per_s * trainer.raw.flops_per_token() / (peak * trainer.ranks.world_size) if peak else None,
+        "mfu": tokens_per_s * trainer.raw_model.flops_per_token() / (peak * trainer.ranks.world_size) if peak else None,
     } | ({"diagnostics": found} if found else {})
 
 
-def train(config: Config, ranks: Processes) -> int:
+def train(config: Config, ranks: Distributed) -> int:
     """A run, or the rest of one. Returns the exit status: 0, or 128 + the signal that ended it early."""
     trainer, loader, val_split, tokens, checkpoint = set_up(config, ranks)
     first, last = checkpoint["step"] if checkpoint else 0, config.max_steps
@@ -414,7 +416,7 @@ def train(config: Config, ranks: Processes) -> int:
     questions = []
     if config.hellaswag_every:
         questions = hellaswag.questions_for(config.hellaswag_input, tokens, config.block_size, ranks)
-    watch = diagnostics.Diagnostics(trainer.raw, trainer.optimizers, trainer.autocast)
+    watch = diagnostics.Diagnostics(trainer.raw_model, trainer.optimizers, trainer.autocast)
     trace = profiler(config.out_dir) if config.profile and ranks.rank == 0 else contextlib.nullcontext()
     stopping = 0
     with start_run(trainer, val_split, first) as run, StopRequest() as stop, trace as profiling:
@@ -423,8 +425,8 @@ def train(config: Config, ranks: Processes) -> int:
             if due(step, config.eval_every, last):
                 record["val_loss"] = validate(trainer, val_split)
             if questions and due(step, config.hellaswag_every, last):
-                record |= hellaswag.scores(trainer.raw, questions, trainer.device, ranks, trainer.autocast)
-            stopping = ranks.greatest(stop.signal)  # all processes stop after the same step
+                record |= hellaswag.scores(trainer.raw_model, questions, trainer.device, ranks, trainer.autocast)
+            stopping = ranks.all_reduce_max(stop.signal)  # all processes stop after the same step
             if run:
                 run.log(record)
             if stopping or due(step, config.checkpoint_every, last):
@@ -440,7 +442,7 @@ def train(config: Config, ranks: Processes) -> int:
     return 128 + stopping if stopping else 0
 
 
-def find_learning_rate(config: Config, ranks: Processes) -> int:
+def find_learning_rate(config: Config, ranks: Distributed) -> int:
     """--find-lr: a sweep over weights that are thrown away, into find_lr.png and a line that suggests a rate."""
     trainer, loader, *_ = set_up(dataclasses.replace(config, resume="never"), ranks)
 
@@ -448,18 +450,21 @@ def find_learning_rate(config: Config, ranks: Processes) -> int:
         trainer.config = dataclasses.replace(config, lr=rate, min_lr=rate, warmup_steps=0)
         return train_step(trainer, *loader.batch(step - 1), step)[0]
 
-    find_lr.run(loss_at, RunError, Path(config.out_dir), quiet=ranks.rank > 0)
+    find_lr.run(loss_at, UserError, Path(config.out_dir), quiet=ranks.rank > 0)
     return 0
 
 
 def run(config: Config) -> int:
     """Prepare the data, join the other processes, and train, or sweep the learning rate. Returns the exit status."""
-    ranks = Processes.of_torchrun(config.parallel)
+    ranks = Distributed.from_env(config.parallel)
     data.prepare_if_missing(config.data)  # before they form a group: whoever waits inside one runs out of time
-    shards.open_split(data.folder_of(config.data), "train")  # what is wrong with it is said before the next download
+    shards.open_split(data.dataset_dir(config.data), "train")  # what is wrong with it is said before the next download
     if config.hellaswag_every and not config.find_lr:
         hellaswag.prepare_if_missing(config.hellaswag_input)
-    with ranks.joined(gpus=torch.cuda.is_available() and config.device != "cpu"), devices.clear_errors():
+    with (
+        ranks.process_group(gpus=torch.cuda.is_available() and config.device != "cpu"),
+        devices.explain_out_of_memory(),
+    ):
         return find_learning_rate(config, ranks) if config.find_lr else train(config, ranks)
 
 
@@ -468,7 +473,7 @@ def show_plan(config: Config) -> int:
     vocab_size = 50257  # FineWeb-Edu's tokens are GPT-2's: nothing to prepare
     if config.data not in data.DATASETS or not config.data.startswith("fineweb"):
         data.prepare_if_missing(config.data)
-        vocab_size = shards.open_split(data.folder_of(config.data), "train").vocab_size
+        vocab_size = shards.open_split(data.dataset_dir(config.data), "train").vocab_size
     job = plan.Job.of_options(dataclasses.asdict(config), vocab_size, int(os.environ.get("WORLD_SIZE", 1)))
     if int(os.environ.get("RANK", 0)) == 0:
         print(plan.plan(job))
@@ -482,12 +487,12 @@ def parse(arguments: list[str]) -> Config:
 def main(arguments: list[str] | None = None) -> None:
     """The command line, sys.argv by default; under torchrun, one process of several. Ends with SystemExit."""
     sys.stdout.reconfigure(errors="replace")  # where a terminal lacks a character of a sample
-    with files.clear_errors(RunError, gpt.ModelError, kernels.KernelError, devices.DeviceError, plan.PlanError):
+    with files.exit_on_user_error():
         arguments, grid = sweep.take_grid(sys.argv[1:] if arguments is None else arguments)
         config = files.parse_options(lambda: parse(arguments))
-        alone = [flag(name) for name in ("plan", "find_lr", "ladder") if getattr(config, name)]
+        alone = [as_flag(name) for name in ("plan", "find_lr", "ladder") if getattr(config, name)]
         if len(alone) + (grid is not None) > 1:
-            raise RunError(f"{' and '.join(alone)} and --sweep are commands of their own: give one of them")
+            raise UserError(f"{' and '.join(alone)} and --sweep are commands of their own: give one of them")
         if config.plan:
             status = show_plan(config)
         elif grid is not None:

@@ -10,7 +10,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from data.files import DataError, lock
+from data.files import UserError, lock
 
 DATASETS = {  # name -> the module that prepares it, and how
     "pydocs": ("data.pydocs", {}),
@@ -22,23 +22,23 @@ DATASETS = {  # name -> the module that prepares it, and how
 }
 
 
-def folder_of(name: str) -> Path:
+def dataset_dir(name: str) -> Path:
     """Where a dataset lies: a name of DATASETS under datasets/, anything else is a folder itself."""
     return Path("datasets", name) if name in DATASETS else Path(name)
 
 
 def prepare_if_missing(name: str) -> None:
-    """Prepares a dataset of DATASETS unless it is there; DataError when it cannot be had.
+    """Prepares a dataset of DATASETS unless it is there; UserError when it cannot be had.
 
     Of several processes of a machine one prepares it, and the others say that they wait and do, however long it takes.
     """
-    folder = folder_of(name)
+    folder = dataset_dir(name)
     if name not in DATASETS or (folder / "meta.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     try:
         held = lock(folder / ".lock", refusal="another process prepares it")
-    except DataError:
+    except UserError:
         print(f"waiting until another process has prepared {folder}", file=sys.stderr, flush=True)
         held = lock(folder / ".lock")
     with held:

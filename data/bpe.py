@@ -26,7 +26,7 @@ import numpy as np
 import regex
 import tyro
 
-from data.files import DataError, clear_errors, parse_options, write_whole
+from data.files import UserError, atomic_write, exit_on_user_error, parse_options
 from data.tokenizer import TRAINED_FILE, byte_characters, byte_pairs, choose, split_pattern
 from data.tokenizer_json import tokenizer_json
 
@@ -60,7 +60,7 @@ def read_chunks(path: Path) -> Iterator[str]:
     """
     The text of a file in pieces, as data.text reads it: without byte order mark, \\r\\n as \\n.
 
-    DataError when it is not UTF-8, OSError when it cannot be read.
+    UserError when it is not UTF-8, OSError when it cannot be read.
     """
     decoder, mark, held = codecs.getincrementaldecoder("utf-8")(), "\ufeff", ""
     with open(path, "rb") as file:
@@ -169,7 +169,7 @@ def train(
     """Learns a byte-level BPE from text files.
 
     Returns a line that sums it up; where the text is too small for so many tokens, the vocabulary is smaller and a note
-    on stderr says so. DataError when the vocabulary has no room for the bytes, when a file cannot be read or is not
+    on stderr says so. UserError when the vocabulary has no room for the bytes, when a file cannot be read or is not
     UTF-8, or when there is no text.
 
     Args:
@@ -180,12 +180,12 @@ def train(
         pattern: How text is split into words: as GPT-2 does, or as GPT-4.
     """
     if vocab_size < 257:
-        raise DataError(f"--vocab-size {vocab_size} is too small: the 256 bytes and the end of text make at least 257")
+        raise UserError(f"--vocab-size {vocab_size} is too small: the 256 bytes and the end of text make at least 257")
     words = Counter()
     for path in files:  # one by one, since no word goes on in the next file
         words.update(count_words(read_chunks(path), pattern))
     if not any(map(str.strip, words)):
-        raise DataError(f"there is no text in {', '.join(map(str, files)) or 'no files'}: give files that hold some")
+        raise UserError(f"there is no text in {', '.join(map(str, files)) or 'no files'}: give files that hold some")
     path = out if out.suffix == ".json" else out / TRAINED_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = byte_pairs(pattern, learn(words, vocab_size - 257))
@@ -207,7 +207,7 @@ def compare(
 ) -> str:
     """Shows how many bytes of each text file a token stands for, under each of several tokenizers.
 
-    Returns a table, a row a tokenizer. DataError when a file cannot be read, is not UTF-8 or is empty, and when there
+    Returns a table, a row a tokenizer. UserError when a file cannot be read, is not UTF-8 or is empty, and when there
     is no such tokenizer, or it lacks a character.
 
     Args:
@@ -220,7 +220,7 @@ def compare(
     texts = [read_text(path) for path in files]
     empty = [str(path) for path, text in zip(files, texts, strict=True) if not text]
     if empty or not files:
-        raise DataError(f"there is no text in {', '.join(empty) or 'no files'}: give files that hold some")
+        raise UserError(f"there is no text in {', '.join(empty) or 'no files'}: give files that hold some")
     rows = [["bytes a token", "vocabulary", *(path.name for path in files)], ["---"] * (2 + len(files))]
     for name in tokenizer:
         chosen = choose(name, "".join(texts), documents=False)
@@ -230,7 +230,7 @@ def compare(
 
 
 def _write_json(path: Path, content: dict) -> None:
-    write_whole(path, lambda file: file.write(json.dumps(content, ensure_ascii=False, indent=1).encode()))
+    atomic_write(path, lambda file: file.write(json.dumps(content, ensure_ascii=False, indent=1).encode()))
 
 
 def main() -> None:
@@ -242,7 +242,7 @@ def main() -> None:
         return bound
 
     commands = {command.__name__: later(command) for command in (train, compare)}
-    with clear_errors():
+    with exit_on_user_error():
         prog = "python -m data.tokenizer"
         description = "Learns a byte-level BPE from text, or sets tokenizers side by side."
         call = functools.partial(tyro.extras.subcommand_cli_from_dict, commands, prog=prog, description=description)

@@ -28,7 +28,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from data.files import DataError
+from data.files import UserError
 from data.tokenizer import Tokenizer, from_spec, gpt2, token_dtype
 
 Label = TypeVar("Label")
@@ -69,7 +69,7 @@ def encode_in_order(
 ) -> Iterator[tuple[Label, np.ndarray]]:
     """For each (label, texts), in order, (label, encode_documents(texts, spec)), computed by `processes` processes.
 
-    `batches` is read in this process, a few batches ahead. DataError when a process dies. Ctrl-C is for this process
+    `batches` is read in this process, a few batches ahead. UserError when a process dies. Ctrl-C is for this process
     alone; the others end with it, also when it is killed.
     """
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_start_worker)
@@ -89,7 +89,7 @@ def encode_in_order(
         if not isinstance(failure, StopIteration):
             raise failure
     except BrokenProcessPool:
-        raise DataError(
+        raise UserError(
             "a process that tokenizes has died, perhaps for want of memory: repeat the same command, which goes on "
             "where it stopped, if need be with fewer --processes"
         ) from None

@@ -21,16 +21,16 @@ except ModuleNotFoundError:  # Windows
 T = TypeVar("T")
 
 
-class DataError(Exception):
+class UserError(Exception):
     """Something that the user can mend: one sentence that names the thing, its value and what would be right."""
 
 
 @contextmanager
-def clear_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Turns a DataError, an OSError or one of `kinds` into one line `error: ...` and exit status 2; Ctrl-C into 130."""
+def exit_on_user_error() -> Iterator[None]:
+    """Turn a UserError or an OSError into one line `error: ...` and exit status 2, Ctrl-C into 130."""
     try:
         yield
-    except (DataError, *kinds) as error:
+    except UserError as error:
         message, status = str(error), 2
     except OSError as error:
         named = error.strerror and error.filename is not None
@@ -43,11 +43,20 @@ def clear_errors(*kinds: type[Exception]) -> Iterator[None]:
     raise SystemExit(status)
 
 
+@contextmanager
+def as_user_error() -> Iterator[None]:
+    """Turn a ValueError into a UserError with the same text: what kernels and model say of an option that was typed."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 def lock(path: Path, refusal: str | None = None) -> TextIO:
     """
     An open file whose lock this process holds until it is closed or the process ends.
 
-    Where another process holds it: waits, or with a `refusal` raises DataError with that text. No lock on Windows.
+    Where another process holds it: waits, or with a `refusal` raises UserError with that text. No lock on Windows.
     """
     file = path.open("w", encoding="utf-8")
     if fcntl is not None:
@@ -55,7 +64,7 @@ def lock(path: Path, refusal: str | None = None) -> TextIO:
             fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
         except BlockingIOError:
             file.close()
-            raise DataError(refusal) from None
+            raise UserError(refusal) from None
         except OSError as error:  # a network file system without locks: better none than no run
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
@@ -68,7 +77,7 @@ def lock(path: Path, refusal: str | None = None) -> TextIO:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Nobody else writes a dataset to `folder` meanwhile, DataError for the second; no lock on Windows."""
+    """Nobody else writes a dataset to `folder` meanwhile, UserError for the second; no lock on Windows."""
     if fcntl is None:  # Windows
         yield
         return
@@ -78,13 +87,13 @@ def writing(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise DataError(f"another process is writing to {folder}: wait for it or give another folder") from None
+                raise UserError(f"another process is writing to {folder}: wait for it or give another folder") from None
         yield
     finally:
         os.close(held)
 
 
-def flag(name: str) -> str:
+def as_flag(name: str) -> str:
     """An option as it is typed: "min_lr" -> "--min-lr"."""
     return f"--{name.replace('_', '-')}"
 
@@ -113,7 +122,7 @@ def parse_options(command_line: Callable[[], T]) -> T:
 
 
 def check_numbers(options: dict, above_zero: Iterable[str], zero_or_more: Iterable[str]) -> None:
-    """DataError for a number among the options of a command that is out of range, nan or infinite; words pass."""
+    """UserError for a number among the options of a command that is out of range, nan or infinite; words pass."""
     bounds = dict.fromkeys(zero_or_more, "0 or more") | dict.fromkeys(above_zero, "above 0")
     for name, value in options.items():
         if not isinstance(value, int | float):
@@ -121,7 +130,7 @@ def check_numbers(options: dict, above_zero: Iterable[str], zero_or_more: Iterab
         low = name in bounds and not (value > 0 or value == 0 and bounds[name] == "0 or more")
         if low or not value < 2**63:
             right = bounds[name] if low else "an ordinary number"
-            raise DataError(f"{flag(name)} is {value}, but must be {right}")
+            raise UserError(f"{as_flag(name)} is {value}, but must be {right}")
 
 
 def run_script(prepare: Callable[..., str], prog: str) -> None:
@@ -132,11 +141,11 @@ def run_script(prepare: Callable[..., str], prog: str) -> None:
     def later(*args, **options):  # so that a mistake on the command line is not mixed up with what prepare prints
         return functools.partial(prepare, *args, **options)
 
-    with clear_errors():
+    with exit_on_user_error():
         print(parse_options(lambda: tyro.cli(later, prog=prog, description=prepare.__doc__.splitlines()[0]))())
 
 
-def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> None:
+def atomic_write(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> None:
     """Makes the file at `path` by calling `write(file)`: it appears whole, replacing any older one, or not at all.
 
     The bytes go to a temporary file `.NAME.XXXXXXXX.tmp` in the same folder, which takes the name once they are on the
@@ -163,7 +172,7 @@ def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> N
 
 
 def download(url: str, sha256: str, what: str, option: str = "--input FILE") -> bytes:
-    """The file at `url`, whole and with that checksum; DataError otherwise, saying that `option` takes a copy."""
+    """The file at `url`, whole and with that checksum; UserError otherwise, saying that `option` takes a copy."""
     import http.client  # here, not above, since few commands download
     import urllib.request
 
@@ -172,10 +181,10 @@ def download(url: str, sha256: str, what: str, option: str = "--input FILE") -> 
             content = response.read()
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
-        raise DataError(f"cannot download {url} ({reason}): give a copy of it with {option}") from None
+        raise UserError(f"cannot download {url} ({reason}): give a copy of it with {option}") from None
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
-        raise DataError(
+        raise UserError(
             f"{url} sent {len(content)} bytes with sha256 {found}, which is not {what} ({sha256}): try again, or give "
             f"a copy with {option}"
         )

@@ -32,7 +32,7 @@ import numpy as np
 import tyro
 
 from data.encode import encode_in_order
-from data.files import DataError, lock, run_script, writing
+from data.files import UserError, lock, run_script, writing
 from data.resumable import Position, Record, read_record, remove_shards, write_shards
 from data.tokenizer import Tokenizer, from_spec, load
 
@@ -61,7 +61,7 @@ def prepare(
 ) -> str:
     """Makes a dataset of FineWeb-Edu in GPT-2's tokens, or goes on with one that was interrupted.
 
-    Returns a line that sums it up. DataError when the text cannot be had or read, when the disk is too small or when
+    Returns a line that sums it up. UserError when the text cannot be had or read, when the disk is too small or when
     the folder holds something else. What is finished stays, and the same command goes on from there.
 
     Args:
@@ -76,17 +76,17 @@ def prepare(
     """
     if pretokenized:
         if input or part:
-            raise DataError("--pretokenized downloads what is ready: it goes with --out alone")
+            raise UserError("--pretokenized downloads what is ready: it goes with --out alone")
         return download_shards(folder or Path("datasets/fineweb-10B"))
     if input and folder is None:
-        raise DataError("--input needs --out FOLDER, the folder to write")
+        raise UserError("--input needs --out FOLDER, the folder to write")
     processes = min(_cores(), 16) if processes is None else processes
     for option, value in {"--processes": processes, "--shard-tokens": shard_tokens}.items():
         if value < 1:
-            raise DataError(f"{option} is {value}: it must be 1 or more")
+            raise UserError(f"{option} is {value}: it must be 1 or more")
     chosen = load(tokenizer)
     if chosen.eot is None or chosen.vocab_size > 1 << 16:
-        raise DataError(f"--tokenizer {tokenizer} must have an end-of-text token, and 65,536 tokens at most")
+        raise UserError(f"--tokenizer {tokenizer} must have an end-of-text token, and 65,536 tokens at most")
     folder = folder or Path("datasets", "fineweb-edu-" + name.removeprefix("sample-").removesuffix("T"))
     k, n = _parse_part(part)
     local_files(input)  # a wrong name is said before a folder is made
@@ -97,7 +97,7 @@ def prepare(
     with lock(folder / f".{record_name}.lock", busy) if part else writing(folder):
         record = read_record(folder / record_name)
         if record is None and (folder / "meta.json").exists():
-            raise DataError(f"{folder} holds another dataset: give another folder with --out, or delete it")
+            raise UserError(f"{folder} holds another dataset: give another folder with --out, or delete it")
         recipe, files = _recipe(None if input else name, input, part, shard_tokens, chosen, record)
         first, end = (k - 1) * len(files) // n, k * len(files) // n
         if record:
@@ -134,13 +134,13 @@ class File(NamedTuple):
 
 
 def local_files(paths: Sequence[Path]) -> list[File]:
-    """--input; DataError when a file is missing, of an unknown kind, or a Parquet file without text."""
+    """--input; UserError when a file is missing, of an unknown kind, or a Parquet file without text."""
     files = []
     for path in paths:
         if path.suffix not in (".parquet", ".jsonl", ".txt"):
-            raise DataError(f"--input {path} is of no known kind: its name must end in .parquet, .jsonl or .txt")
+            raise UserError(f"--input {path} is of no known kind: its name must end in .parquet, .jsonl or .txt")
         if not path.is_file():
-            raise DataError(f"--input {path} does not exist: give the names of .parquet, .jsonl or .txt files")
+            raise UserError(f"--input {path} does not exist: give the names of .parquet, .jsonl or .txt files")
         size = path.stat().st_size
         text_bytes = _parquet_text_bytes(path) if path.suffix == ".parquet" else size
         files.append(File(glob.escape(str(path.absolute())), path.name, size, int(text_bytes / BYTES_PER_TOKEN)))
@@ -155,7 +155,7 @@ def hub_files(name: str, revision: str, listing: Sequence[tuple[str, int]]) -> l
 
 
 def list_hub(name: str) -> tuple[str, list[tuple[str, int]]]:
-    """The newest commit of FineWeb-Edu and the (name, bytes) of the files of a sample; DataError without network."""
+    """The newest commit of FineWeb-Edu and the (name, bytes) of the files of a sample; UserError without network."""
     from huggingface_hub import HfApi
 
     with _hub_errors(f"list the files of {HUB_DATASET}"):
@@ -164,7 +164,7 @@ def list_hub(name: str) -> tuple[str, list[tuple[str, int]]]:
         tree = HfApi().list_repo_tree(HUB_DATASET, folder, repo_type="dataset", revision=revision, recursive=True)
         listing = sorted((entry.path, entry.size) for entry in tree if entry.path.endswith(".parquet"))
     if not listing:
-        raise DataError(f"{HUB_DATASET} has no Parquet file in {folder} any more: {WITHOUT_NETWORK}")
+        raise UserError(f"{HUB_DATASET} has no Parquet file in {folder} any more: {WITHOUT_NETWORK}")
     return revision, listing
 
 
@@ -189,7 +189,7 @@ def read_batches(files: Sequence[File], start: Position) -> Iterator[tuple[Posit
 
 
 def read_rows(file: File, start: int) -> Iterator[str | None]:
-    """The texts of a file from row `start` on; DataError names the file and the row where it is damaged."""
+    """The texts of a file from row `start` on; UserError names the file and the row where it is damaged."""
     row, kind = 0, Path(file.name).suffix
     try:
         for column in _columns(file.place, kind):
@@ -205,7 +205,7 @@ def read_rows(file: File, start: int) -> Iterator[str | None]:
         remedy = "mend it and repeat the same command, which goes on where it stopped, or begin again without it"
         if file.place.startswith("hf://"):
             remedy = "when the network is back, repeat the same command, which goes on where it stopped"
-        raise DataError(f"cannot read {file.name} past row {row} ({reason}): {remedy}") from None
+        raise UserError(f"cannot read {file.name} past row {row} ({reason}): {remedy}") from None
 
 
 def _columns(place: str, kind: str) -> Iterator[list[str | None]]:
@@ -258,16 +258,16 @@ def _parquet_text_bytes(path: Path) -> int:
         with pq.ParquetFile(path) as file:
             schema, groups = file.schema_arrow, file.metadata
             if "text" not in schema.names:
-                raise DataError(f"--input {path} has no column `text`, only {', '.join(schema.names)}: rename one")
+                raise UserError(f"--input {path} has no column `text`, only {', '.join(schema.names)}: rename one")
             kind = schema.field("text").type
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-                raise DataError(f"the column `text` of --input {path} holds {kind}: it must hold strings")
+                raise UserError(f"the column `text` of --input {path} holds {kind}: it must hold strings")
             chunks = [
                 groups.row_group(i).column(j) for i in range(groups.num_row_groups) for j in range(groups.num_columns)
             ]
             return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == "text")
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"--input {path} is cut short or no Parquet file ({error}): get it again") from None
+        raise UserError(f"--input {path} is cut short or no Parquet file ({error}): get it again") from None
 
 
 # ----------------------------------------------------------------------------------------------- recipe, parts, finish
@@ -277,7 +277,7 @@ def _parse_part(part: str | None) -> tuple[int, int]:
     match = re.fullmatch(r"([1-9]\d{0,3})/([1-9]\d{0,3})", part or "1/1")
     k, n = map(int, match.groups()) if match else (1, 0)
     if k > n:
-        raise DataError(f"--part {part} is no part: it must be like 2/8, the second of eight")
+        raise UserError(f"--part {part} is no part: it must be like 2/8, the second of eight")
     return k, n
 
 
@@ -300,13 +300,13 @@ def _recipe(
         files = hub_files(name, revision, listing)
     k, n = _parse_part(part)
     if n > len(files):
-        raise DataError(f"--part {part} gives each part whole files, and there are {len(files)}: use fewer parts")
+        raise UserError(f"--part {part} gives each part whole files, and there are {len(files)}: use fewer parts")
     recipe = {"name": name, "revision": revision, "part": part, "shard_tokens": shard_tokens}
     return recipe | {"tokenizer": tokenizer.spec(), "files": [[file.name, file.bytes] for file in files]}, files
 
 
 def _same(record: Record, recipe: dict, first: int, path: Path) -> None:
-    """DataError unless the record at `path` is of this recipe; first: the number of the first file of the share.
+    """UserError unless the record at `path` is of this recipe; first: the number of the first file of the share.
 
     A file that is not read to its end yet may have another length now, so that a damaged one can be mended.
     """
@@ -325,7 +325,7 @@ def _same(record: Record, recipe: dict, first: int, path: Path) -> None:
             same = _names(before) == _names(now) and before[first:settled] == now[first:settled]
             before = f"{len(before)} files"
         if not same:
-            raise DataError(
+            raise UserError(
                 f"{path} was begun with another {option} ({before or 'none'}): repeat the command as it was, give "
                 f"another folder with --out, or delete {path.parent}"
             )
@@ -347,7 +347,7 @@ def _join(folder: Path, record: Record, n: int, command: str) -> str:
     for k, other in records.items():
         alike = {"part": None, "files": _names(record.recipe["files"])}
         if other.recipe | alike | {"files": _names(other.recipe["files"])} != record.recipe | alike:
-            raise DataError(
+            raise UserError(
                 f"part{k}of{n}.json in {folder} was made of other files or options than part {record.recipe['part']}: "
                 "prepare it again with the same"
             )
@@ -364,8 +364,8 @@ def _finish(folder: Path, records: list[Record], command: str) -> str:
         if len(records) == 1:
             remove_shards(folder, "progress.json", "", only_unfinished=False)
         if not total:
-            raise DataError(f"there is no text in the files: {empty} rows are empty")
-        raise DataError(
+            raise UserError(f"there is no text in the files: {empty} rows are empty")
+        raise UserError(
             f"all {total:,} tokens fit into one shard, and validation and training need one each: lower "
             f"--shard-tokens, for example to {max(1, total // 10)}"
         )
@@ -383,7 +383,7 @@ def _cores() -> int:
 def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise DataError(
+        raise UserError(
             f"{folder} needs about {needed / 1e9:,.3g} GB more and its disk has {free / 1e9:,.3g} GB free: make room, "
             "or give a folder on another disk with --out"
         )
@@ -416,7 +416,7 @@ def _shown(
 def download_shards(folder: Path) -> str:
     """Downloads the shards of PRETOKENIZED that are not in `folder` yet, each checked against the Hub's sha256.
 
-    Validation comes last: until all the rest is there, the folder is no dataset. DataError without network.
+    Validation comes last: until all the rest is there, the folder is no dataset. UserError without network.
     """
     from huggingface_hub import HfApi, hf_hub_download
     from tqdm import tqdm
@@ -426,7 +426,7 @@ def download_shards(folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     with writing(folder):
         if (folder / "meta.json").exists():
-            raise DataError(f"{folder} holds another dataset: give another folder with --out, or delete it")
+            raise UserError(f"{folder} holds another dataset: give another folder with --out, or delete it")
         with _hub_errors(f"list the files of {PRETOKENIZED}"):
             info = HfApi().dataset_info(PRETOKENIZED, files_metadata=True)
         entries = [entry for entry in info.siblings if entry.rfilename.endswith(".bin")]
@@ -441,7 +441,7 @@ def download_shards(folder: Path) -> str:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if entry.lfs and found != entry.lfs.sha256:
                 path.unlink()
-                raise DataError(f"{entry.rfilename} of {PRETOKENIZED} came damaged (sha256): repeat the same command")
+                raise UserError(f"{entry.rfilename} of {PRETOKENIZED} came damaged (sha256): repeat the same command")
             os.replace(path, folder / Path(entry.rfilename).name)
         shutil.rmtree(folder / ".download", ignore_errors=True)
         counts = (f"{open_split(folder, split).n_tokens:,} {split}" for split in ("train", "val"))
@@ -454,7 +454,7 @@ def _hub_errors(what: str) -> Iterator[None]:
         yield
     except Exception as error:  # of httpx, of huggingface_hub, of the system
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise DataError(f"cannot {what} ({reason}): try again, or {WITHOUT_NETWORK}") from None
+        raise UserError(f"cannot {what} ({reason}): try again, or {WITHOUT_NETWORK}") from None
 
 
 def main() -> None:

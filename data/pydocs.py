@@ -15,7 +15,7 @@ from typing import Annotated
 
 import tyro
 
-from data.files import DataError, run_script
+from data.files import UserError, run_script
 from data.shards import summary, write_dataset
 from data.tokenizer import choose, encode_documents
 
@@ -29,7 +29,7 @@ def prepare(
 ) -> str:
     """Makes a dataset from the language topics of Python's help().
 
-    Returns a line that sums it up; DataError where this Python comes without the topics, or without such a tokenizer.
+    Returns a line that sums it up; UserError where this Python comes without the topics, or without such a tokenizer.
 
     Args:
         folder: The folder to write; datasets/pydocs if not given, or datasets/pydocs-TOKENIZER for other tokens.
@@ -47,13 +47,13 @@ def prepare(
 
 
 def read_topics(module: str = "pydoc_data.topics") -> dict[str, str]:
-    """Topic name -> text, sorted by name; DataError where `module` is missing or empty."""
+    """Topic name -> text, sorted by name; UserError where `module` is missing or empty."""
     try:
         topics = dict(sorted(importlib.import_module(module).topics.items()))
     except (ImportError, AttributeError):
         topics = {}
     if not topics:
-        raise DataError(
+        raise UserError(
             f"{sys.executable} comes without {module}, the text of Python's help(): use another Python, or your own "
             "text with `python -m data.text FILES --out FOLDER`"
         )

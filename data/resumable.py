@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.files import DataError, write_whole
+from data.files import UserError, atomic_write
 
 # The processes that tokenize import this module too, so data.shards, which imports torch, waits until it is used.
 
@@ -48,11 +48,11 @@ class Record:
 
     def save(self, path: Path) -> None:
         """Writes the record whole."""
-        write_whole(path, lambda file: file.write(json.dumps(asdict(self), indent=1).encode()))
+        atomic_write(path, lambda file: file.write(json.dumps(asdict(self), indent=1).encode()))
 
 
 def read_record(path: Path) -> Record | None:
-    """The record at `path`, or None; DataError when it is damaged, or when a shard that it lists is not there whole."""
+    """The record at `path`, or None; UserError when it is damaged, or when a shard that it lists is not there whole."""
     if not path.exists():
         return None
     try:
@@ -61,10 +61,10 @@ def read_record(path: Path) -> Record | None:
         base64.b64decode(record.leftover, validate=True)
         listed = [(path.parent / s["file"], int(s["tokens"])) for split in record.shards.values() for s in split]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{path} is damaged ({type(error).__name__}): delete {path.parent} to start again") from None
+        raise UserError(f"{path} is damaged ({type(error).__name__}): delete {path.parent} to start again") from None
     for shard, tokens in listed:
         if not shard.is_file() or shard.stat().st_size <= tokens * DTYPE.itemsize:  # a header comes first
-            raise DataError(
+            raise UserError(
                 f"{shard} is missing or cut short, though {path.name} lists it: put it back, or delete {path.parent} "
                 "to start again"
             )
@@ -110,7 +110,7 @@ def write_shards(
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            raise DataError(
+            raise UserError(
                 f"the disk of {path.parent} is full after {record.tokens():,} tokens: make room and repeat the same "
                 "command, which goes on from there"
             ) from None

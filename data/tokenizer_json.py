@@ -10,7 +10,7 @@ import re
 
 import tiktoken
 
-from data.files import DataError
+from data.files import UserError
 from data.tokenizer import END_OF_TEXT, BytePairTokenizer, CharTokenizer, Tokenizer, spelled
 
 
@@ -19,17 +19,17 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict:
     The content of a tokenizer.json that gives the ids of `tokenizer` for every text without special tokens.
 
     (A special token's spelling in a text becomes that token in Hugging Face's libraries, and stays text in ours.)
-    DataError where the format has no words for it.
+    UserError where the format has no words for it.
     """
     if isinstance(tokenizer, CharTokenizer):
         model, split, decoder, special = _characters(tokenizer)
     elif isinstance(tokenizer, BytePairTokenizer):
         model, split, decoder, special = _byte_pairs(tokenizer._encoding)
     else:
-        raise DataError(f"the {tokenizer.name} tokenizer cannot be written as a tokenizer.json")
+        raise UserError(f"the {tokenizer.name} tokenizer cannot be written as a tokenizer.json")
     clash = next((text for text in special if text in model["vocab"]), None)
     if clash is not None:
-        raise DataError(f"the {tokenizer.name} tokenizer has two tokens spelled {clash!r}: a tokenizer.json holds one")
+        raise UserError(f"the {tokenizer.name} tokenizer has two tokens spelled {clash!r}: a tokenizer.json holds one")
     model["vocab"] |= special
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
@@ -83,11 +83,11 @@ def _oniguruma(pattern: str) -> str:
     """
     The pattern for Oniguruma, where a + behind {1,3} means "once or more" and does not forbid to go back.
 
-    At the end of an alternative there is nothing to go back for, and the + can go; DataError where it stands elsewhere.
+    At the end of an alternative there is nothing to go back for, and the + can go; UserError where it stands elsewhere.
     """
     same = re.sub(r"(\{\d+(?:,\d*)?\})\+(?=[|)]|$)", r"\1", pattern)
     if re.search(r"\{\d+(?:,\d*)?\}\+", same):
-        raise DataError(f"a tokenizer.json cannot hold the pattern {pattern}: write (?>x{{1,3}}) for x{{1,3}}+ there")
+        raise UserError(f"a tokenizer.json cannot hold the pattern {pattern}: write (?>x{{1,3}}) for x{{1,3}}+ there")
     return same
 
 

@@ -53,10 +53,6 @@ FAMILIES = {  # name on the command line, which is also the file -> its operatio
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what every kernel reads and writes
 
 
-class KernelError(Exception):
-    """A choice of kernels that cannot run; the text says what would."""
-
-
 @dataclass(frozen=True)
 class Ops:
     """The six operations as plain functions; select() fills it."""
@@ -79,13 +75,13 @@ def available(device: torch.device) -> tuple[bool, str]:
 
 
 def families(names: str) -> tuple[str, ...]:
-    """The families that "all", "none" or a comma-separated list means. KernelError for a name that does not exist."""
+    """The families that "all", "none" or a comma-separated list means. ValueError for a name that does not exist."""
     if names in ("all", "none"):
         return tuple(FAMILIES) if names == "all" else ()
     chosen = [name.strip() for name in names.split(",") if name.strip()]
     unknown = [name for name in chosen if name not in FAMILIES]
     if unknown or not chosen:
-        raise KernelError(f"--kernels {names!r}: use all, none, or a comma-separated list of {', '.join(FAMILIES)}")
+        raise ValueError(f"--kernels {names!r}: use all, none, or a comma-separated list of {', '.join(FAMILIES)}")
     return tuple(name for name in FAMILIES if name in chosen)
 
 
@@ -96,7 +92,7 @@ def select(names: str, device: torch.device | str = "cpu", dropout: float = 0.0)
     names:   "all", "none" or a comma-separated list of FAMILIES; "auto": all on a GPU, none elsewhere
     device:  where the tensors will live
     dropout: of attention; above 0, auto leaves attention to PyTorch, since the Triton version has none
-    Raises KernelError for an unknown family, or where Triton cannot run on that device.
+    Raises ValueError for an unknown family, or where Triton cannot run on that device.
     """
     runs, why_not = available(torch.device(device))
     if names == "auto":
@@ -105,7 +101,7 @@ def select(names: str, device: torch.device | str = "cpu", dropout: float = 0.0)
     else:
         chosen = families(names)
     if chosen and not runs:
-        raise KernelError(
+        raise ValueError(
             f"--kernels {names} asks for Triton kernels, but {why_not}: "
             "use --kernels none to train, or set TRITON_INTERPRET=1 to study the kernels on a CPU"
         )
@@ -120,19 +116,19 @@ def select(names: str, device: torch.device | str = "cpu", dropout: float = 0.0)
 # ------------------------------------------------- shared by the kernel files
 
 
-def matmul_dtype(x: torch.Tensor) -> torch.dtype:
+def autocast_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype that the next matrix product wants: that of autocast where it is on, else that of x."""
     device_type = x.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
 
 
-def on_device_of(x: torch.Tensor) -> torch.accelerator.device_index:
+def device_guard(x: torch.Tensor) -> torch.accelerator.device_index:
     """Where Triton must launch: on the GPU that holds x, which need not be the current one. No effect on a CPU."""
     return torch.accelerator.device_index(x.device.index)
 
 
 Row = TypeVar("Row")
-_interpreted_for = contextvars.ContextVar("interpreted_for", default="sm_80")
+_emulated_gpu = contextvars.ContextVar("emulate_gpu", default="sm_80")
 
 
 def architecture(x: torch.Tensor) -> str:
@@ -140,9 +136,9 @@ def architecture(x: torch.Tensor) -> str:
     The GPU whose launch parameters suit this tensor: "sm_80", "sm_90", "gfx942" and so on.
 
     A GPU answers for itself, and nothing can make it answer otherwise. On a CPU kernels are only interpreted, with the
-    parameters of an A100, or of the GPU that a surrounding interpreted_for() names.
+    parameters of an A100, or of the GPU that a surrounding emulate_gpu() names.
     """
-    return _architecture_of_gpu(x.device.index) if x.device.type == "cuda" else _interpreted_for.get()
+    return _architecture_of_gpu(x.device.index) if x.device.type == "cuda" else _emulated_gpu.get()
 
 
 @functools.cache
@@ -154,21 +150,21 @@ def _architecture_of_gpu(index: int) -> str:
 
 
 @contextlib.contextmanager
-def interpreted_for(name: str) -> Iterator[None]:
+def emulate_gpu(name: str) -> Iterator[None]:
     """
     Within, kernels are interpreted on a CPU with the launch parameters of this GPU.
 
     Why not an argument of every operation: it would run through operators, their fake and autograd rules and the model
     for the sake of kernels.report, which notes down how a GPU that is not there would be used, and of the tests.
     """
-    before = _interpreted_for.set(name)
+    before = _emulated_gpu.set(name)
     try:
         yield
     finally:
-        _interpreted_for.reset(before)
+        _emulated_gpu.reset(before)
 
 
-def of_architecture(table: dict[str, Row], name: str) -> Row:
+def for_architecture(table: dict[str, Row], name: str) -> Row:
     """The row of this GPU or, of NVIDIA's, of the newest one before it (sm_121: that of sm_120); else the first row."""
     if name in table or not name.startswith("sm_"):
         return table.get(name, next(iter(table.values())))
@@ -187,7 +183,7 @@ def check_tensors(**tensors: torch.Tensor) -> None:
             raise ValueError(f"{name} is on {tensor.device}, {first} on {tensors[first].device}: move them together")
 
 
-def first_derivative_only(operator: torch.library.CustomOpDef) -> None:
+def forbid_double_backward(operator: torch.library.CustomOpDef) -> None:
     """Make a gradient through this operator, itself a gradient, an error with a sentence."""
 
     def refuse(ctx, *grads):

@@ -67,11 +67,11 @@ from torch import Tensor
 
 from kernels import (
     architecture,
+    autocast_dtype,
     check_tensors,
-    first_derivative_only,
-    matmul_dtype,
-    of_architecture,
-    on_device_of,
+    device_guard,
+    for_architecture,
+    forbid_double_backward,
     tl,
     triton,
 )
@@ -118,7 +118,7 @@ def launch_parameters(kernel: str, T: int, D: int, dtype: torch.dtype, gpu: str)
     BLOCK_D = max(16, triton.next_power_of_2(D))  # 16 is the least that tl.dot takes
     bits = 8 * dtype.itemsize
     rows = next(rows for (b, width), rows in LAUNCH[kernel].items() if b == bits and width >= BLOCK_D)
-    whole, parts = of_architecture(rows, gpu)
+    whole, parts = for_architecture(rows, gpu)
     BLOCK_Q, BLOCK_K, num_warps = whole if T % max(whole[:2]) == 0 else parts
     blocks = {"BLOCK_Q": BLOCK_Q, "BLOCK_K": BLOCK_K, "BLOCK_D": BLOCK_D, "EVEN": T % max(BLOCK_Q, BLOCK_K) == 0}
     return blocks | {"num_warps": num_warps, "num_stages": STAGES}
@@ -410,11 +410,11 @@ def _launch(kernel, name: str, tensors: tuple[Tensor, ...], qkv: Tensor, n_head:
         return
     launch = launch_parameters(name, T, D, qkv.dtype, architecture(qkv))
     rows = launch["BLOCK_K" if name == "backward_dkdv" else "BLOCK_Q"]
-    with on_device_of(qkv):
+    with device_guard(qkv):
         kernel[(triton.cdiv(T, rows), B * n_head)](*tensors, 1 / math.sqrt(D), T, H=n_head, D=D, **launch)
 
 
-first_derivative_only(_backward)
+forbid_double_backward(_backward)
 
 
 def _save(ctx, inputs, output):
@@ -460,5 +460,5 @@ def causal_attention(qkv: Tensor, n_head: int, dropout_p: float) -> Tensor:
             f"{qkv.shape[0]} sequences of {n_head} heads: the attention kernel takes {MAX_HEADS} heads in all: "
             "lower --micro-batch"
         )
-    y, _ = _causal_attention(qkv.to(matmul_dtype(qkv)).contiguous(), n_head)
+    y, _ = _causal_attention(qkv.to(autocast_dtype(qkv)).contiguous(), n_head)
     return y

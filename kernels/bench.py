@@ -37,15 +37,11 @@ import torch
 import kernels
 from kernels.report import __main__ as report
 from kernels.report import roofline
-from kernels.report.shapes import PRESETS, Shape, ShapeError, arguments, calls_per_step, parse_shape
-from training.devices import DeviceError, choose_device, choose_dtype, named_gpu, out_of_memory
+from kernels.report.shapes import PRESETS, Shape, arguments, calls_per_step, parse_shape
+from training.devices import choose_device, choose_dtype, named_gpu, out_of_memory
 
 OTHERS = ("liger", "flash-attn")
 TINY = Shape(B=1, T=16, C=32, H=1, L=1, V=60)  # for the interpreter
-
-
-class BenchError(Exception):
-    """What cannot be timed here; the text says what can."""
 
 
 # --------------------------------------------------------------------------- operations
@@ -250,7 +246,7 @@ def train(choice: str, compiled: bool, chosen: argparse.Namespace, device: torch
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
         said = next((line for line in lines if line.startswith("error:")), lines[-1])
-        raise BenchError(f"train_gpt2.py {chosen.preset} --kernels {choice} stopped: {said.removeprefix('error: ')}")
+        raise ValueError(f"train_gpt2.py {chosen.preset} --kernels {choice} stopped: {said.removeprefix('error: ')}")
     lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [record for record in map(json.loads, lines) if "tokens_per_s" in record]
     settled = steps[min(10, len(steps) // 2) :]
@@ -336,14 +332,14 @@ def options(words: list[str] | None) -> argparse.Namespace:
     chosen = parser.parse_args(words)
     for name in ("repeats", "steps"):
         if getattr(chosen, name) < 1:
-            raise BenchError(f"--{name} is {getattr(chosen, name)}, but must be at least 1")
+            raise ValueError(f"--{name} is {getattr(chosen, name)}, but must be at least 1")
     return chosen
 
 
 def run(words: list[str] | None) -> None:
     chosen = options(words)
     if chosen.device.startswith("cuda") and not torch.cuda.is_available():
-        raise BenchError("no GPU here to time: python -m kernels.report needs none, --device cpu times PyTorch alone")
+        raise ValueError("no GPU here to time: python -m kernels.report needs none, --device cpu times PyTorch alone")
     device = choose_device(chosen.device)
     on_gpu = device.type == "cuda"
     chosen.preset = chosen.preset or ("gpt2-124m" if on_gpu else "laptop")
@@ -369,7 +365,7 @@ def main(words: list[str] | None = None) -> None:
     with contextlib.suppress(KeyboardInterrupt):
         try:
             run(words)
-        except (BenchError, DeviceError, ShapeError, report.ReportError, kernels.KernelError) as error:
+        except ValueError as error:
             report.fail(str(error))
         except OSError as error:
             report.fail(f"{error.strerror}: {error.filename}")

@@ -50,11 +50,11 @@ from torch import Tensor
 
 from kernels import (
     architecture,
+    autocast_dtype,
     check_tensors,
-    first_derivative_only,
-    matmul_dtype,
-    of_architecture,
-    on_device_of,
+    device_guard,
+    for_architecture,
+    forbid_double_backward,
     tl,
     triton,
 )
@@ -72,7 +72,7 @@ BLOCK = {"sm_80": 8192, "sm_86": 4096, "sm_90": 8192, "sm_120": 4096}  # GPU -> 
 
 def launch_parameters(width: int, gpu: str) -> dict[str, int]:
     """For all three kernels: a block of columns at a time, 8 numbers a thread."""
-    block = min(of_architecture(BLOCK, gpu), max(VECTOR.value, triton.next_power_of_2(width)))
+    block = min(for_architecture(BLOCK, gpu), max(VECTOR.value, triton.next_power_of_2(width)))
     return {"BLOCK": block, "num_warps": max(1, block // 256)}
 
 
@@ -237,7 +237,7 @@ def _cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int) -> tuple[Te
     losses = torch.empty_like(largest)
     N, width = logits.shape
     if N > 0:
-        with on_device_of(logits):
+        with device_guard(logits):
             arguments = (logits, targets, losses, largest, total, logits.stride(0))
             _forward_kernel[(N,)](
                 *arguments, V=vocab_size, WIDTH=width, **launch_parameters(width, architecture(logits))
@@ -265,7 +265,7 @@ def _backward(
     dlogits = _backward_outputs(scale, logits, targets, largest, total, vocab_size)
     N, width = logits.shape
     if N > 0:
-        with on_device_of(logits):
+        with device_guard(logits):
             arguments = (logits, targets, largest, total, scale, dlogits, logits.stride(0))
             _backward_kernel[(N,)](
                 *arguments, V=vocab_size, WIDTH=width, **launch_parameters(width, architecture(logits))
@@ -278,7 +278,7 @@ def _backward_outputs(scale, logits, targets, largest, total, vocab_size):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-first_derivative_only(_backward)
+forbid_double_backward(_backward)
 
 
 def _save(ctx, inputs, output):
@@ -309,7 +309,7 @@ def _linear_cross_entropy(
     buffer = x.new_empty(min(N, chunk), width)
     weight = weight.to(x.dtype)
     launch = {"V": vocab_size, "WIDTH": width, **launch_parameters(width, architecture(x))}
-    with torch.autocast(x.device.type, enabled=False), on_device_of(x):
+    with torch.autocast(x.device.type, enabled=False), device_guard(x):
         for start in range(0, N, chunk):
             rows = slice(start, min(start + chunk, N))
             logits = torch.mm(x[rows], weight.T, out=buffer[: rows.stop - start])
@@ -398,7 +398,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size:
         raise ValueError(f"x must be (N, C) and weight (W, C), got {tuple(x.shape)} and {tuple(weight.shape)}")
     _check("x", x, weight.shape[0], targets, vocab_size)
     with_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    x = x.to(matmul_dtype(x)).contiguous()
+    x = x.to(autocast_dtype(x)).contiguous()
     loss, _, _, _ = _linear_cross_entropy(x, weight.contiguous(), targets.contiguous(), vocab_size, with_gradient)
     return loss
 

@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import architecture, check_tensors, first_derivative_only, of_architecture, on_device_of, tl, triton
+from kernels import architecture, check_tensors, device_guard, for_architecture, forbid_double_backward, tl, triton
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LINEAR = tl.constexpr(2 * math.sqrt(2 / math.pi))  # 2u = LINEAR * z + CUBIC * z^3
@@ -133,7 +133,7 @@ def _bias_gelu(z: Tensor, bias: Tensor) -> Tensor:
     N, W = z.shape
     launch = LAUNCH["forward"]
     if z.numel() > 0:
-        with on_device_of(z):
+        with device_guard(z):
             grid = (triton.cdiv(N, launch["ROWS"]), triton.cdiv(W, launch["COLS"]))
             _forward_kernel[grid](z, bias, y, N, W=W, **launch)
     return y
@@ -149,10 +149,10 @@ def _backward(dy: Tensor, z: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     dz, dbias = _backward_outputs(dy, z, bias)
     N, W = z.shape
     launch = LAUNCH["backward"]
-    row_programs = min(triton.cdiv(N, 16), of_architecture(ROW_PROGRAMS, architecture(z)))
+    row_programs = min(triton.cdiv(N, 16), for_architecture(ROW_PROGRAMS, architecture(z)))
     dbias_parts = z.new_empty(row_programs, W, dtype=torch.float32)
     if z.numel() > 0:
-        with on_device_of(z):
+        with device_guard(z):
             grid = (row_programs, triton.cdiv(W, launch["COLS"]))
             _backward_kernel[grid](dy, z, bias, dz, dbias_parts, N, W=W, **launch)
     return dz, dbias.copy_(dbias_parts.sum(0))
@@ -163,7 +163,7 @@ def _backward_outputs(dy, z, bias):
     return torch.empty_like(z), torch.empty_like(bias)
 
 
-first_derivative_only(_backward)
+forbid_double_backward(_backward)
 
 
 def _save(ctx, inputs, output):

@@ -50,11 +50,11 @@ from torch import Tensor
 
 from kernels import (
     architecture,
+    autocast_dtype,
     check_tensors,
-    first_derivative_only,
-    matmul_dtype,
-    of_architecture,
-    on_device_of,
+    device_guard,
+    for_architecture,
+    forbid_double_backward,
     tl,
     triton,
 )
@@ -79,14 +79,14 @@ def launch_parameters(C: int) -> dict[str, int]:
 
 def backward_launch_parameters(N: int, C: int, gpu: str) -> tuple[int, dict[str, int]]:
     """Of the backward, which holds sums beside a row: how many programs share the rows, and the same."""
-    numbers_a_warp, warps_in_flight = of_architecture(LAUNCH, gpu)
-    num_warps = _warps(C, numbers_a_warp)
+    elements_per_warp, warps_in_flight = for_architecture(LAUNCH, gpu)
+    num_warps = _warps(C, elements_per_warp)
     programs = min(triton.cdiv(N, ROWS), max(1, warps_in_flight // num_warps))
     return programs, {"BLOCK_C": triton.next_power_of_2(C), "num_warps": num_warps}
 
 
-def _warps(C: int, numbers_a_warp: int) -> int:
-    return triton.next_power_of_2(triton.cdiv(C, numbers_a_warp if C % 8 == 0 else 256))
+def _warps(C: int, elements_per_warp: int) -> int:
+    return triton.next_power_of_2(triton.cdiv(C, elements_per_warp if C % 8 == 0 else 256))
 
 
 # ------------------------------------------------------------------------------ PyTorch
@@ -236,7 +236,7 @@ def _launch_forward(x, residual, weight, bias, summed, y, mean, rstd, eps):
     N, C = mean.numel(), x.shape[-1]
     if N == 0:
         return
-    with on_device_of(x):
+    with device_guard(x):
         _forward_kernel[(N,)](x, residual, weight, bias, summed, y, mean, rstd, eps, C=C, **launch_parameters(C))
 
 
@@ -252,7 +252,7 @@ def _backward(
     dbias_parts = torch.empty_like(dweight_parts)
     if N > 0:
         second = dx[1] if len(dx) == 2 else None
-        with on_device_of(x):
+        with device_guard(x):
             _backward_kernel[(programs,)](
                 dy, dsummed, x, weight, mean, rstd, dx[0], second, dweight_parts, dbias_parts, N, C=C, **launch
             )
@@ -267,7 +267,7 @@ def _backward_outputs(dy, dsummed, x, weight, mean, rstd, dtype):
     return dx, torch.empty_like(weight), torch.empty_like(weight)
 
 
-first_derivative_only(_backward)
+forbid_double_backward(_backward)
 
 
 def _save(ctx, inputs, output):
@@ -316,7 +316,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     Raises ValueError for other dtypes and shapes, mixed devices, or C above 8,192.
     """
     _check(weight=weight, bias=bias, x=x)
-    y, _, _ = _layer_norm(x.contiguous(), weight.contiguous(), bias.contiguous(), eps, matmul_dtype(x))
+    y, _, _ = _layer_norm(x.contiguous(), weight.contiguous(), bias.contiguous(), eps, autocast_dtype(x))
     return y
 
 
@@ -334,7 +334,7 @@ def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, ep
     if x.shape != residual.shape:
         raise ValueError(f"x and residual must have one shape, got {tuple(x.shape)} and {tuple(residual.shape)}")
     tensors = (x.contiguous(), residual.contiguous(), weight.contiguous(), bias.contiguous())
-    y, summed, _, _ = _add_layer_norm(*tensors, eps, matmul_dtype(residual))
+    y, summed, _, _ = _add_layer_norm(*tensors, eps, autocast_dtype(residual))
     return y, summed
 
 

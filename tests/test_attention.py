@@ -6,7 +6,7 @@ import pytest
 import torch
 from accuracy import DEVICE, before_a_wall, check_all, far_rows, new_memory_is_nan, plain_memory, results
 
-from kernels import attention, interpreted_for
+from kernels import attention, emulate_gpu
 from kernels.attention import causal_attention, causal_attention_reference, causal_attention_torch
 from kernels.report.machine_code import ARCHITECTURES
 
@@ -67,7 +67,7 @@ CALLS = {  # what is launched -> the first call that launches it
 @pytest.mark.parametrize(("T", "D", "dtype", "gpu"), CALLS.values())
 def test_the_tiles_of_every_gpu_are_as_right_as_pytorch(T, D, dtype, gpu):
     tensors, upstream = inputs(1, T, 1, D, dtype)
-    with interpreted_for(gpu), new_memory_is_nan():
+    with emulate_gpu(gpu), new_memory_is_nan():
         check_all(*VERSIONS, tensors, upstream, n_head=1, **OPTIONS)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data import baselines
-from data.files import DataError
+from data.files import UserError
 from data.shards import open_split, write_dataset, write_meta
 from data.tokenizer import CharTokenizer
 
@@ -88,7 +88,7 @@ def test_datasets_without_baselines_are_read_as_before(tmp_path):
     path.write_text(json.dumps(meta), encoding="utf-8")
     assert open_split(tmp_path, "val").baselines == {}
     path.write_text(json.dumps(meta | {"baselines": 3}), encoding="utf-8")
-    with pytest.raises(DataError, match="meta.json is damaged .*prepare the dataset again"):
+    with pytest.raises(UserError, match="meta.json is damaged .*prepare the dataset again"):
         open_split(tmp_path, "val")
     folder = tmp_path / "bin"
     folder.mkdir()
@@ -102,6 +102,6 @@ def test_meta_json_is_not_written_over_a_missing_shard(tmp_path):
     meta = write_dataset(tmp_path, LETTERS, {"train": [np.arange(9)], "val": [np.arange(9)]})
     (tmp_path / "meta.json").unlink()
     (tmp_path / "val_000000.npy").unlink()
-    with pytest.raises(DataError, match="val_000000.npy is missing"):
+    with pytest.raises(UserError, match="val_000000.npy is missing"):
         write_meta(tmp_path, LETTERS, meta["shards"])
     assert not (tmp_path / "meta.json").exists()

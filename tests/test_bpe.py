@@ -20,7 +20,7 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from data import pydocs, shakespeare
 from data.bpe import compare, count_words, learn, main, read_chunks, train
-from data.files import DataError
+from data.files import UserError
 from data.pydocs import read_topics
 from data.shards import open_split
 from data.text import prepare, read_text
@@ -180,9 +180,9 @@ def test_a_file_that_is_not_utf8_is_named_with_the_place(tmp_path, monkeypatch):
         path.write_bytes(content)
         for size in (1, 4, 100):
             monkeypatch.setattr("data.bpe.CHUNK_BYTES", size)
-            with pytest.raises(DataError, match=f"latin.txt is not UTF-8: byte {place}: convert it"):
+            with pytest.raises(UserError, match=f"latin.txt is not UTF-8: byte {place}: convert it"):
                 [*read_chunks(path)]
-        with pytest.raises(DataError, match=f"latin.txt is not UTF-8: byte {place}: convert it"):
+        with pytest.raises(UserError, match=f"latin.txt is not UTF-8: byte {place}: convert it"):
             read_text(path)
 
 
@@ -285,7 +285,7 @@ def test_a_damaged_description_is_named(folder):
         ({"tokens": "ab ab"}, "'ab' is not a new token"),
         ({"tokens": "ab a"}, "'a' is not a new token"),
     ):
-        with pytest.raises(DataError, match="the description of the BPE tokenizer is damaged: .*" + complaint):
+        with pytest.raises(UserError, match="the description of the BPE tokenizer is damaged: .*" + complaint):
             from_spec(good | change)
 
 
@@ -326,7 +326,7 @@ def test_what_cannot_be_trained_on_is_named_and_nothing_is_written(tmp_path):
         ([], 300, "there is no text in no files"),
         (["good", "latin"], 300, "latin.txt is not UTF-8"),
     ):
-        with pytest.raises(DataError, match=complaint):
+        with pytest.raises(UserError, match=complaint):
             train(tuple(tmp_path / f"{name}.txt" for name in names), vocab_size, tmp_path / "out")
     with pytest.raises(FileNotFoundError):
         train((tmp_path / "none.txt",), 300, tmp_path / "out")
@@ -345,7 +345,7 @@ def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path):
 
 
 def test_hugging_face_s_file_in_place_of_ours_is_named(folder):
-    with pytest.raises(DataError, match="tokenizer.json holds no tokenizer: .*: bpe.json beside it does"):
+    with pytest.raises(UserError, match="tokenizer.json holds no tokenizer: .*: bpe.json beside it does"):
         load(str(folder / "tokenizer.json"))
 
 
@@ -362,5 +362,5 @@ def test_compare_prints_the_bytes_a_token_of_each_tokenizer_on_each_file(folder,
         assert vocabulary == f"{tokenizer.vocab_size if tokenizer else len(set(CODE + RUSSIAN)):,}"
     (tmp_path / "empty.txt").touch()
     for files in ((), (tmp_path / "empty.txt",), (tmp_path / "code.txt", tmp_path / "empty.txt")):
-        with pytest.raises(DataError, match=f"there is no text in {tmp_path / 'empty.txt' if files else 'no files'}"):
+        with pytest.raises(UserError, match=f"there is no text in {tmp_path / 'empty.txt' if files else 'no files'}"):
             compare(files)

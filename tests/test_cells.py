@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 import model as gpt
 import train_gpt2
-from data.files import DataError
+from data.files import UserError
 from data.shards import write_dataset
 from data.tokenizer import CharTokenizer
 from training import cells, sweep
@@ -54,7 +54,7 @@ def command(dataset, out_dir, *flags, **options):
 def swept(dataset, tmp_path_factory):
     """A sweep of two cells, the first of which diverges, and how it ended."""
     out = tmp_path_factory.mktemp("runs") / "sweep"
-    with pytest.raises(DataError) as failure:
+    with pytest.raises(UserError) as failure:
         sweep.run(SCRIPT, command(dataset, out), ["lr=1e12,1e-3"], parse)
     return out, str(failure.value)
 
@@ -84,7 +84,7 @@ def test_finished_cells_are_skipped(dataset, swept, capfd):
 def test_a_cell_made_with_other_options_is_not_taken_for_this_one(dataset, swept):
     out, _ = swept
     with pytest.raises(
-        DataError, match=r"other options \(--weight-decay 0.3 there, 0.2 here\): give another --out-dir"
+        UserError, match=r"other options \(--weight-decay 0.3 there, 0.2 here\): give another --out-dir"
     ):
         sweep.run(SCRIPT, command(dataset, out, weight_decay=0.2), ["lr=1e-3"], parse)
     assert sweep.run(SCRIPT, command(dataset, out, keep=1), ["lr=1e-3"], parse) == 0  # changes no loss
@@ -94,15 +94,15 @@ def test_a_folder_that_another_sweep_uses_is_refused(dataset, swept):
     out, _ = swept
     from data.files import lock
 
-    with lock(out / ".lock"), pytest.raises(DataError, match="another process is writing to"):
+    with lock(out / ".lock"), pytest.raises(UserError, match="another process is writing to"):
         sweep.run(SCRIPT, command(dataset, out), ["lr=1e-3"], parse)
 
 
 def test_torchrun_and_resume_are_refused(dataset, tmp_path, monkeypatch):
-    with pytest.raises(DataError, match="leave --resume out"):
+    with pytest.raises(UserError, match="leave --resume out"):
         sweep.run(SCRIPT, command(dataset, tmp_path / "new", "--resume=never"), ["lr=1e-3"], parse)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(DataError, match="without torchrun"):
+    with pytest.raises(UserError, match="without torchrun"):
         sweep.run(SCRIPT, command(dataset, tmp_path / "new"), ["lr=1e-3"], parse)
     assert not (tmp_path / "new").exists()
 

@@ -7,7 +7,7 @@ import torch
 from accuracy import DEVICE, before_a_wall, check_all, far_rows, new_memory_is_nan, plain_memory, results
 
 from kernels import cross_entropy as ce
-from kernels import interpreted_for
+from kernels import emulate_gpu
 from kernels.cross_entropy import (
     IGNORE,
     check_targets,
@@ -84,7 +84,7 @@ def test_cross_entropy_is_as_right_as_pytorch_and_fills_every_element(N, V, widt
 def test_the_block_of_every_gpu_is_as_right_as_pytorch(V, width, block):
     gpu = next(gpu for gpu, columns in ce.BLOCK.items() if columns == block)
     assert ce.launch_parameters(9088, gpu) == {"BLOCK": block, "num_warps": block // 256}
-    with interpreted_for(gpu), new_memory_is_nan():
+    with emulate_gpu(gpu), new_memory_is_nan():
         check_cross_entropy(make_logits(3, width, torch.float32), make_targets(3, V), V)
         check_linear(make_linear(3, 8, V, width, torch.float32), make_targets(3, V), V)
 

@@ -14,7 +14,7 @@ from data import pydocs
 from model import GPT, GPTConfig
 from training import diagnostics
 from training.diagnostics import Diagnostics
-from training.distributed import Processes
+from training.distributed import Distributed
 from training.run import read_log
 
 V, T = 300, 32
@@ -165,9 +165,9 @@ def configured(dataset, **options):
 
 def run(config, steps, due=lambda step: True, spoil=lambda model: None):
     """Train for some steps; the trainer and the records of the steps that are due."""
-    trainer, loader, *_ = train_gpt2.set_up(config, Processes())
-    spoil(trainer.raw)
-    records, diagnose = [], Diagnostics(trainer.raw, trainer.optimizers, trainer.autocast)
+    trainer, loader, *_ = train_gpt2.set_up(config, Distributed())
+    spoil(trainer.raw_model)
+    records, diagnose = [], Diagnostics(trainer.raw_model, trainer.optimizers, trainer.autocast)
     for step in range(1, steps + 1):
         inputs, targets = loader.batch(step - 1)
         if due(step):
@@ -192,11 +192,11 @@ def test_a_diagnosed_run_has_the_same_bits_as_one_that_is_not(dataset, dtype):
 
 
 def test_a_step_that_fails_leaves_no_hook_behind(dataset):
-    trainer, loader, *_ = train_gpt2.set_up(configured(dataset), Processes())
-    with pytest.raises(KeyError), Diagnostics(trainer.raw, trainer.optimizers).watching(*loader.batch(0)):
+    trainer, loader, *_ = train_gpt2.set_up(configured(dataset), Distributed())
+    with pytest.raises(KeyError), Diagnostics(trainer.raw_model, trainer.optimizers).watching(*loader.batch(0)):
         raise KeyError
     assert not any(o._optimizer_step_pre_hooks or o._optimizer_step_post_hooks for o in trainer.optimizers)
-    assert not any(module._forward_hooks for module in trainer.raw.modules())
+    assert not any(module._forward_hooks for module in trainer.raw_model.modules())
 
 
 def test_a_compiled_model_is_not_compiled_again(dataset):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data.encode import RUN, encode_documents, encode_in_order
-from data.files import DataError
+from data.files import UserError
 from data.tokenizer import gpt2
 
 
@@ -93,5 +93,5 @@ def test_a_process_that_dies_is_an_error_and_not_a_hang():
                     os.kill(process.pid, signal.SIGKILL)
             yield i, ["text"]
 
-    with pytest.raises(DataError, match="a process that tokenizes has died.*repeat the same command"):
+    with pytest.raises(UserError, match="a process that tokenizes has died.*repeat the same command"):
         list(encode_in_order(batches(), processes=1))

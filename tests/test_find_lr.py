@@ -9,9 +9,9 @@ import pytest
 
 import train_gpt2
 from data import pydocs
-from data.files import DataError
+from data.files import UserError
 from training import find_lr
-from training.distributed import Processes
+from training.distributed import Distributed
 
 
 def quadratic(curvature=100.0):
@@ -114,7 +114,7 @@ def test_smoothing_does_not_lag_and_the_slope_is_per_tenfold_rate():
     ],
 )
 def test_a_sweep_that_can_tell_nothing_is_refused_with_a_sentence(step, options, words):
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(UserError, match=words):
         find_lr.find(step, **options)
 
 
@@ -142,7 +142,7 @@ def config(tmp_path_factory):
 
 def trained(config):
     """Validation loss after a whole run."""
-    trainer, loader, val_split, *_ = train_gpt2.set_up(config, Processes())
+    trainer, loader, val_split, *_ = train_gpt2.set_up(config, Distributed())
     for step in range(1, config.max_steps + 1):
         train_gpt2.train_step(trainer, *loader.batch(step - 1), step)
     return train_gpt2.validate(trainer, val_split)
@@ -161,10 +161,10 @@ def test_a_step_that_breaks_down_ends_the_command_with_a_suggestion_and_other_pr
     def loss_at(rate, step):
         assert step == 1 + round(40 * math.log10(rate / 1e-5) * 199 / 200)
         if rate > 0.1:
-            raise train_gpt2.RunError("loss inf")
+            raise UserError("loss inf")
         return 3 + (math.log10(rate) + 2.5) ** 2 / 4
 
-    find_lr.run(loss_at, train_gpt2.RunError, tmp_path / "one", quiet=False)
-    find_lr.run(loss_at, train_gpt2.RunError, tmp_path / "other", quiet=True)
+    find_lr.run(loss_at, UserError, tmp_path / "one", quiet=False)
+    find_lr.run(loss_at, UserError, tmp_path / "other", quiet=True)
     assert "--lr 0.005" in capsys.readouterr().out
     assert [path.name for path in tmp_path.glob("**/*.png")] == ["find_lr.png"] and not (tmp_path / "other").exists()

@@ -20,7 +20,7 @@ import pytest
 
 import data
 from data import files
-from data.files import DataError
+from data.files import UserError
 from data.fineweb import prepare
 from data.shards import open_split
 from data.tokenizer import byte_pairs, gpt2
@@ -89,7 +89,7 @@ def test_a_tokenizer_of_one_s_own_is_used_and_another_one_refused_later(tmp_path
     expected = np.concatenate([np.insert(bpe.encode(text), 0, bpe.eot) for text in texts])
     assert np.array_equal(ids_in(tmp_path / "out"), expected)
     assert open_split(tmp_path / "out", "val").tokenizer_spec == bpe.spec()
-    with pytest.raises(DataError, match="begun with another --tokenizer"):
+    with pytest.raises(UserError, match="begun with another --tokenizer"):
         prepare(**options)
 
 
@@ -128,17 +128,17 @@ def test_a_finished_dataset_is_left_as_it_is_when_the_command_is_repeated(three_
 
 def test_a_record_of_other_files_or_options_is_refused(three_files, tmp_path):
     files, out, _, _ = three_files
-    with pytest.raises(DataError, match=r"another --shard-tokens \(1000\): repeat the command as it was, give another"):
+    with pytest.raises(UserError, match=r"another --shard-tokens \(1000\): repeat the command as it was, give another"):
         prepare(input=files, folder=out, shard_tokens=999)
-    with pytest.raises(DataError, match=r"another --input \(3 files\)"):
+    with pytest.raises(UserError, match=r"another --input \(3 files\)"):
         prepare(input=files[:2], folder=out, shard_tokens=1000)
     longer = tmp_path / files[1].name
     longer.write_text(files[1].read_text("utf-8") + '{"text": "more"}\n', "utf-8")
-    with pytest.raises(DataError, match="another --input"):
+    with pytest.raises(UserError, match="another --input"):
         prepare(input=[files[0], longer, files[2]], folder=out, shard_tokens=1000)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "meta.json").write_text("{}", "utf-8")
-    with pytest.raises(DataError, match="holds another dataset"):
+    with pytest.raises(UserError, match="holds another dataset"):
         prepare(input=files, folder=tmp_path / "other")
 
 
@@ -146,10 +146,10 @@ def test_a_record_that_is_damaged_or_whose_shards_are_gone_is_refused(three_file
     files, out, _, _ = three_files
     shutil.copytree(out, tmp_path / "out")
     (tmp_path / "out" / "train_000001.npy").write_bytes(b"short")
-    with pytest.raises(DataError, match="train_000001.npy is missing or cut short, though progress.json lists it"):
+    with pytest.raises(UserError, match="train_000001.npy is missing or cut short, though progress.json lists it"):
         prepare(input=files, folder=tmp_path / "out", shard_tokens=1000)
     (tmp_path / "out" / "progress.json").write_text('{"recipe": 1}', "utf-8")
-    with pytest.raises(DataError, match="progress.json is damaged"):
+    with pytest.raises(UserError, match="progress.json is damaged"):
         prepare(input=files, folder=tmp_path / "out", shard_tokens=1000)
 
 
@@ -207,7 +207,7 @@ def bad_file(tmp_path, case):
 def test_a_file_that_cannot_be_used_is_named_with_what_to_do(tmp_path, case, message):
     path = bad_file(tmp_path, case)
     for _ in range(2):  # the second time, nothing of the first is in the way
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(UserError, match=message):
             prepare(input=[path], folder=tmp_path / "out", processes=1)
         assert not list((tmp_path / "out").glob("*"))
 
@@ -226,7 +226,7 @@ def test_a_file_that_cannot_be_used_is_named_with_what_to_do(tmp_path, case, mes
 )
 def test_an_option_that_makes_no_sense_is_named(tmp_path, options, message):
     path = write_jsonl(tmp_path / "a.jsonl", ["text"])
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         prepare(**{"input": [path], "folder": tmp_path / "out"} | options)
 
 
@@ -235,7 +235,7 @@ def test_a_damaged_file_can_be_mended_and_what_was_finished_before_it_stays(tmp_
     files = [write_jsonl(tmp_path / "a.jsonl", texts[:200]), write_jsonl(tmp_path / "b.jsonl", texts[200:])]
     whole = files[1].read_text("utf-8")
     files[1].write_text(whole[:-10], "utf-8")
-    with pytest.raises(DataError, match="cannot read b.jsonl past row 99"):
+    with pytest.raises(UserError, match="cannot read b.jsonl past row 99"):
         prepare(input=files, folder=tmp_path / "out", shard_tokens=2000, processes=1)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.npy")}
     assert before and not (tmp_path / "out" / "meta.json").exists()
@@ -382,7 +382,7 @@ def test_parts_made_in_folders_of_their_own_join_to_the_same_tokens(tmp_path):
     assert np.array_equal(ids_in(tmp_path / "all"), ids_of(texts))
     path = tmp_path / "all" / "part1of2.json"
     path.write_text(path.read_text("utf-8").replace('"shard_tokens": 1000', '"shard_tokens": 1001'), "utf-8")
-    with pytest.raises(DataError, match="part1of2.json in .* was made of other files or options than part 2/2"):
+    with pytest.raises(UserError, match="part1of2.json in .* was made of other files or options than part 2/2"):
         prepare(**options, part="2/2", folder=tmp_path / "all")
 
 
@@ -433,7 +433,7 @@ def test_ready_shards_are_downloaded_checked_and_no_dataset_until_all_are_there(
     hub.damage = "fineweb_train_000002.bin"
     status, _, err = run("--pretokenized", "--out", tmp_path / "out", env=hub.settings)
     assert status == 2 and "error: fineweb_train_000002.bin of kjj0/fineweb10B-gpt2 came damaged (sha256)" in err
-    with pytest.raises(DataError):
+    with pytest.raises(UserError):
         open_split(tmp_path / "out", "val")
     hub.damage = None
     hub.requests.clear()
@@ -461,7 +461,7 @@ def test_without_network_the_error_says_what_to_do(tmp_path):
 def test_names_of_datasets_lead_to_the_samples():
     for name, sample in {"10B": "sample-10BT", "100B": "sample-100BT", "350B": "sample-350BT"}.items():
         assert data.DATASETS[f"fineweb-edu-{name}"] == ("data.fineweb", {"name": sample})
-        assert data.folder_of(f"fineweb-edu-{name}") == Path("datasets", f"fineweb-edu-{name}")
+        assert data.dataset_dir(f"fineweb-edu-{name}") == Path("datasets", f"fineweb-edu-{name}")
 
 
 def test_a_second_process_waits_for_the_one_that_prepares_and_says_so(tmp_path):

@@ -14,7 +14,7 @@ import torch
 from hellaswag_questions import QUESTIONS, write_questions
 
 import model as gpt
-from data.files import DataError
+from data.files import UserError
 from data.tokenizer import CharTokenizer, gpt2
 from training import weights as model_weights
 from training.hellaswag import (
@@ -230,7 +230,7 @@ def test_a_character_tokenizer_leaves_out_what_it_lacks():
 
 def test_a_text_of_which_a_tokenizer_knows_nothing_is_an_error():
     fine, foreign = Question("ab", ("a", "b", "a", "b"), 0), Question("一二", ("a", "b", "a", "b"), 0)
-    with pytest.raises(DataError, match="question 2 .*char tokenizer knows no character"):
+    with pytest.raises(UserError, match="question 2 .*char tokenizer knows no character"):
         render([fine, foreign], CharTokenizer(" ab", documents=False), 16)
 
 
@@ -267,7 +267,7 @@ def test_the_twenty_questions_are_read_with_labels_as_numbers_or_text(tmp_path, 
 def test_a_line_that_is_no_question_is_named(tmp_path, change, complaint):
     change(wrong := json.loads(json.dumps(QUESTIONS[1])))
     path = write_questions(tmp_path / "wrong.jsonl", [QUESTIONS[0], wrong])
-    with pytest.raises(DataError, match=f"wrong.jsonl, line 2.*{complaint}"):
+    with pytest.raises(UserError, match=f"wrong.jsonl, line 2.*{complaint}"):
         read_questions(path)
 
 
@@ -277,7 +277,7 @@ def test_a_line_that_is_no_question_is_named(tmp_path, change, complaint):
 def test_a_damaged_line_is_named(tmp_path, line):
     path = write_questions(tmp_path / "damaged.jsonl")
     path.write_bytes(path.read_bytes() + line)
-    with pytest.raises(DataError, match="damaged.jsonl, line 21 is damaged"):
+    with pytest.raises(UserError, match="damaged.jsonl, line 21 is damaged"):
         read_questions(path)
 
 
@@ -290,7 +290,7 @@ def test_other_files_are_refused(tmp_path):
         ("none.jsonl", "cannot read the questions in .*none.jsonl: No such file"),
         ("", "cannot read the questions in .*: Is a directory"),
     ):
-        with pytest.raises(DataError, match=complaint):
+        with pytest.raises(UserError, match=complaint):
             read_questions(tmp_path / name)
 
 
@@ -325,13 +325,13 @@ def test_several_processes_download_once_and_keep_what_has_the_checksum(tmp_path
     assert found[0].read_bytes() == content
     assert prepare_if_missing("", folder, "http://127.0.0.1:9/", sha256) == found[0]  # needs no network any more
     found[0].write_bytes(content[:-9])
-    with pytest.raises(DataError, match="hellaswag_val.jsonl is not HellaSwag's validation set.*delete it"):
+    with pytest.raises(UserError, match="hellaswag_val.jsonl is not HellaSwag's validation set.*delete it"):
         prepare_if_missing("", folder, url, sha256)
 
 
 def test_what_has_another_checksum_is_not_kept(tmp_path):
     url = write_questions(tmp_path / "other.jsonl").as_uri()
-    with pytest.raises(DataError, match="which is not HellaSwag's validation set .*--hellaswag-input FILE"):
+    with pytest.raises(UserError, match="which is not HellaSwag's validation set .*--hellaswag-input FILE"):
         prepare_if_missing(folder=tmp_path / "out", url=url)
     assert not list((tmp_path / "out").glob("*.jsonl"))
 
@@ -340,7 +340,7 @@ def test_what_has_another_checksum_is_not_kept(tmp_path):
     "url", ["http://127.0.0.1:9/val.jsonl", "file:///no/such/file", "http://no-such-host.invalid/"]
 )
 def test_without_network_the_error_names_the_way_out(tmp_path, url):
-    with pytest.raises(DataError, match="cannot download .*--input FILE"):
+    with pytest.raises(UserError, match="cannot download .*--input FILE"):
         prepare_if_missing(folder=tmp_path, url=url)
 
 

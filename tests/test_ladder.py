@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 import model as gpt
 import train_gpt2
-from data.files import DataError
+from data.files import UserError
 from data.shards import write_dataset
 from data.tokenizer import CharTokenizer
 from training import cells, ladder
@@ -47,7 +47,7 @@ def test_options_on_the_command_line_hold_for_every_rung_whichever_the_preset():
     ],
 )
 def test_a_mistake_is_named_before_anything_runs(tmp_path, words, complaint):
-    with pytest.raises(DataError, match=complaint):
+    with pytest.raises(UserError, match=complaint):
         ladder.climb(tmp_path / "no_script.py", ["shakespeare-char", "--out-dir", str(tmp_path / "out"), *words], parse)
     assert not (tmp_path / "out").exists()
 

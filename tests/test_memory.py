@@ -176,8 +176,8 @@ def test_ddp_holds_gradients_twice_while_micro_steps_add_up(tmp_path):
 
         separate = []
         for _ in range(2):  # the second time, the buckets are in the order of the gradients
-            for now in (False, True):
-                ddp.require_backward_grad_sync = now
+            for enabled in (False, True):
+                ddp.require_backward_grad_sync = enabled
                 ddp(*draw_tokens(SMALL)).backward()
                 separate.append(len(stored()) == len(list(gpt.parameters())))
             gpt.zero_grad(set_to_none=True)

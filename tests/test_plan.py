@@ -11,7 +11,7 @@ import train_gpt2
 from kernels.gpus import GPUS
 from kernels.report import roofline
 from training import memory, plan
-from training.plan import Job, PlanError, of_preset
+from training.plan import Job, UserError, of_preset
 
 
 def text_of(capsys, *words: str) -> str:
@@ -135,7 +135,7 @@ def test_a_wrong_option_is_one_line_that_names_it(capsys, words, said):
 
 
 def test_a_job_checks_itself_wherever_it_comes_from():
-    with pytest.raises(PlanError, match="--n-head is 0"):
+    with pytest.raises(UserError, match="--n-head is 0"):
         Job(1, 0, 32, 8, 100, 8, 1)
 
 

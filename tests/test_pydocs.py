@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from data.files import DataError
+from data.files import UserError
 from data.pydocs import prepare, read_topics, validation_topics
 from data.shards import open_split
 from data.tokenizer import from_spec
@@ -63,7 +63,7 @@ def test_topics_that_share_a_paragraph_are_never_held_out():
 
 @pytest.mark.parametrize("module", ["no_such_module", "no_such_package.topics", "string"])
 def test_a_python_without_the_topics_is_a_data_error(module):
-    with pytest.raises(DataError, match=f"comes without {module}.*python -m data.text FILES"):
+    with pytest.raises(UserError, match=f"comes without {module}.*python -m data.text FILES"):
         read_topics(module)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train_gpt2
-from kernels import attention, interpreted_for
+from kernels import attention, emulate_gpu
 from kernels.gpus import GPUS, SOURCES
 from kernels.report import __main__ as report
 from kernels.report import roofline
@@ -23,7 +23,7 @@ from kernels.report.machine_code import (
     programs_that_fit,
     width_of_access,
 )
-from kernels.report.shapes import PRESETS, Shape, ShapeError, calls_per_step, parse_shape
+from kernels.report.shapes import PRESETS, Shape, calls_per_step, parse_shape
 from model import GPT
 
 ROOT = Path(__file__).parents[1]
@@ -119,7 +119,7 @@ def attention_by_hand(heads: int, T: int, D: int, forward: int, dq: int, dkdv: i
 def test_counted_bytes_of_attention_are_those_of_a_formula_by_hand(gpu, T, blocks):
     from kernels.report import traffic
 
-    with interpreted_for(gpu):
+    with emulate_gpu(gpu):
         found = traffic.measure("causal_attention", Shape(B=1, T=T, C=64, H=2, L=1, V=10))
     moved = {kernel: (figures["loaded"], figures["stored"]) for kernel, figures in found.items()}
     assert moved == attention_by_hand(2, T, 32, *blocks)
@@ -131,7 +131,7 @@ def test_each_gpu_gets_the_launches_of_its_own_row():
 
     launched = {}
     for gpu in MULTIPROCESSORS:
-        with interpreted_for(gpu):
+        with emulate_gpu(gpu):
             launched[gpu] = traffic.launches_of("causal_attention", PRESETS["gpt2-124m"])
         names = [launch.kernel.strip("_").removesuffix("_kernel") for launch in launched[gpu]]
         assert names == ["forward", "backward_dq", "backward_dkdv"]
@@ -167,7 +167,7 @@ def test_the_gradient_of_keys_and_values_does_not_spill_where_another_choice_wou
 
     chosen = {}
     for gpu in ("sm_86", "sm_100", "sm_120"):
-        with interpreted_for(gpu):
+        with emulate_gpu(gpu):
             (_, _, launch) = traffic.launches_of("causal_attention", PRESETS["gpt2-124m"])
         chosen[gpu] = [{"launch": dataclasses.asdict(launch), "sites": {}}]
     for gpu, (found,) in report.compile_all(chosen).items():
@@ -359,7 +359,7 @@ def run(*words, folder):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def gather_full(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     options = ["--arch", "sm_80", "--check", "--json", "report.json", "--plot", "roofline.png"]
     return folder, run(*options, folder=folder)
@@ -416,5 +416,5 @@ def test_a_wrong_option_is_one_line_and_exit_status_2(words, message, capsys):
 
 def test_sizes_change_one_by_one():
     assert parse_shape("gpt2-124m", ["T=2048", "B=8"]) == dataclasses.replace(PRESETS["gpt2-124m"], T=2048, B=8)
-    with pytest.raises(ShapeError, match="C=100 is not divisible by H=12"):
+    with pytest.raises(ValueError, match="C=100 is not divisible by H=12"):
         parse_shape("gpt2-124m", ["C=100"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 import tyro
 
-from data.files import DataError, clear_errors, parse_options
+from data.files import UserError, exit_on_user_error, parse_options
 from data.shards import open_split, write_dataset
 from data.tokenizer import CharTokenizer, gpt2
 from training.run import (
@@ -18,9 +18,9 @@ from training.run import (
     checkpoints,
     find_checkpoint,
     load_checkpoint,
-    loss_landmarks,
     newest_checkpoint,
     read_log,
+    reference_losses,
 )
 
 
@@ -66,7 +66,7 @@ def test_a_line_that_a_kill_cut_short_is_left_out_and_a_damaged_one_is_named(fol
     assert read_log(folder) == [{"step": 1}]
     for damaged in ('{"step": 1\n{"step": 2}\n', "[]\n", "{}\n"):
         (folder / "log.jsonl").write_text(damaged, encoding="utf-8")
-        with pytest.raises(DataError, match="log.jsonl is damaged"):
+        with pytest.raises(UserError, match="log.jsonl is damaged"):
             read_log(folder)
 
 
@@ -97,28 +97,28 @@ def test_every_kind_of_damage_to_a_checkpoint_is_found(folder):
     whole = path.read_bytes()
     for damaged in (whole[:-1], whole + b"x", b"", whole[:2000] + bytes([whole[2000] ^ 4]) + whole[2001:]):
         path.write_bytes(damaged)
-        with pytest.raises(DataError, match="is damaged: its sha256"):
+        with pytest.raises(UserError, match="is damaged: its sha256"):
             load_checkpoint(path)
-        with pytest.raises(DataError, match="--resume never"):
+        with pytest.raises(UserError, match="--resume never"):
             newest_checkpoint(folder)
     path.write_bytes(whole)
     assert load_checkpoint(path)["step"] == 1
     sha256 = path.with_name(path.name + ".sha256")
     sha256.write_bytes(b"\xff")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         load_checkpoint(path)
     for other in ({"weight": torch.zeros(1)}, [1]):
         torch.save(other, path)
         sha256.write_text(hashlib.sha256(path.read_bytes()).hexdigest(), encoding="utf-8")
-        with pytest.raises(DataError, match="is no checkpoint of train_gpt2.py"):
+        with pytest.raises(UserError, match="is no checkpoint of train_gpt2.py"):
             load_checkpoint(path)
     sha256.unlink()
-    with pytest.raises(DataError, match="sha256, .*written beside it, is missing"):
+    with pytest.raises(UserError, match="sha256, .*written beside it, is missing"):
         load_checkpoint(path)
 
 
 def test_weights_that_are_not_finite_are_not_saved(folder):
-    with opened(folder) as run, pytest.raises(DataError, match="after step 3 are not finite"):
+    with opened(folder) as run, pytest.raises(UserError, match="after step 3 are not finite"):
         run.save(checkpoint(3, torch.tensor([1.0, float("nan")])), keep=2)
     assert newest_checkpoint(folder) == (None, None)
 
@@ -140,7 +140,7 @@ def test_a_checkpoint_runs_no_code_when_it_is_read(folder):
     path = folder / "checkpoints" / "step_000001.pt"
     torch.save({"model": Evil()}, path)
     path.with_name(path.name + ".sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest(), encoding="utf-8")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         load_checkpoint(path)
 
 
@@ -171,11 +171,11 @@ def test_the_summary_adds_up_the_steps_and_takes_the_last_measurements(folder, c
 def test_characters_are_compared_with_no_tokens_of_gpt2(tmp_path):
     folder, tokens = tmp_path / "fineweb-mine", np.tile(np.arange(5), 40)
     write_dataset(folder, CharTokenizer("abcde", documents=False), {"train": [tokens], "val": [tokens[:90]]})
-    assert GPT2_124M not in loss_landmarks(open_split(folder, "val"))
+    assert GPT2_124M not in reference_losses(open_split(folder, "val"))
 
 
 def test_a_live_run_is_not_moved_aside_by_one_that_starts_afresh(folder):
-    with opened(folder) as run, pytest.raises(DataError, match="another process is writing"):
+    with opened(folder) as run, pytest.raises(UserError, match="another process is writing"):
         run.log(record(1))
         Run(folder, {"max_steps": 9}, 0, {"guessing at random": 1.0}, afresh=True)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
@@ -213,7 +213,7 @@ def test_a_run_that_began_with_another_s_checkpoint_goes_on_with_its_own(folder,
     assert find_checkpoint(folder, source)[1]["step"] == 5
     for config in ("{}", "damaged", "[]"):
         (tmp_path / "other" / "config.json").write_text(config, encoding="utf-8")
-        with pytest.raises(DataError, match="did not begin with --resume"):
+        with pytest.raises(UserError, match="did not begin with --resume"):
             find_checkpoint(tmp_path / "other", str(checkpoints(folder)[0]))
 
 
@@ -221,7 +221,7 @@ def test_a_run_that_began_with_another_s_checkpoint_goes_on_with_its_own(folder,
 def test_landmarks_are_what_the_text_gives_and_what_is_published_for_it(tmp_path, name, published):
     tokens = np.tile(np.arange(5), 40)
     write_dataset(tmp_path / name, gpt2(), {"train": [tokens], "val": [tokens[:90]]})
-    found = loss_landmarks(open_split(tmp_path / name, "val"))
+    found = reference_losses(open_split(tmp_path / name, "val"))
     assert found["guessing at random"] == pytest.approx(math.log(50257))
     assert found["token frequencies"] < found["guessing at random"]
     assert found.get(GPT2_124M) == published
@@ -263,12 +263,12 @@ def test_a_mistake_on_the_command_line_is_one_line_and_status_2(capsys, argument
 
 def test_errors_that_a_user_can_mend_are_one_line_and_others_keep_their_traceback(capsys):
     for error, status in [
-        (DataError("two\nlines"), 2),
+        (UserError("two\nlines"), 2),
         (FileNotFoundError(2, "No such file", "x"), 2),
         (KeyError(), 2),
     ]:
-        with pytest.raises(SystemExit) as end, clear_errors(KeyError):
+        with pytest.raises(SystemExit) as end, exit_on_user_error(KeyError):
             raise error
         assert end.value.code == status and capsys.readouterr().err.count("\n") == 1
-    with pytest.raises(ZeroDivisionError), clear_errors(KeyError):
+    with pytest.raises(ZeroDivisionError), exit_on_user_error(KeyError):
         raise ZeroDivisionError

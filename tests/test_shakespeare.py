@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data.files import DataError
+from data.files import UserError
 from data.shakespeare import download, main, prepare
 from data.shards import open_split
 from data.tokenizer import from_spec, gpt2
@@ -56,7 +56,7 @@ def test_another_text_of_your_own_is_used_with_a_note(tmp_path, capsys):
 def test_a_download_of_another_text_is_an_error(tmp_path):
     path = tmp_path / "input.txt"
     path.write_text("an apology from a proxy")
-    with pytest.raises(DataError, match="sent 23 bytes with sha256 .* not tiny Shakespeare .*--input FILE"):
+    with pytest.raises(UserError, match="sent 23 bytes with sha256 .* not tiny Shakespeare .*--input FILE"):
         prepare(tmp_path / "out", url=path.as_uri())
     assert not (tmp_path / "out").exists()
 
@@ -74,7 +74,7 @@ def test_a_download_that_breaks_off_is_an_error():
 
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
-        with pytest.raises(DataError, match="cannot download .*IncompleteRead.*--input FILE"):
+        with pytest.raises(UserError, match="cannot download .*IncompleteRead.*--input FILE"):
             download(f"http://127.0.0.1:{server.server_port}/input.txt")
 
 
@@ -85,7 +85,7 @@ def test_without_network_the_error_names_the_way_out_and_an_older_dataset_stays(
     path = tmp_path / "mine.txt"
     path.write_text("To be, or not to be")
     prepare(tmp_path / "out", path)
-    with pytest.raises(DataError, match="cannot download .*: give a copy of it with python -m .* --input FILE"):
+    with pytest.raises(UserError, match="cannot download .*: give a copy of it with python -m .* --input FILE"):
         prepare(tmp_path / "out", url=url)
     assert text_of(tmp_path / "out", "val") == "be"
 
@@ -98,10 +98,10 @@ def test_a_bad_input_file_is_named(tmp_path):
         ("latin.txt", "0xe9 at offset 3"),
         ("none", "No such file"),
     ):
-        with pytest.raises(DataError, match=complaint):
+        with pytest.raises(UserError, match=complaint):
             prepare(tmp_path / "out", tmp_path / name)
     (tmp_path / "fine.txt").write_text("fine")
-    with pytest.raises(DataError, match="no tokenizer 'word'"):
+    with pytest.raises(UserError, match="no tokenizer 'word'"):
         prepare(tmp_path / "out", tmp_path / "fine.txt", tokenizer="word")
     assert not (tmp_path / "out").exists()
 

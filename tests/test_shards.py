@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.files import DataError, clear_errors, run_script, write_whole
+from data.files import UserError, atomic_write, exit_on_user_error, run_script
 from data.shards import Loader, evaluation_windows, open_split, read_windows, summary, write_dataset
 from data.tokenizer import CharTokenizer, from_spec, gpt2
 
@@ -129,7 +129,7 @@ write_dataset(sys.argv[1], tokenizer, {"train": documents(), "val": documents()}
     killed = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env={**os.environ, "PYTHONPATH": "."})
     assert killed.returncode == -signal.SIGKILL
     assert (tmp_path / "train_000001.npy").exists()
-    with pytest.raises(DataError, match="there is no dataset in .*prepare one"):
+    with pytest.raises(UserError, match="there is no dataset in .*prepare one"):
         open_split(tmp_path, "train")
     (tmp_path / ".meta.json.01234567.tmp").write_text("{")
     assert counting(tmp_path, 30).n_tokens == 30
@@ -138,7 +138,7 @@ write_dataset(sys.argv[1], tokenizer, {"train": documents(), "val": documents()}
 
 @pytest.mark.parametrize("documents, complaint", [([], "train split .* empty"), ([np.array([3, 27])], "3 to 27")])
 def test_no_dataset_is_made_of_nothing_or_of_ids_past_the_vocabulary(tmp_path, documents, complaint):
-    with pytest.raises(DataError, match=complaint):
+    with pytest.raises(UserError, match=complaint):
         write_dataset(tmp_path, LETTERS, {"train": documents, "val": [np.array([1])]})
     assert not (tmp_path / "meta.json").exists()
 
@@ -155,7 +155,7 @@ def test_a_flipped_bit_is_named(tmp_path):
     damaged[-3] ^= 1
     path.write_bytes(damaged)
     split = open_split(tmp_path, "train")
-    with pytest.raises(DataError, match="train_000001.npy is damaged, its checksum differs .*`python -m data.x`"):
+    with pytest.raises(UserError, match="train_000001.npy is damaged, its checksum differs .*`python -m data.x`"):
         split.verify()
     open_split(tmp_path, "val").verify()
 
@@ -167,7 +167,7 @@ def test_the_processes_share_the_work_of_verifying(tmp_path):
     for part, parts in ((0, 2), (2, 4), (0, 5), (7, 8)):
         split.verify(part, parts)
     for part, parts in ((1, 2), (3, 4), (3, 5), (0, 1), (3, 8)):
-        with pytest.raises(DataError, match="train_000003"):
+        with pytest.raises(UserError, match="train_000003"):
             split.verify(part, parts)
 
 
@@ -176,7 +176,7 @@ def test_a_truncated_shard_is_named(tmp_path, kept):
     counting(tmp_path, 10)
     path = tmp_path / "train_000000.npy"
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(DataError, match="train_000000.npy is truncated .*prepare the dataset again"):
+    with pytest.raises(UserError, match="train_000000.npy is truncated .*prepare the dataset again"):
         open_split(tmp_path, "train")
 
 
@@ -188,7 +188,7 @@ def test_any_flipped_bit_of_a_header_is_a_data_error(tmp_path):
         damaged = bytearray(whole)
         damaged[bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)
-        with pytest.raises(DataError, match="train_000000.npy"):
+        with pytest.raises(UserError, match="train_000000.npy"):
             open_split(tmp_path, "train").verify()
 
 
@@ -196,7 +196,7 @@ def test_bytes_behind_a_shard_are_named(tmp_path):
     split = counting(tmp_path, 10, shard_tokens=10)
     with open(tmp_path / "train_000000.npy", "ab") as file:
         file.write(b"more")
-    with pytest.raises(DataError, match="train_000000.npy has 152 bytes where 148 are expected"):
+    with pytest.raises(UserError, match="train_000000.npy has 152 bytes where 148 are expected"):
         split.verify()
 
 
@@ -205,10 +205,10 @@ def test_a_missing_shard_and_one_of_another_kind_are_named(tmp_path):
     path = tmp_path / "train_000001.npy"
     for tokens in (np.arange(4, dtype="<u2"), np.arange(3, dtype="<u4"), np.zeros((3, 1), "<u2")):
         np.save(path, tokens)
-        with pytest.raises(DataError, match=r"train_000001.npy holds .* where meta.json says uint16 \(3,\)"):
+        with pytest.raises(UserError, match=r"train_000001.npy holds .* where meta.json says uint16 \(3,\)"):
             open_split(tmp_path, "train")
     path.unlink()
-    with pytest.raises(DataError, match="train_000001.npy is missing"):
+    with pytest.raises(UserError, match="train_000001.npy is missing"):
         open_split(tmp_path, "train")
 
 
@@ -217,7 +217,7 @@ def test_an_id_past_the_vocabulary_is_named(tmp_path):
     meta = json.loads((tmp_path / "meta.json").read_text())
     meta["vocab_size"] = 9
     (tmp_path / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(DataError, match="train_000000.npy holds token id 9, past the vocabulary of 9"):
+    with pytest.raises(UserError, match="train_000000.npy holds token id 9, past the vocabulary of 9"):
         open_split(tmp_path, "train").verify()
 
 
@@ -231,23 +231,23 @@ HEAD = '{"format": 1, "tokenizer": {}, "vocab_size": '
 )
 def test_a_damaged_meta_json_is_named(tmp_path, text):
     (tmp_path / "meta.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(DataError, match="meta.json is damaged .*prepare the dataset again"):
+    with pytest.raises(UserError, match="meta.json is damaged .*prepare the dataset again"):
         open_split(tmp_path, "train")
 
 
 def test_a_later_format_and_an_unknown_split_are_named(tmp_path):
     counting(tmp_path, 10)
-    with pytest.raises(DataError, match="no 'test' split, only .'train', 'val'."):
+    with pytest.raises(UserError, match="no 'test' split, only .'train', 'val'."):
         open_split(tmp_path, "test")
     path = tmp_path / "meta.json"
     path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(DataError, match="has format 2, this version reads format 1"):
+    with pytest.raises(UserError, match="has format 2, this version reads format 1"):
         open_split(tmp_path, "train")
 
 
 @pytest.mark.parametrize("name", [".", "nowhere"])
 def test_a_folder_without_a_dataset_is_named(tmp_path, name):
-    with pytest.raises(DataError, match=r"there is no dataset in .*: name one of pydocs, .* or prepare one"):
+    with pytest.raises(UserError, match=r"there is no dataset in .*: name one of pydocs, .* or prepare one"):
         open_split(tmp_path / name, "train")
 
 
@@ -278,19 +278,19 @@ def test_a_bad_bin_shard_is_named(tmp_path):
     path = tmp_path / "x_train_0.bin"
     for magic, version in ((20240519, 1), (20240520, 2)):
         write_bin(path, [1, 2], magic, version)
-        with pytest.raises(DataError, match=f"x_train_0.bin is no token shard: it begins .{magic}, {version}"):
+        with pytest.raises(UserError, match=f"x_train_0.bin is no token shard: it begins .{magic}, {version}"):
             open_split(tmp_path, "train")
     for promised in (1, 3, 0, -1):
         write_bin(path, [1, 2], promised=promised)
-        with pytest.raises(DataError, match=f"truncated: 2 of the {promised} tokens"):
+        with pytest.raises(UserError, match=f"truncated: 2 of the {promised} tokens"):
             open_split(tmp_path, "train")
     path.write_bytes(b"short")
-    with pytest.raises(DataError, match="no token shard"):
+    with pytest.raises(UserError, match="no token shard"):
         open_split(tmp_path, "train")
     write_bin(path, [50257])
-    with pytest.raises(DataError, match="x_train_0.bin holds token id 50257, past the vocabulary of 50257"):
+    with pytest.raises(UserError, match="x_train_0.bin holds token id 50257, past the vocabulary of 50257"):
         open_split(tmp_path, "train").verify()
-    with pytest.raises(DataError, match="'val' in its name"):
+    with pytest.raises(UserError, match="'val' in its name"):
         open_split(tmp_path, "val")
 
 
@@ -402,19 +402,19 @@ def test_a_split_of_a_single_window_and_one_too_short(tmp_path):
     too_short = (
         "train split .* holds 9 tokens, too few for --block-size 9, which needs 10: lower --block-size or give more"
     )
-    with pytest.raises(DataError, match=too_short):
+    with pytest.raises(UserError, match=too_short):
         Loader(split, 9, 2, seed=0)
-    with pytest.raises(DataError, match=too_short):
+    with pytest.raises(UserError, match=too_short):
         evaluation_windows(split, 9, 100)
 
 
 def test_impossible_batches_are_refused(tmp_path):
     split = counting(tmp_path, 50)
-    with pytest.raises(DataError, match="a batch of 6 sequences cannot be shared evenly by 4 processes"):
+    with pytest.raises(UserError, match="a batch of 6 sequences cannot be shared evenly by 4 processes"):
         Loader(split, 8, 6, seed=0, world_size=4)
-    with pytest.raises(DataError, match="a batch of 0 sequences"):
+    with pytest.raises(UserError, match="a batch of 0 sequences"):
         Loader(split, 8, 0, seed=0)
-    with pytest.raises(DataError, match="the seed is -1"):
+    with pytest.raises(UserError, match="the seed is -1"):
         Loader(split, 8, 6, seed=-1)
 
 
@@ -436,21 +436,21 @@ def test_evaluation_sees_the_same_first_windows_every_time(tmp_path, n_tokens, a
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "file"
-    write_whole(path, lambda file: file.write(b"old"))
+    atomic_write(path, lambda file: file.write(b"old"))
 
     def fail(file):
         file.write(b"new")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_whole(path, fail)
+        atomic_write(path, fail)
     assert path.read_bytes() == b"old"
-    write_whole(path, lambda file: file.write(b"new"))
+    atomic_write(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["file"]
 
 
 def test_a_new_file_has_the_permissions_that_any_new_file_has(tmp_path):
-    write_whole(tmp_path / "ours", lambda file: None)
+    atomic_write(tmp_path / "ours", lambda file: None)
     (tmp_path / "plain").touch()
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
@@ -458,20 +458,20 @@ def test_a_new_file_has_the_permissions_that_any_new_file_has(tmp_path):
 @pytest.mark.parametrize(
     "error, line, status",
     [
-        (DataError("this is wrong:\ndo that"), "error: this is wrong: do that\n", 2),
+        (UserError("this is wrong:\ndo that"), "error: this is wrong: do that\n", 2),
         (FileNotFoundError(2, "No such file or directory", "there"), "error: No such file or directory: there\n", 2),
         (OSError(28, "No space left on device"), "error: [Errno 28] No space left on device\n", 2),
         (KeyboardInterrupt(), "error: interrupted\n", 130),
     ],
 )
 def test_an_error_is_one_line_and_a_status(capsys, error, line, status):
-    with pytest.raises(SystemExit) as stop, clear_errors():
+    with pytest.raises(SystemExit) as stop, exit_on_user_error():
         raise error
     assert stop.value.code == status and capsys.readouterr().err == line
 
 
 def test_a_mistake_of_our_own_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError), clear_errors():
+    with pytest.raises(ZeroDivisionError), exit_on_user_error():
         raise ZeroDivisionError
 
 

@@ -5,7 +5,7 @@ import tyro
 from matplotlib.figure import Figure
 
 import train_gpt2
-from data.files import DataError
+from data.files import UserError
 from training import cells, sweep
 
 
@@ -61,7 +61,7 @@ def test_switches_take_true_and_false_and_paths_make_one_folder():
     ],
 )
 def test_a_mistake_is_named_before_anything_runs(tmp_path, grid, complaint):
-    with pytest.raises(DataError, match=complaint):
+    with pytest.raises(UserError, match=complaint):
         words = ["laptop", "--out-dir", str(tmp_path / "out"), "--sweep", *grid]
         sweep.run(tmp_path / "no_script.py", words, grid, parse)
     assert not (tmp_path / "out").exists()

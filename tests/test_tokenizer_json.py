@@ -9,7 +9,7 @@ import tiktoken
 import tokenizers
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from data.files import DataError
+from data.files import UserError
 from data.tokenizer import GPT4_PATTERN, BytePairTokenizer, CharTokenizer, gpt2, spelled
 from data.tokenizer_json import merges, tokenizer_json
 
@@ -85,7 +85,7 @@ def test_a_character_without_a_token_is_refused_there_too():
 
 
 def test_what_the_format_cannot_hold_is_refused():
-    with pytest.raises(DataError, match=r"cannot hold the pattern"):
+    with pytest.raises(UserError, match=r"cannot hold the pattern"):
         tokenizer_json(bpe(first_of_gpt2(256), r"\p{N}{1,3}+\p{L}|\s|\S"))
-    with pytest.raises(DataError, match=r"two tokens spelled '<\|endoftext\|>'"):
+    with pytest.raises(UserError, match=r"two tokens spelled '<\|endoftext\|>'"):
         tokenizer_json(bpe(first_of_gpt2(256) | {b"<|endoftext|>": 256}))

@@ -19,7 +19,7 @@ from runs import ROOT, assert_same_run, command, curve, start, train, wait_for_s
 import sample as sampling
 import train_gpt2
 from data import pydocs, shards, text, tokenizer
-from data.files import DataError, flag
+from data.files import UserError, as_flag
 from training.run import load_checkpoint, newest_checkpoint, read_log
 from training.weights import RELEASES
 
@@ -433,7 +433,7 @@ def test_a_checkpoint_of_another_shape_is_refused(dataset, tmp_path, capsys):
     message = refused(capsys, dataset, out, n_layer=3, max_steps=2)
     assert "--n-layer 2 there, 3 here" in message and "--resume never" in message
     for name, value in [("optimizer", "adamw"), ("seed", 7), ("batch_tokens", 512), ("block_size", 16)]:
-        assert f"{flag(name)} " in refused(capsys, dataset, out, max_steps=2, **{name: value})
+        assert f"{as_flag(name)} " in refused(capsys, dataset, out, max_steps=2, **{name: value})
     other = tmp_path / "other"
     (tmp_path / "text").write_text("another text, of fewer characters\n" * 100, encoding="utf-8")
     text.prepare([tmp_path / "text"], other)
@@ -503,7 +503,7 @@ def test_check_names_a_token_past_the_vocabulary(tmp_path, capsys):
         file.write(b"\xff\xff" * 100_000)
     loader = shards.Loader(split, 32, 4, seed=1, check=True, shuffle=False)
     loader.batch(0)
-    with pytest.raises(DataError, match="step 2500 reads token id 65535"):
+    with pytest.raises(UserError, match="step 2500 reads token id 65535"):
         loader.batch(2500)
     assert train(folder, tmp_path / "run", "--check", max_steps=2) == 2  # found before the first step already
 

@@ -23,9 +23,9 @@ from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
 
-from data import folder_of, prepare_if_missing, shards
-from data.files import DataError, flag, lock, parse_options, write_whole
-from training.run import loss_landmarks, read_log
+from data import dataset_dir, prepare_if_missing, shards
+from data.files import UserError, as_flag, atomic_write, lock, parse_options
+from training.run import read_log, reference_losses
 
 SET_BY_US = {"out_dir", "resume", "sweep", "ladder", "plan", "find_lr"}  # not for a cell to have of its own
 # Options that leave the losses of a run as they are: a finished cell stays valid when they change.
@@ -62,7 +62,7 @@ class Cell:
 
 
 def parsed(parse: Parse, arguments: list[str], where: str):
-    """What `arguments` parse to; DataError says where the mistake is, tyro's own kind or the options'."""
+    """What `arguments` parse to; UserError says where the mistake is, tyro's own kind or the options'."""
     shown = io.StringIO()
     try:
         with redirect_stderr(shown):
@@ -71,7 +71,7 @@ def parsed(parse: Parse, arguments: list[str], where: str):
         message = shown.getvalue().removeprefix("error:").removesuffix("(--help shows every option)\n").strip()
     except Exception as error:
         message = str(error)
-    raise DataError(f"{where}: {message}")
+    raise UserError(f"{where}: {message}")
 
 
 def given(arguments: list[str]) -> set[str]:
@@ -83,7 +83,7 @@ def given(arguments: list[str]) -> set[str]:
 def chosen_folder(arguments: list[str], out_dir: str, what: str) -> Path:
     """--out-dir; where it was not given, one beside the preset's run, which a sweep must not fill with its cells."""
     if "resume" in given(arguments):
-        raise DataError(f"--{what} goes on with its own runs: leave --resume out, or give another --out-dir")
+        raise UserError(f"--{what} goes on with its own runs: leave --resume out, or give another --out-dir")
     return Path(out_dir if "out_dir" in given(arguments) else f"{out_dir}-{what}")
 
 
@@ -93,10 +93,10 @@ def chosen_folder(arguments: list[str], out_dir: str, what: str) -> Path:
 def run_cells(script: Path, cells: list[Cell], folder: Path, what: str, draw: Callable) -> int:
     """Trains the cells that are not finished into `folder`, rewriting WHAT.md and WHAT.png after each.
 
-    Returns 0, or 128 + the signal that ended it early; DataError when a cell failed, or torchrun started this.
+    Returns 0, or 128 + the signal that ended it early; UserError when a cell failed, or torchrun started this.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise DataError(f"--{what} starts one process a cell: call python train_gpt2.py, without torchrun")
+        raise UserError(f"--{what} starts one process a cell: call python train_gpt2.py, without torchrun")
     for name in {cell.config.data for cell in cells}:  # here, where one can see it, and not once in every cell
         prepare_if_missing(name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ def run_cells(script: Path, cells: list[Cell], folder: Path, what: str, draw: Ca
             print("stopped; the same command goes on")
             return 128 + relay.signal
     if failed := [cell.name for cell in cells if cell.error]:
-        raise DataError(f"{len(failed)} of {len(cells)} runs failed ({'; '.join(failed)}): {folder / what}.md says why")
+        raise UserError(f"{len(failed)} of {len(cells)} runs failed ({'; '.join(failed)}): {folder / what}.md says why")
     return 0
 
 
@@ -178,20 +178,20 @@ def _reason(status: int, tail: str) -> str:
 
 
 def _records(cell: Cell, folder: Path) -> list[dict]:
-    """What a cell has done before; DataError when that was with other options."""
+    """What a cell has done before; UserError when that was with other options."""
     path = folder / "config.json"
     if not path.exists():
         return []
     try:
         there = dict(json.loads(path.read_text("utf-8")))
     except (ValueError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error}): remove {folder}, or give another --out-dir") from None
+        raise UserError(f"{path} is damaged ({error}): remove {folder}, or give another --out-dir") from None
     here = json.loads(json.dumps(dataclasses.asdict(cell.config)))
     both = [name for name in here if name in there and name not in WITHOUT_EFFECT]
     if differs := [
-        f"{flag(name)} {there[name]} there, {here[name]} here" for name in both if there[name] != here[name]
+        f"{as_flag(name)} {there[name]} there, {here[name]} here" for name in both if there[name] != here[name]
     ]:
-        raise DataError(f"{folder} was made with other options ({'; '.join(differs)}): give another --out-dir")
+        raise UserError(f"{folder} was made with other options ({'; '.join(differs)}): give another --out-dir")
     return read_log(folder)
 
 
@@ -201,8 +201,8 @@ def _records(cell: Cell, folder: Path) -> list[dict]:
 def parameter_count(config) -> int | None:
     """Of the cell's GPT-2, as model.GPT counts them; None where its dataset cannot be read for the vocabulary."""
     try:
-        V = shards.open_split(folder_of(config.data), "val").vocab_size
-    except DataError:
+        V = shards.open_split(dataset_dir(config.data), "val").vocab_size
+    except UserError:
         return None
     C = config.n_embd  # of a block: 12 C^2 in four matrices, 9 C in their biases, 4 C in two layer norms
     return (V + config.block_size) * C + config.n_layer * (12 * C * C + 13 * C) + 2 * C
@@ -212,8 +212,8 @@ def landmarks_of(cells: list[Cell]) -> dict[str, float]:
     """The losses to compare with, named, in nats per token; {} where the cells do not read one and the same dataset."""
     names = {cell.config.data for cell in cells}
     try:
-        return loss_landmarks(shards.open_split(folder_of(names.pop()), "val")) if len(names) == 1 else {}
-    except DataError:
+        return reference_losses(shards.open_split(dataset_dir(names.pop()), "val")) if len(names) == 1 else {}
+    except UserError:
         return {}
 
 
@@ -259,8 +259,8 @@ def _report(cells: list[Cell], folder: Path, what: str, draw: Callable) -> str:
 
     text, figure = table(cells), Figure(layout="constrained")
     draw(figure, cells)
-    write_whole(folder / f"{what}.md", lambda file: file.write(f"{text}\n".encode()))
-    write_whole(folder / f"{what}.png", lambda file: figure.savefig(file, format="png", dpi=120))
+    atomic_write(folder / f"{what}.md", lambda file: file.write(f"{text}\n".encode()))
+    atomic_write(folder / f"{what}.png", lambda file: figure.savefig(file, format="png", dpi=120))
     return text
 
 

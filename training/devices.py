@@ -7,13 +7,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
+from data.files import UserError
 from kernels.gpus import named_gpu
 
 CPU_TOKENS = 16_384  # at once: more gain a CPU nothing
-
-
-class DeviceError(Exception):
-    """A device that is not there, or too small; the text says what to do."""
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -29,7 +26,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0][:150]
-        raise DeviceError(f"--device {name} cannot be used: {reason}; --device auto takes what is there") from error
+        raise UserError(f"--device {name} cannot be used: {reason}; --device auto takes what is there") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -65,18 +62,16 @@ def out_of_memory(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def clear_errors() -> Iterator[None]:
-    """DeviceError, with what to do about it, where memory runs out or torch.compile fails within."""
+def explain_out_of_memory() -> Iterator[None]:
+    """UserError, with what to do about it, where memory runs out or torch.compile fails within."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if out_of_memory(error):
-            raise DeviceError("out of memory: lower --micro-batch, or take a smaller model") from error
+            raise UserError("out of memory: lower --micro-batch, or take a smaller model") from error
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             reason = str(error).strip().partition("\n")[0][:200]
-            raise DeviceError(
-                f"torch.compile failed ({reason}): use --no-compile, or install a C++ compiler"
-            ) from error
+            raise UserError(f"torch.compile failed ({reason}): use --no-compile, or install a C++ compiler") from error
         raise
 
 

@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.files import write_whole
+from data.files import atomic_write
 
 SEQUENCES = 16  # of the batch, for the activations: position 0 has no more samples than that
 ATTENTION_SEQUENCES, ATTENTION_QUERIES = 4, 64  # for the entropy, which needs a row of weights a query
@@ -403,7 +403,7 @@ def draw(records: list[dict], path: str | Path, title: str = "") -> None:
     axes[3, 3].axis("off")
     axes[3, 3].text(0, 0.98, text or "none", va="top", fontsize=9, color="darkred" if text else "darkgreen")
     figure.suptitle(title)
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=80))
+    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=80))
 
 
 def _over_steps(axis, steps: list[int], found: list[dict], name: str, colours) -> None:

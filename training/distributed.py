@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data.files import DataError
+from data.files import UserError
 
 Mode = Literal["ddp", "zero1", "fsdp"]
 LATECOMERS = timedelta(days=7)  # to wait for a machine that still prepares its data
@@ -33,7 +33,7 @@ LOST = ("closed by peer", "reset by peer", "remote process exited", "Broken pipe
 
 
 @dataclasses.dataclass(frozen=True)
-class Processes:
+class Distributed:
     """This process's number among all and on its machine, how many there are, and how they share the weights."""
 
     rank: int = 0
@@ -42,19 +42,19 @@ class Processes:
     mode: Mode = "ddp"
 
     @classmethod
-    def of_torchrun(cls, mode: Mode) -> "Processes":
-        """As the environment says; a single process where it says nothing. DataError for a mode that needs several."""
+    def from_env(cls, mode: Mode) -> "Distributed":
+        """As the environment says; a single process where it says nothing. UserError for a mode that needs several."""
         variables = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
         found = cls(*(int(os.environ.get(name, default)) for name, default in variables), mode)
         if found.world_size == 1 and mode != "ddp":
-            raise DataError(f"--parallel {mode} shares memory among processes: start several with torchrun, or use ddp")
+            raise UserError(f"--parallel {mode} shares memory among processes: start several with torchrun, or use ddp")
         return found
 
     @contextlib.contextmanager
-    def joined(self, gpus: bool) -> Iterator[None]:
+    def process_group(self, gpus: bool) -> Iterator[None]:
         """Waits for the others, however late they are, and forms a group with them: NCCL for GPUs, else gloo.
 
-        DataError when another process is lost meanwhile.
+        UserError when another process is lost meanwhile.
         """
         if self.world_size == 1:
             yield
@@ -66,7 +66,7 @@ class Processes:
             yield
         except RuntimeError as error:
             if any(text in str(error) for text in LOST):
-                raise DataError(f"process {self.rank} ends, since another process of the run is gone") from error
+                raise UserError(f"process {self.rank} ends, since another process of the run is gone") from error
             raise
         dist.destroy_process_group()
 
@@ -103,7 +103,7 @@ class Processes:
             dist.all_reduce(value)
         return value
 
-    def greatest(self, number: int) -> int:
+    def all_reduce_max(self, number: int) -> int:
         """The greatest of the processes' numbers."""
         if self.world_size == 1:
             return number
@@ -111,9 +111,9 @@ class Processes:
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return value.item()
 
-    def differ(self, number: int) -> bool:
+    def disagree(self, number: int) -> bool:
         """Whether they have different numbers."""
-        return self.greatest(number) != -self.greatest(-number)
+        return self.all_reduce_max(number) != -self.all_reduce_max(-number)
 
     # ------------------------------------------------------------------------------------------------------ the weights
 
@@ -133,13 +133,13 @@ class Processes:
             return model
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
-    def average_gradients(self, model: nn.Module, now: bool) -> None:
+    def set_grad_sync(self, model: nn.Module, enabled: bool) -> None:
         """ddp, zero1: whether the next backward averages over the processes. Before the forward, which reads it too.
 
         fsdp averages after every backward: until then it would hold whole gradients.
         """
         if self.mode != "fsdp" and self.world_size > 1:
-            model.require_backward_grad_sync = now
+            model.require_backward_grad_sync = enabled
 
     def optimizer(self, kind: type[torch.optim.Optimizer], groups: list, **options) -> torch.optim.Optimizer:
         """An optimizer of that kind; zero1: each process holds a share of its state."""
@@ -155,13 +155,13 @@ class Processes:
         """The number in a tensor, which under fsdp may be spread over the processes. All processes call it."""
         return (value.full_tensor() if self.mode == "fsdp" else value).item()
 
-    def whole(self, value):
+    def gather_full(self, value):
         """value, a tensor or dicts and lists of them, made whole: under fsdp on the CPU of the first process, and None
         on the others; else as it is. All call it."""
         if isinstance(value, dict):
-            return {name: self.whole(item) for name, item in value.items()}
+            return {name: self.gather_full(item) for name, item in value.items()}
         if isinstance(value, list):
-            return [self.whole(item) for item in value]
+            return [self.gather_full(item) for item in value]
         if self.mode != "fsdp" or not hasattr(value, "full_tensor"):
             return value
         value = value.full_tensor()
@@ -170,7 +170,7 @@ class Processes:
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict | None:
         """Its state_dict() as a single process has it, on the first process; all call it."""
         if self.mode != "zero1":
-            return self.whole(optimizer.state_dict())
+            return self.gather_full(optimizer.state_dict())
         optimizer.consolidate_state_dict(to=0)
         return optimizer.state_dict() if self.rank == 0 else None
 

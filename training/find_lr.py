@@ -28,7 +28,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.files import DataError, write_whole
+from data.files import UserError, atomic_write
 
 LOW, HIGH, STEPS = 1e-5, 1.0, 200  # 40 steps for every factor of ten
 EXPLODED = 4.0  # times the lowest smoothed loss: higher rates can tell nothing more
@@ -56,12 +56,12 @@ def find(step_with_lr: Callable[[float], float], low: float = LOW, high: float =
     Sweep the learning rate from low to high, and suggest one.
 
     step_with_lr: trains one step at a rate and returns its loss, in nats per token; inf or nan where it broke down
-    DataError for a range that is none, or where the losses tell nothing: they never fell, or broke down at once.
+    UserError for a range that is none, or where the losses tell nothing: they never fell, or broke down at once.
     """
     if not 0 < low < high < math.inf:
-        raise DataError(f"the learning rates from {low:g} to {high:g} are no range: give two above 0, the lower first")
+        raise UserError(f"the learning rates from {low:g} to {high:g} are no range: give two above 0, the lower first")
     if steps < 2 * WINDOW:
-        raise DataError(f"a sweep of {steps} steps is too short: give at least {2 * WINDOW}")
+        raise UserError(f"a sweep of {steps} steps is too short: give at least {2 * WINDOW}")
     rates, losses, average, best = [], [], _Average(steps), math.inf
     for step in range(steps):
         rate = low * (high / low) ** (step / (steps - 1))
@@ -74,18 +74,18 @@ def find(step_with_lr: Callable[[float], float], low: float = LOW, high: float =
         if smoothed > EXPLODED * best:
             break
     if len(losses) < 2 * WINDOW:
-        raise DataError(f"the loss broke down at a learning rate of {rate:.1e} already: look at data and weights")
+        raise UserError(f"the loss broke down at a learning rate of {rate:.1e} already: look at data and weights")
     return suggest(rates, losses, steps)
 
 
 def suggest(rates: list[float], losses: list[float], steps: int) -> Result:
-    """The Result of a sweep of `steps` steps, of which these are all that were done. DataError as in find."""
+    """The Result of a sweep of `steps` steps, of which these are all that were done. UserError as in find."""
     smooth = smoothed([min(loss, 2 * losses[0]) for loss in losses], steps)  # one that explodes would smear far back
     slopes = derivative([math.log10(rate) for rate in rates], smooth)
     first, lowest, last = valley(smooth)
     fall = max(smooth[:lowest], default=smooth[0]) - smooth[lowest]
     if fall < LEAST_FALL:
-        raise DataError(
+        raise UserError(
             f"the loss fell by {fall:.3f} nats at most between the learning rates {rates[0]:.1e} and {rates[-1]:.1e}, "
             "which says nothing: look at the data, or take a larger --batch-tokens, whose loss is less noisy"
         )
@@ -159,7 +159,7 @@ def draw(result: Result, path: str | Path, title: str = "") -> None:
         axis.axvline(result.suggestion, color="tab:green", label=f"suggestion: {result.suggestion:g}")
         axis.grid(alpha=0.3)
     above.legend()
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=100))
+    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=100))
 
 
 def run(loss_at: Callable[[float, int], float], breakdown: type[Exception], folder: Path, quiet: bool) -> None:

@@ -29,10 +29,10 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.files import DataError, clear_errors, download, lock, run_script, write_whole
+from data.files import UserError, atomic_write, download, exit_on_user_error, lock, run_script
 from data.tokenizer import CharTokenizer, Tokenizer, from_spec
 from training import devices, weights
-from training.distributed import Processes
+from training.distributed import Distributed
 from training.run import HELLASWAG_CHANCE, HELLASWAG_GPT2_124M
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -69,7 +69,7 @@ def prepare_if_missing(
 ) -> Path:
     """The file of questions: `input` if given, else the validation set in `folder`, downloaded if it is not there.
 
-    Of several processes one downloads and the others wait. DataError when that fails or the file is another one.
+    Of several processes one downloads and the others wait. UserError when that fails or the file is another one.
     """
     if input:
         return Path(input)
@@ -80,9 +80,9 @@ def prepare_if_missing(
             if not path.exists():  # another process may have brought it while this one waited
                 option = "--input FILE (of train_gpt2.py: --hellaswag-input FILE)"
                 content = download(url, sha256, "HellaSwag's validation set", option)
-                write_whole(path, lambda file: file.write(content))
+                atomic_write(path, lambda file: file.write(content))
     if not is_validation_set(path, sha256):
-        raise DataError(f"{path} is not HellaSwag's validation set, its sha256 is another: delete it, to download anew")
+        raise UserError(f"{path} is not HellaSwag's validation set, its sha256 is another: delete it, to download anew")
     return path
 
 
@@ -93,7 +93,7 @@ def is_validation_set(path: Path, sha256: str = SHA256) -> bool:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """The questions of a file, at least one; DataError names the first line that is none, and why."""
+    """The questions of a file, at least one; UserError names the first line that is none, and why."""
     questions = []
     try:
         with open(path, "rb") as file:
@@ -102,9 +102,9 @@ def read_questions(path: Path) -> list[Question]:
                     questions.append(_question(line, f"{path}, line {number}"))
     except OSError as error:
         reason = f"cannot read the questions in {path}: {error.strerror}"
-        raise DataError(f"{reason}: give a file in HellaSwag's format, or none, to download it") from None
+        raise UserError(f"{reason}: give a file in HellaSwag's format, or none, to download it") from None
     if not questions:
-        raise DataError(f"{path} is empty: it must hold a question of HellaSwag a line, as JSON")
+        raise UserError(f"{path} is empty: it must hold a question of HellaSwag a line, as JSON")
     return questions
 
 
@@ -112,19 +112,19 @@ def _question(line: bytes, where: str) -> Question:
     try:
         fields = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is damaged, it is not JSON in UTF-8: {error}") from None
+        raise UserError(f"{where} is damaged, it is not JSON in UTF-8: {error}") from None
     if not isinstance(fields, dict):
-        raise DataError(f"{where} is no question: it must be an object with ctx, endings and label")
+        raise UserError(f"{where} is no question: it must be an object with ctx, endings and label")
     missing = [name for name in ("ctx", "endings", "label") if name not in fields]
     if missing:
-        raise DataError(f"{where} is no question: it lacks {', '.join(missing)}")
+        raise UserError(f"{where} is no question: it lacks {', '.join(missing)}")
     ctx, endings, label = fields["ctx"], fields["endings"], fields["label"]
     if not isinstance(ctx, str) or not ctx:
-        raise DataError(f"{where}: ctx must be a text, and not empty")
+        raise UserError(f"{where}: ctx must be a text, and not empty")
     if not isinstance(endings, list) or len(endings) != ENDINGS or not all(isinstance(e, str) for e in endings):
-        raise DataError(f"{where}: endings must be a list of {ENDINGS} texts")
+        raise UserError(f"{where}: endings must be a list of {ENDINGS} texts")
     if str(label) not in map(str, range(ENDINGS)):  # the test set, too, has no label
-        raise DataError(f"{where}: label is {str(label)[:20]!r}, but must be 0 to {ENDINGS - 1}")
+        raise UserError(f"{where}: label is {str(label)[:20]!r}, but must be 0 to {ENDINGS - 1}")
     return Question(ctx, tuple(endings), int(label))
 
 
@@ -135,14 +135,14 @@ def render(questions: Sequence[Question], tokenizer: Tokenizer, block_size: int)
     """
     The questions in tokens: the context's, then those of a space and an ending; the last block_size + 1 of them.
 
-    A character tokenizer leaves out the characters that it lacks: see `left_out`. DataError where nothing remains.
+    A character tokenizer leaves out the characters that it lacks: see `left_out`. UserError where nothing remains.
     """
     rendered = []
     for number, question in enumerate(questions, start=1):
         context = tokenizer.encode(_readable(question.ctx, tokenizer))
         endings = [tokenizer.encode(_readable(f" {ending}", tokenizer)) for ending in question.endings]
         if not all(map(len, [context, *endings])):
-            raise DataError(
+            raise UserError(
                 f"question {number} has a text of which the {tokenizer.name} tokenizer knows no character: "
                 "score this model on questions in its own alphabet"
             )
@@ -211,19 +211,19 @@ def evaluate(
     return counts.to(device)
 
 
-def questions_for(input: str, tokenizer: Tokenizer, block_size: int, processes: Processes) -> list[Rendered]:
-    """The questions of a run, for `scores`: those of the file `input`, or HellaSwag's. DataError where files differ."""
+def questions_for(input: str, tokenizer: Tokenizer, block_size: int, processes: Distributed) -> list[Rendered]:
+    """The questions of a run, for `scores`: those of the file `input`, or HellaSwag's. UserError where files differ."""
     path = prepare_if_missing(input)
     questions = read_questions(path)
     if processes.differ(zlib.crc32(path.read_bytes())):
-        raise DataError(f"the processes see different questions in {path}: they must share it, or hold equal copies")
+        raise UserError(f"the processes see different questions in {path}: they must share it, or hold equal copies")
     if processes.rank == 0 and (sentence := left_out(questions, tokenizer)):
         tqdm.write(f"warning: HellaSwag: {sentence}", file=sys.stderr)
     return render(questions, tokenizer, block_size)
 
 
 def scores(
-    model: nn.Module, questions: Sequence[Rendered], device: torch.device, processes: Processes, autocast: Callable
+    model: nn.Module, questions: Sequence[Rendered], device: torch.device, processes: Distributed, autocast: Callable
 ) -> dict[str, float]:
     """The shares of the questions that a model answers right, in training: hellaswag_acc and hellaswag_acc_norm."""
     model.eval()
@@ -279,8 +279,8 @@ def score(
         device: auto, cpu, cuda, cuda:1, mps.
     """
     if batch < 1:
-        raise DataError(f"--batch is {batch}, but must be at least 1")
-    with clear_errors():
+        raise UserError(f"--batch is {batch}, but must be at least 1")
+    with exit_on_user_error():
         where = devices.choose_device(device)
         network, tokenizer_spec = weights.load(model)
         path = prepare_if_missing(input)
@@ -292,7 +292,7 @@ def score(
             counts = evaluate(network.to(where).eval(), rendered, batch, where, progress=True)
         except (RuntimeError, MemoryError) as error:
             if devices.out_of_memory(error):
-                raise DataError(f"out of memory: lower --batch, which is {batch}") from error
+                raise UserError(f"out of memory: lower --batch, which is {batch}") from error
             raise
     return summary(model, counts, is_validation_set(path))
 

@@ -12,7 +12,7 @@ layer norm 2.09; and 1.50 with six layers of 384 channels. Its rungs and ours ar
 
 from pathlib import Path
 
-from data.files import DataError, flag
+from data.files import UserError, as_flag
 from training import cells as runs
 from training.cells import Cell, Parse
 
@@ -48,22 +48,22 @@ def climb(script: Path, arguments: list[str], parse: Parse) -> int:
     Trains the rungs and prints their table. Returns 0, or 128 + the signal that ended it early.
 
     script, parse: as for sweep.run; arguments: the command line, whose options hold for every rung
-    DataError when the command line has one of DIMENSIONS, or a rung failed. The folder is --out-dir, or where that was
+    UserError when the command line has one of DIMENSIONS, or a rung failed. The folder is --out-dir, or where that was
     not given, the preset's with -ladder behind it.
     """
     arguments = [word for word in arguments if word != "--ladder"]
-    if fixed := [flag(name) for name in DIMENSIONS if name in runs.given(arguments)]:
-        raise DataError(f"--ladder sets {fixed[0]} itself, rung by rung: leave it out")
+    if fixed := [as_flag(name) for name in DIMENSIONS if name in runs.given(arguments)]:
+        raise UserError(f"--ladder sets {fixed[0]} itself, rung by rung: leave it out")
     folder = runs.chosen_folder(arguments, parse(arguments).out_dir, "ladder")
     return runs.run_cells(script, rungs(arguments, parse), folder, "ladder", draw)
 
 
 def rungs(arguments: list[str], parse: Parse) -> list[Cell]:
-    """The cells of the ladder, each parsed; DataError where the command line does not fit one of them."""
+    """The cells of the ladder, each parsed; UserError where the command line does not fit one of them."""
     cells = []
     for name, (title, sizes, lr) in RUNGS.items():
         shape = dict(zip(DIMENSIONS, sizes, strict=True))
-        options = [f"{flag(option)}={value}" for option, value in (COMMON | shape | {"lr": lr}).items()]
+        options = [f"{as_flag(option)}={value}" for option, value in (COMMON | shape | {"lr": lr}).items()]
         words = arguments[:1] + options + arguments[1:]  # behind the preset; the last of two equal options counts
         cells.append(Cell(name, {"rung": title} | shape, words, runs.parsed(parse, words, f"--ladder, rung {name}")))
     return cells

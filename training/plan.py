@@ -15,7 +15,8 @@ import argparse
 import dataclasses
 import sys
 
-from kernels import FAMILIES, KernelError, families
+from data.files import UserError
+from kernels import FAMILIES, families
 from kernels.gpus import GPUS
 from kernels.report import roofline
 from kernels.report.shapes import PRESETS, Shape
@@ -31,13 +32,9 @@ RUNS = {  # preset -> tokens a step, steps, optimizer, dropout, tokens of its da
 }
 
 
-class PlanError(Exception):
-    """A plan that cannot be; the text says what could."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """The options of a run that decide what it takes. PlanError, in the words of the command line, where they clash."""
+    """The options of a run that decide what it takes. UserError, in the words of the command line, where they clash."""
 
     n_layer: int
     n_head: int
@@ -61,14 +58,14 @@ class Job:
         for field in ("n_head", "n_embd", "block_size", "vocab_size", "batch_tokens", "max_steps", "world_size"):
             option = "gpus" if field == "world_size" else field.replace("_", "-")
             if getattr(self, field) < 1:
-                raise PlanError(f"--{option} is {getattr(self, field)}, but must be at least 1")
+                raise UserError(f"--{option} is {getattr(self, field)}, but must be at least 1")
         if self.micro_batch != "auto" and self.micro_batch < 1:
-            raise PlanError(f"--micro-batch is {self.micro_batch}, but must be at least 1, or auto")
+            raise UserError(f"--micro-batch is {self.micro_batch}, but must be at least 1, or auto")
         if self.parallel not in memory.MODES:
-            raise PlanError(f"--parallel {self.parallel}: use one of {', '.join(memory.MODES)}")
+            raise UserError(f"--parallel {self.parallel}: use one of {', '.join(memory.MODES)}")
         multiple = self.block_size * self.world_size * (1 if self.micro_batch == "auto" else self.micro_batch)
         if self.batch_tokens % multiple:
-            raise PlanError(
+            raise UserError(
                 f"--batch-tokens {self.batch_tokens} cannot be cut evenly among {self.world_size} GPUs, --micro-batch "
                 f"{self.micro_batch} and sequences of {self.block_size}: it must be a multiple of {multiple}"
             )
@@ -124,9 +121,9 @@ def room(gpu: str) -> float:
 
 
 def of_preset(preset: str, **changes) -> Job:
-    """The job of a preset of train_gpt2.py, with changes. PlanError for another name."""
+    """The job of a preset of train_gpt2.py, with changes. UserError for another name."""
     if preset not in RUNS:
-        raise PlanError(f"--preset {preset}: use one of {', '.join(RUNS)}")
+        raise UserError(f"--preset {preset}: use one of {', '.join(RUNS)}")
     s, (batch_tokens, max_steps, optimizer, dropout, data_tokens) = PRESETS[preset], RUNS[preset]
     options = {"n_layer": s.L, "n_head": s.H, "n_embd": s.C, "block_size": s.T, "vocab_size": s.V, "name": preset}
     options |= {"batch_tokens": batch_tokens, "max_steps": max_steps, "optimizer": optimizer, "dropout": dropout}
@@ -136,11 +133,11 @@ def of_preset(preset: str, **changes) -> Job:
 def check_gpus(gpus: list[str], mfu: float, price: float) -> None:
     unknown = [name for name in gpus if name not in GPUS or name not in memory.GIGABYTES]
     if unknown or not gpus:
-        raise PlanError(f"--gpu {' '.join(unknown)}: use some of {', '.join(GPUS)}")
+        raise UserError(f"--gpu {' '.join(unknown)}: use some of {', '.join(GPUS)}")
     if not 0 < mfu <= 1:
-        raise PlanError(f"--mfu is {mfu}, but must be above 0 and at most 1")
+        raise UserError(f"--mfu is {mfu}, but must be above 0 and at most 1")
     if not 0 <= price < 1e6:
-        raise PlanError(f"--price is {price}, but must be 0 or more, for a GPU and hour")
+        raise UserError(f"--price is {price}, but must be 0 or more, for a GPU and hour")
 
 
 def time_and_cost(job: Job, gpu: str, mfu: float, price: float) -> dict[str, float]:
@@ -225,14 +222,14 @@ def memory_text(job: Job, micro_batch: int) -> str:
 
 
 def chosen_micro_batch(job: Job, gpus: list[str]) -> int:
-    """What all of these GPUs hold, or what was asked for; PlanError where not even one sequence fits."""
+    """What all of these GPUs hold, or what was asked for; UserError where not even one sequence fits."""
     if job.micro_batch != "auto":
         return job.micro_batch
     most = {gpu: job.largest_micro_batch(gpu) for gpu in gpus}
     worst = min(most, key=most.get)
     if most[worst] == 0:
         needed = amount(sum(job.memory(1).values()))
-        raise PlanError(
+        raise UserError(
             f"one sequence needs {needed} on each of {job.world_size} GPU(s) with --parallel {job.parallel}, and "
             f"{worst} has {memory.GIGABYTES[worst]} GB: use more --gpus with --parallel zero1 or fsdp, or another --gpu"
         )
@@ -246,7 +243,7 @@ def plan(job: Job, gpus: list[str] | tuple[str, ...] = ("A100", "H100"), mfu: fl
     gpus:  names of kernels.gpus.GPUS to plan for
     mfu:   share of the bfloat16 peak that the run is taken to reach, 0 to 1
     price: of a GPU for an hour, in any currency
-    Raises PlanError, a sentence for the command line.
+    Raises UserError, a sentence for the command line.
     """
     check_gpus(list(gpus), mfu, price)
     micro_batch, shape, tokens = chosen_micro_batch(job, list(gpus)), job.shape(), job.batch_tokens * job.max_steps
@@ -351,7 +348,7 @@ def run(chosen: argparse.Namespace) -> str:
     micro_batch = chosen.micro_batch
     if micro_batch != "auto":
         if not micro_batch.isdecimal():
-            raise PlanError(f"--micro-batch {micro_batch}: use a number of sequences, or auto")
+            raise UserError(f"--micro-batch {micro_batch}: use a number of sequences, or auto")
         micro_batch = int(micro_batch)
     named = ("batch_tokens", "max_steps", "block_size", "optimizer")
     changes = {name: getattr(chosen, name) for name in named if getattr(chosen, name) is not None}
@@ -363,7 +360,7 @@ def run(chosen: argparse.Namespace) -> str:
 def main(words: list[str] | None = None) -> None:
     try:
         print(run(options(words)))
-    except (PlanError, KernelError) as error:
+    except (UserError, ValueError) as error:
         fail(str(error))
 
 

@@ -36,7 +36,7 @@ from typing import BinaryIO
 import torch
 from tqdm import tqdm
 
-from data.files import DataError, lock, write_whole
+from data.files import UserError, atomic_write, lock
 from data.shards import Split
 from training import diagnostics
 
@@ -60,9 +60,9 @@ class Run:
     The folder of a run that has done `step` of its steps, and its bar in the terminal.
 
     config:    the options of train_gpt2.py, of which max_steps, init_from, hellaswag_input, wandb and tensorboard count
-    landmarks: validation losses to compare with, named: see loss_landmarks
+    landmarks: validation losses to compare with, named: see reference_losses
     afresh:    moves an older run aside first; else lines of log.jsonl past `step`, lost with a crash, go
-    DataError where another process writes to the folder, or the package of a service is missing.
+    UserError where another process writes to the folder, or the package of a service is missing.
     """
 
     def __init__(self, folder: Path, config: dict, step: int, landmarks: dict[str, float], afresh: bool = False):
@@ -179,7 +179,7 @@ class Run:
             axes.grid(alpha=0.3)
             axes.legend(fontsize="small")
         panels[-1].set(xlabel="tokens")
-        write_whole(self.folder / "loss.png", lambda file: figure.savefig(file, format="png", dpi=120))
+        atomic_write(self.folder / "loss.png", lambda file: figure.savefig(file, format="png", dpi=120))
         diagnostics.draw(self.records, self.folder / "diagnostics.png", self.folder.name)
 
     def _curve(self, name: str) -> tuple[list[float], list[float]]:
@@ -189,7 +189,7 @@ class Run:
     def save(self, checkpoint: dict, keep: int) -> None:
         """Write a checkpoint, named by its "step", its weights finite; then remove all but the newest `keep`."""
         if not all(tensor.isfinite().all() for tensor in checkpoint["model"].values()):
-            raise DataError(f"the weights after step {checkpoint['step']} are not finite: no checkpoint; lower --lr")
+            raise UserError(f"the weights after step {checkpoint['step']} are not finite: no checkpoint; lower --lr")
         path = self.folder / "checkpoints" / f"step_{checkpoint['step']:06d}.pt"
 
         def write(file: BinaryIO) -> None:
@@ -201,10 +201,10 @@ class Run:
             _write_text(Path(f"{path}.sha256"), hashed.digest.hexdigest())
 
         try:
-            write_whole(path, write)
+            atomic_write(path, write)
         except OSError as error:
             reason = f"{path} could not be written ({error.strerror})"
-            raise DataError(f"{reason}: make room on that disk; the checkpoints before it are whole") from error
+            raise UserError(f"{reason}: make room on that disk; the checkpoints before it are whole") from error
         for old in checkpoints(self.folder)[keep:]:
             old.unlink()
             Path(f"{old}.sha256").unlink(missing_ok=True)
@@ -250,7 +250,7 @@ def _draw_levels(axes, levels: dict[str, float]) -> None:
         axes.axhline(value, linestyle=style, linewidth=1, color="grey", label=f"{name}: {value:.4g}")
 
 
-def loss_landmarks(split: Split) -> dict[str, float]:
+def reference_losses(split: Split) -> dict[str, float]:
     """Losses to compare a model's with, in nats per token: what counting the training text gives, what is published."""
     names = {"unigram": "token frequencies", "bigram": "bigrams counted", "trigram": "trigrams counted"}
     counted = {names[name]: split.baselines[name] for name in names if name in split.baselines}
@@ -262,7 +262,7 @@ def loss_landmarks(split: Split) -> dict[str, float]:
 
 
 def _write_text(path: Path, text: str) -> None:
-    write_whole(path, lambda file: file.write(text.encode()))
+    atomic_write(path, lambda file: file.write(text.encode()))
 
 
 def _move_aside(folder: Path) -> None:
@@ -270,7 +270,7 @@ def _move_aside(folder: Path) -> None:
     try:
         folder.rename(aside)
     except OSError as error:
-        raise DataError(f"{folder} cannot be moved to {aside} ({error.strerror}): use another --out-dir") from error
+        raise UserError(f"{folder} cannot be moved to {aside} ({error.strerror}): use another --out-dir") from error
     print(f"the run in {folder} is now {aside}")
 
 
@@ -302,7 +302,7 @@ def read_log(folder: Path) -> list[dict]:
         [record["step"] + 0 for record in records]
         return records
     except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{path} is damaged ({error}): move it away, the checkpoints do not need it") from error
+        raise UserError(f"{path} is damaged ({error}): move it away, the checkpoints do not need it") from error
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -316,36 +316,36 @@ def _step_of(path: Path) -> int:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """A checkpoint, its tensors on the CPU; DataError where the file is missing, damaged, or something else."""
+    """A checkpoint, its tensors on the CPU; UserError where the file is missing, damaged, or something else."""
     if path.is_file() and not Path(f"{path}.sha256").exists():
-        raise DataError(
+        raise UserError(
             f"{path} cannot be checked: {path.name}.sha256, which is written beside it, is missing: copy both"
         )
     try:
         expected = Path(f"{path}.sha256").read_text(encoding="utf-8").strip()
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                raise DataError(f"{path} is damaged: its sha256 is not the one written beside it")
+                raise UserError(f"{path} is damaged: its sha256 is not the one written beside it")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise DataError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(checkpoint, dict) or not set(checkpoint) >= CHECKPOINT_KEYS:
-        raise DataError(
+        raise UserError(
             f"{path} is no checkpoint of train_gpt2.py: it lacks some of {', '.join(sorted(CHECKPOINT_KEYS))}"
         )
     return checkpoint
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, dict] | tuple[None, None]:
-    """The newest whole checkpoint of a run behind its path, or two None; DataError where all there are are damaged."""
+    """The newest whole checkpoint of a run behind its path, or two None; UserError where all there are are damaged."""
     paths = checkpoints(folder)
     for path in paths:
         try:
             return path, load_checkpoint(path)
-        except DataError as error:
+        except UserError as error:
             print(f"warning: {error}", file=sys.stderr)
     if paths:
-        raise DataError(f"no checkpoint in {folder} can be read: --resume never starts afresh and moves the run aside")
+        raise UserError(f"no checkpoint in {folder} can be read: --resume never starts afresh and moves the run aside")
     return None, None
 
 
@@ -359,7 +359,7 @@ def restarted_in(folder: Path) -> bool:
 def find_checkpoint(folder: Path, resume: str) -> tuple[Path, dict] | tuple[None, None]:
     """The checkpoint that --resume means for a run in `folder`, behind its path; two None where it begins afresh.
 
-    A file of another run begins this one, which then goes on with its own checkpoints. DataError where the folder holds
+    A file of another run begins this one, which then goes on with its own checkpoints. UserError where the folder holds
     a run that did not begin so.
     """
     if resume == "never" and not restarted_in(folder):
@@ -373,7 +373,7 @@ def find_checkpoint(folder: Path, resume: str) -> tuple[Path, dict] | tuple[None
     except (OSError, ValueError, KeyError, TypeError):
         began_with = None
     if began_with != resume:
-        raise DataError(f"{folder} holds a run that did not begin with --resume {resume}: give another --out-dir")
+        raise UserError(f"{folder} holds a run that did not begin with --resume {resume}: give another --out-dir")
     return newest_checkpoint(folder)
 
 
@@ -415,4 +415,4 @@ def _optional(module: str, package: str):
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise DataError(f"--{package} needs a package that is not here: pip install {package}") from error
+        raise UserError(f"--{package} needs a package that is not here: pip install {package}") from error

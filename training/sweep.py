@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.files import DataError, flag
+from data.files import UserError, as_flag
 from training.cells import SET_BY_US, Cell, Parse, chosen_folder, draw_curves, parsed, run_cells
 
 
@@ -43,7 +43,7 @@ def run(script: Path, arguments: list[str], grid: Sequence[str], parse: Parse) -
     arguments: its command line; --sweep and what stands behind it are passed over
     grid:      what stood behind --sweep, "lr=1e-4,3e-4", also "--lr=..." and hyphens for underscores
     parse:     arguments -> their options, with out_dir, max_steps, data and the shape of the model
-    DataError, before anything runs, for an option or value that cannot be; at the end, when a cell failed. The folder
+    UserError, before anything runs, for an option or value that cannot be; at the end, when a cell failed. The folder
     is --out-dir, or where that was not given, the preset's with -sweep behind it.
     """
     arguments, _ = take_grid(arguments)
@@ -53,7 +53,7 @@ def run(script: Path, arguments: list[str], grid: Sequence[str], parse: Parse) -
 
 
 def expand(arguments: list[str], grid: Sequence[str], parse: Parse) -> list[Cell]:
-    """The cells of a grid, the last option varying fastest, each parsed; DataError names the option and the value."""
+    """The cells of a grid, the last option varying fastest, each parsed; UserError names the option and the value."""
     base = dataclasses.asdict(parse(arguments))
     cells = {}
     for values in itertools.product(*_read_grid(grid, base)):
@@ -64,7 +64,7 @@ def expand(arguments: list[str], grid: Sequence[str], parse: Parse) -> list[Cell
         # Named by what the values mean, so that 1e-3 and 0.001 share a folder and 2e-3 typed later finds its own.
         cell_name = ",".join(f"{name}={_plain(value)}" for name, value in columns.items())
         if cell_name in cells:
-            raise DataError(f"--sweep has the cell {cell_name} twice: give every value once")
+            raise UserError(f"--sweep has the cell {cell_name} twice: give every value once")
         cells[cell_name] = Cell(cell_name, columns, words, config)
     return [*cells.values()]
 
@@ -76,27 +76,27 @@ def _read_grid(grid: Sequence[str], base: dict) -> list[list[tuple[str, str, str
         name, equals, values = item.removeprefix("--").partition("=")
         name = name.replace("-", "_")
         if not equals or not all(values.split(",")):
-            raise DataError(f"--sweep {item} has no value, or an empty one: write for example lr=1e-4,3e-4")
+            raise UserError(f"--sweep {item} has no value, or an empty one: write for example lr=1e-4,3e-4")
         if name in SET_BY_US:
-            raise DataError(f"--sweep {item}: {flag(name)} is not for a sweep to vary")
+            raise UserError(f"--sweep {item}: {as_flag(name)} is not for a sweep to vary")
         if name not in base:
             near = difflib.get_close_matches(name, base, n=1)
             hint = f"did you mean {near[0]}?" if near else "--help lists all there are"
-            raise DataError(f"--sweep {item}: there is no option {flag(name)}; {hint}")
+            raise UserError(f"--sweep {item}: there is no option {as_flag(name)}; {hint}")
         if name in options:
-            raise DataError(f"--sweep has {name} twice: give all its values at once, {name}=A,B,C")
+            raise UserError(f"--sweep has {name} twice: give all its values at once, {name}=A,B,C")
         options[name] = [(name, value, _word(name, value, base[name], item)) for value in values.split(",")]
     if not options:
-        raise DataError("--sweep needs an option and its values, for example --sweep lr=1e-4,3e-4 n_layer=4,6")
+        raise UserError("--sweep needs an option and its values, for example --sweep lr=1e-4,3e-4 n_layer=4,6")
     return [*options.values()]
 
 
 def _word(name: str, value: str, default: object, item: str) -> str:
     if not isinstance(default, bool):
-        return f"{flag(name)}={value}"
+        return f"{as_flag(name)}={value}"
     if value.lower() not in ("true", "false"):
-        raise DataError(f"--sweep {item}: {value} must be true or false")
-    return flag(name) if value.lower() == "true" else flag(f"no_{name}")
+        raise UserError(f"--sweep {item}: {value} must be true or false")
+    return as_flag(name) if value.lower() == "true" else as_flag(f"no_{name}")
 
 
 def _plain(value: object) -> str:

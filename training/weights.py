@@ -26,10 +26,10 @@ from torch import Tensor
 
 import kernels
 from data import tokenizer
-from data.files import DataError, write_whole
+from data.files import UserError, as_user_error, atomic_write
 from data.tokenizer import END_OF_TEXT, Tokenizer, from_spec, gpt2
 from data.tokenizer_json import tokenizer_json, vocabulary
-from model import GPT, GPTConfig, ModelError
+from model import GPT, GPTConfig
 from training.run import load_checkpoint, newest_checkpoint
 
 
@@ -90,7 +90,7 @@ def read(name_or_folder: str) -> tuple[dict[str, int], dict[str, Tensor]]:
     The shape and the weights of one of RELEASES, downloaded, or of a folder.
 
     Returns n_layer, n_head, n_embd, block_size, vocab_size; and name -> tensor: float32, matrices (out, in), wte with
-    vocab_size rows. DataError where they cannot be had, do not fit each other, or are of a variant of GPT-2.
+    vocab_size rows. UserError where they cannot be had, do not fit each other, or are of a variant of GPT-2.
     """
     folder = Path(name_or_folder)
     if name_or_folder in RELEASES and not folder.is_dir():
@@ -110,7 +110,7 @@ def read_tokenizer_spec(name_or_folder: str, vocab_size: int) -> dict:
     """
     What makes the tokenizer of a model that `read` has read: its own where `write` left it, else GPT-2's.
 
-    DataError where that is not the model's: other sizes, or a tokenizer in Hugging Face's files that is not GPT-2's.
+    UserError where that is not the model's: other sizes, or a tokenizer in Hugging Face's files that is not GPT-2's.
     """
     folder, spec = Path(name_or_folder), {"type": "gpt2"}
     if (folder / SPEC).is_file():
@@ -120,10 +120,10 @@ def read_tokenizer_spec(name_or_folder: str, vocab_size: int) -> dict:
         theirs = model.get("vocab") if isinstance(model, dict) else None
         openais = vocabulary(gpt2()._encoding)
         if theirs not in (openais, openais | {END_OF_TEXT: gpt2().eot}):
-            raise DataError(f"'{folder}' has a tokenizer of its own, not GPT-2's: only one that --export wrote is read")
+            raise UserError(f"'{folder}' has a tokenizer of its own, not GPT-2's: only one that --export wrote is read")
     tokens = from_spec(spec).vocab_size
     if tokens != vocab_size:
-        raise DataError(f"{name_or_folder!r} has {vocab_size} tokens, but its tokenizer, {spec['type']}, has {tokens}")
+        raise UserError(f"{name_or_folder!r} has {vocab_size} tokens, but its tokenizer, {spec['type']}, has {tokens}")
     return spec
 
 
@@ -144,36 +144,36 @@ def _download(name: str, release: Release) -> Path:
     except (OSError, ValueError) as error:
         raise _no_weights(name, _one_line(error)) from error
     if found != release.sha256:
-        raise DataError(f"{path} is not OpenAI's {name}: its sha256 is {found}; delete that file and try again")
+        raise UserError(f"{path} is not OpenAI's {name}: its sha256 is {found}; delete that file and try again")
     return path
 
 
 def _read_shape(folder: Path) -> dict[str, int]:
-    """What config.json says of the shape; DataError where it is a variant that computes something else."""
+    """What config.json says of the shape; UserError where it is a variant that computes something else."""
     config = _read_json(folder / "config.json")
     missing = [name for name in SHAPE.values() if type(config.get(name)) is not int]
     if missing:
-        raise DataError(f"'{folder}' is not a GPT-2: its config.json gives no whole number for {', '.join(missing)}")
+        raise UserError(f"'{folder}' is not a GPT-2: its config.json gives no whole number for {', '.join(missing)}")
     other = {name: config[name] for name, good in ONLY_GPT2.items() if config.get(name, good[0]) not in good}
     if config.get("n_inner") not in (None, 4 * config["n_embd"]):
         other["n_inner"] = config["n_inner"]
     if other:
-        raise DataError(f"'{folder}' is a variant of GPT-2 that this model is not: {other}")
+        raise UserError(f"'{folder}' is a variant of GPT-2 that this model is not: {other}")
     return {ours: config[theirs] for ours, theirs in SHAPE.items()}
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """model.safetensors, or the files it was cut into, which its index lists; DataError where they are missing."""
+    """model.safetensors, or the files it was cut into, which its index lists; UserError where they are missing."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.is_file():
         return [whole]
     if index.is_file():
         names = _read_json(index).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
-            raise DataError(f"{index} is damaged: its weight_map must give a file of that folder for every tensor")
+            raise UserError(f"{index} is damaged: its weight_map must give a file of that folder for every tensor")
         return [folder / name for name in sorted(set(names.values()))]
     if list(folder.glob("pytorch_model*.bin")):
-        raise DataError(
+        raise UserError(
             f"'{folder}' holds its weights as pytorch_model.bin only, a pickle, which may run any code: "
             "load and save it with transformers' save_pretrained where you trust it, which writes model.safetensors"
         )
@@ -193,7 +193,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
                     continue
                 tensor = file.get_tensor(theirs)
                 if not tensor.is_floating_point():
-                    raise DataError(f"{path} holds {theirs} as {tensor.dtype}: only weights in floating point are read")
+                    raise UserError(f"{path} holds {theirs} as {tensor.dtype}: only weights in floating point are read")
                 weights[name] = other_layout(name, tensor.to(torch.float32, copy=True))
     except (OSError, SafetensorError) as error:
         raise _no_weights(path.parent, f"{path.name}: {_one_line(error)}") from error
@@ -206,11 +206,11 @@ def other_layout(name: str, tensor: Tensor) -> Tensor:
 
 
 def _check_fit(name: str, shape: dict[str, int], weights: dict[str, Tensor]) -> None:
-    """DataError where the weights are of another shape; a head of its own goes where it repeats wte."""
+    """UserError where the weights are of another shape; a head of its own goes where it repeats wte."""
     head = weights.pop("lm_head.weight", None)
     wte, wpe = (weights.get(f"transformer.{part}.weight", torch.empty(0)) for part in ("wte", "wpe"))
     if head is not None and not torch.equal(head, wte):
-        raise DataError(f"{name!r} is a variant of GPT-2 that this model is not: its head is not its token embedding")
+        raise UserError(f"{name!r} is a variant of GPT-2 that this model is not: its head is not its token embedding")
     layers = {int(n[1]) for n in map(re.compile(r"transformer\.h\.(\d+)\.").match, weights) if n}
     for what, said, found in [
         ("wte", (shape["vocab_size"], shape["n_embd"]), tuple(wte.shape)),
@@ -218,7 +218,7 @@ def _check_fit(name: str, shape: dict[str, int], weights: dict[str, Tensor]) -> 
         ("the number of layers", shape["n_layer"], len(layers)),
     ]:
         if said != found:
-            raise DataError(
+            raise UserError(
                 f"{name!r} is not a GPT-2: {what} should be {said} by its shape, and is {found} in its weights"
             )
 
@@ -229,14 +229,14 @@ def _read_json(path: Path) -> dict:
     except FileNotFoundError:
         raise _no_weights(path.parent, f"{path} is missing") from None
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {_one_line(error)}") from error
+        raise UserError(f"{path} cannot be read: {_one_line(error)}") from error
     if not isinstance(content, dict):
-        raise DataError(f"{path} is damaged: it must hold an object")
+        raise UserError(f"{path} is damaged: it must hold an object")
     return content
 
 
-def _no_weights(name: object, reason: str) -> DataError:
-    return DataError(
+def _no_weights(name: object, reason: str) -> UserError:
+    return UserError(
         f"no weights for {str(name)!r}: {reason}; give one of {', '.join(RELEASES)} (a download), a run's folder, or a "
         "folder with config.json and model.safetensors"
     )
@@ -254,22 +254,22 @@ def write(folder: str | os.PathLike, shape: dict[str, float], weights: dict[str,
     Write a model where transformers' GPT2LMHeadModel and AutoTokenizer, and `read`, find it: all of the folder or none.
 
     shape, weights: as `read` returns them, on any device; shape may hold "dropout", too
-    DataError where the folder holds something already, or cannot be written.
+    UserError where the folder holds something already, or cannot be written.
     """
     folder = Path(folder).resolve()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise DataError(f"{folder} is there already and not an empty folder: --export takes the name of a new one")
+        raise UserError(f"{folder} is there already and not an empty folder: --export takes the name of a new one")
     texts = _tokenizer_files(tokenizer, shape["block_size"]) | {"config.json": _config_json(shape, tokenizer)}
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.mkdir(parents=True)
         for name, text in texts.items():
-            write_whole(temporary / name, lambda file, text=text: file.write(text.encode()))
-        write_whole(temporary / "model.safetensors", lambda file: _write_tensors(file, weights))
+            atomic_write(temporary / name, lambda file, text=text: file.write(text.encode()))
+        atomic_write(temporary / "model.safetensors", lambda file: _write_tensors(file, weights))
         temporary.rename(folder)
     except OSError as error:
         reason = error.strerror or error
-        raise DataError(f"{folder} could not be written ({reason}): make room there, or export elsewhere") from error
+        raise UserError(f"{folder} could not be written ({reason}): make room there, or export elsewhere") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # there only when something went wrong
 
@@ -331,13 +331,15 @@ def from_pretrained(name_or_folder: str, ops: kernels.Ops | None = None) -> GPT:
     """
     A GPT with the weights of a Hugging Face GPT-2: gpt2, gpt2-medium, gpt2-large or gpt2-xl, or a folder.
 
-    The folder holds config.json and model.safetensors. Raises files.DataError where they cannot be had or are not of a
-    GPT-2, ModelError where their shape cannot be.
+    The folder holds config.json and model.safetensors. Raises files.UserError where they cannot be had or are not of a
+    GPT-2, UserError where their shape cannot be.
     """
     shape, weights = read(name_or_folder)
-    config, wte = GPTConfig(**shape), weights["transformer.wte.weight"]
+    with as_user_error():
+        config = GPTConfig(**shape)
+    wte = weights["transformer.wte.weight"]
     weights["transformer.wte.weight"] = F.pad(wte, (0, 0, 0, config.padded_vocab_size - config.vocab_size))
-    return _with_weights(config, weights, name_or_folder, ops)
+    return from_state_dict(config, weights, name_or_folder, ops)
 
 
 def load(name: str, ops: kernels.Ops | None = None) -> tuple[GPT, dict]:
@@ -348,21 +350,23 @@ def load(name: str, ops: kernels.Ops | None = None) -> tuple[GPT, dict]:
     elif (path / "checkpoints").is_dir():
         _, checkpoint = newest_checkpoint(path)
         if checkpoint is None:
-            raise ModelError(f"{path} holds no whole checkpoint: train_gpt2.py writes one there")
+            raise UserError(f"{path} holds no whole checkpoint: train_gpt2.py writes one there")
     else:
         model = from_pretrained(name, ops)
         return model, read_tokenizer_spec(name, model.config.vocab_size)
-    return _with_weights(GPTConfig(**checkpoint["config"]), checkpoint["model"], name, ops), checkpoint["tokenizer"]
+    with as_user_error():
+        config = GPTConfig(**checkpoint["config"])
+    return from_state_dict(config, checkpoint["model"], name, ops), checkpoint["tokenizer"]
 
 
-def _with_weights(config: GPTConfig, weights: dict[str, Tensor], name: str, ops: kernels.Ops | None) -> GPT:
+def from_state_dict(config: GPTConfig, weights: dict[str, Tensor], name: str, ops: kernels.Ops | None) -> GPT:
     """A GPT that takes these tensors as its own, without drawing random ones first."""
     with torch.device("meta"):
         model = GPT(config, ops)
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
-        raise ModelError(f"{name!r} is not a GPT-2: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{name!r} is not a GPT-2: {' '.join(str(error).split())[:300]}") from error
     return model
 
 
@@ -374,15 +378,15 @@ def export(name: str, folder: str) -> None:
     write(folder, shape, weights, tokenizer.from_spec(spec))
 
 
-def take_weights(model: GPT, name: str, tokenizer_spec: dict) -> None:
-    """Copy those of a model that `load` finds, which may have a longer block size; ModelError where they differ."""
+def init_from(model: GPT, name: str, tokenizer_spec: dict) -> None:
+    """Copy those of a model that `load` finds, which may have a longer block size; UserError where they differ."""
     source, spec = load(name)
     if spec != tokenizer_spec:
-        raise ModelError(f"--init-from {name} reads other tokens than --data: prepare the text with its tokenizer")
+        raise UserError(f"--init-from {name} reads other tokens than --data: prepare the text with its tokenizer")
     same = {"block_size": model.config.block_size, "dropout": model.config.dropout}
     shorter = source.config.block_size < model.config.block_size
     if shorter or dataclasses.replace(source.config, **same) != model.config:
-        raise ModelError(f"--init-from {name} has another shape: {source.config} there, {model.config} here")
+        raise UserError(f"--init-from {name} has another shape: {source.config} there, {model.config} here")
     weights = source.state_dict()
     weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: model.config.block_size]
     model.load_state_dict(weights)

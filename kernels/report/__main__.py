@@ -28,7 +28,7 @@ from pathlib import Path
 from kernels.gpus import GPUS
 from kernels.report import roofline
 from kernels.report.machine_code import ARCHITECTURES, MULTIPROCESSORS
-from kernels.report.shapes import PRESETS, Shape, ShapeError, parse_shape
+from kernels.report.shapes import PRESETS, Shape, parse_shape
 
 LIMITS = {  # of --check, for each kernel and target; AMD code is compiled only, and not held to them
     "stack_bytes": 0,  # where spilled registers go
@@ -52,10 +52,6 @@ ISSUED_OVER_MINIMUM_OF = {  # attention: at T = 1,024; it grows with T
 }
 
 
-class ReportError(Exception):
-    """What keeps the report from being made, or an option that cannot be; the text says what would help."""
-
-
 # --------------------------------------------------------------------------- processes
 
 
@@ -70,7 +66,7 @@ def child(module: str, *arguments: str, work: object, interpret: bool) -> list |
         command, input=json.dumps(work), env=environment, capture_output=True, text=True, encoding="utf-8"
     )
     if done.returncode:
-        raise ReportError(f"{' '.join(command[1:])} failed: {done.stderr.strip().splitlines()[-1]}")
+        raise ValueError(f"{' '.join(command[1:])} failed: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout)
 
 
@@ -255,9 +251,9 @@ def run(chosen: argparse.Namespace) -> int:
     shape = parse_shape(chosen.preset, chosen.shape)
     unknown = [name for name in chosen.arch if name not in ARCHITECTURES]
     if unknown:
-        raise ReportError(f"--arch {unknown[0]}: use some of {' '.join(ARCHITECTURES)}")
+        raise ValueError(f"--arch {unknown[0]}: use some of {' '.join(ARCHITECTURES)}")
     if importlib.util.find_spec("triton") is None:
-        raise ReportError("the package triton is not installed: there is nothing to compile with")
+        raise ValueError("the package triton is not installed: there is nothing to compile with")
     kernels = count(shape, list(dict.fromkeys(chosen.arch)))
     code = compile_all(kernels)
     in_steps = steps(kernels, shape)
@@ -282,7 +278,7 @@ def run(chosen: argparse.Namespace) -> int:
 def main(words: list[str] | None = None) -> None:
     try:
         status = run(options(words))
-    except (ReportError, ShapeError) as error:
+    except ValueError as error:
         fail(str(error))
     except OSError as error:
         fail(f"{error.strerror}: {error.filename}")

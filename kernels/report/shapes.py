@@ -14,10 +14,6 @@ VOCAB_MULTIPLE = 128  # to which model.py pads the vocabulary
 GPU_TOKENS = 65_536  # of a micro-step on one GPU: 524,288 tokens a step over eight of them
 
 
-class ShapeError(Exception):
-    """A shape on the command line that cannot be; the text says what would."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """Of a micro-step on one GPU: B sequences, T tokens, C channels, H heads, L layers, V vocabulary."""
@@ -55,17 +51,17 @@ PRESETS = {  # the vocabularies of the first two are those of their texts
 
 
 def parse_shape(preset: str, changes: list[str]) -> Shape:
-    """The preset's shape with changes like "T=2048". ShapeError for a letter or number that cannot be."""
+    """The preset's shape with changes like "T=2048". ValueError for a letter or number that cannot be."""
     if preset not in PRESETS:
-        raise ShapeError(f"--preset {preset}: use one of {', '.join(PRESETS)}")
+        raise ValueError(f"--preset {preset}: use one of {', '.join(PRESETS)}")
     sizes = dataclasses.asdict(PRESETS[preset])
     for change in changes:
         letter, _, number = change.partition("=")
         if letter not in sizes or not number.isdigit() or int(number) < 1:
-            raise ShapeError(f"--shape {change}: use a letter of {', '.join(sizes)} and a number, such as T=2048")
+            raise ValueError(f"--shape {change}: use a letter of {', '.join(sizes)} and a number, such as T=2048")
         sizes[letter] = int(number)
     if sizes["C"] % sizes["H"]:
-        raise ShapeError(f"--shape: C={sizes['C']} is not divisible by H={sizes['H']}")
+        raise ValueError(f"--shape: C={sizes['C']} is not divisible by H={sizes['H']}")
     return Shape(**sizes)
 
 

@@ -4,7 +4,7 @@ What the kernels are launched with, and the bytes and FLOPs that each launch mov
     python -m kernels.report.traffic < work.json       in a process with TRITON_INTERPRET=1; prints report() as JSON
 
 Launches: every operation runs as in training, forward and backward under bfloat16 autocast, at the full shape, with the
-launch parameters of each GPU asked about (kernels.interpreted_for). A torch function returns memory that nobody wrote,
+launch parameters of each GPU asked about (kernels.emulate_gpu). A torch function returns memory that nobody wrote,
 and a kernel is noted down instead of run: the types and alignment of its arguments, its constants, warps and grid. So
 nothing here repeats what the operators know.
 
@@ -294,7 +294,7 @@ def report(shape: Shape, architectures: list[str]) -> dict[str, list[dict]]:
     for architecture in architectures:
         result[architecture] = []
         for operation, calls in calls_per_step(shape).items():
-            with kernels.interpreted_for(architecture):
+            with kernels.emulate_gpu(architecture):
                 launches = launches_of(operation, shape)
                 alike = json.dumps([operation, [[each.kernel, each.constants] for each in launches]])
                 if alike not in done:
