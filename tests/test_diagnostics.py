@@ -184,10 +184,12 @@ def test_a_diagnosed_run_has_the_same_bits_as_one_that_is_not(dataset, dtype):
     config = configured(dataset, dropout=0.2, dtype=dtype)
     (with_it, records), (without, none) = run(config, 4), run(config, 4, due=lambda step: False)
     assert len(records) == 4 and not none
-    for (name, a), b in zip(with_it.raw.state_dict().items(), without.raw.state_dict().values(), strict=True):
+    for (name, a), b in zip(
+        with_it.raw_model.state_dict().items(), without.raw_model.state_dict().values(), strict=True
+    ):
         assert torch.equal(a, b), name
-    assert with_it.raw.training
-    assert not any(module._forward_hooks for module in with_it.raw.modules())
+    assert with_it.raw_model.training
+    assert not any(module._forward_hooks for module in with_it.raw_model.modules())
     assert not any(o._optimizer_step_pre_hooks or o._optimizer_step_post_hooks for o in with_it.optimizers)
 
 

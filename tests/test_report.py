@@ -359,7 +359,7 @@ def run(*words, folder):
 
 
 @pytest.fixture(scope="module")
-def gather_full(tmp_path_factory):
+def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     options = ["--arch", "sm_80", "--check", "--json", "report.json", "--plot", "roofline.png"]
     return folder, run(*options, folder=folder)

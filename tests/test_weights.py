@@ -191,7 +191,7 @@ def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path):
     def small_files_only():
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 
-    command = [sys.executable, gpt.__file__, run, "--export", str(tmp_path / "export")]
+    command = [sys.executable, sampling.__file__, run, "--export", str(tmp_path / "export")]
     done = subprocess.run(command, preexec_fn=small_files_only, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(f"error: {tmp_path}/export could not be written (File too large): make room")

@@ -215,7 +215,7 @@ def questions_for(input: str, tokenizer: Tokenizer, block_size: int, processes: 
     """The questions of a run, for `scores`: those of the file `input`, or HellaSwag's. UserError where files differ."""
     path = prepare_if_missing(input)
     questions = read_questions(path)
-    if processes.differ(zlib.crc32(path.read_bytes())):
+    if processes.disagree(zlib.crc32(path.read_bytes())):
         raise UserError(f"the processes see different questions in {path}: they must share it, or hold equal copies")
     if processes.rank == 0 and (sentence := left_out(questions, tokenizer)):
         tqdm.write(f"warning: HellaSwag: {sentence}", file=sys.stderr)
