@@ -212,14 +212,6 @@ class GPT(nn.Module):
             return logits[..., :V]
         return self.ops.cross_entropy(logits.flatten(0, 1), targets.flatten(), V), logits[..., :V]
 
-    def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """Parameters for an optimizer: matrices decay; biases and layer norms, which set offsets and scales, do not."""
-        parameters = list(self.parameters())
-        return [
-            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-        ]
-
     def parameter_count(self) -> int:
         """Parameters as published: the tied head counted once, the padding of the vocabulary not at all."""
         padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd

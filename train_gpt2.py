@@ -37,10 +37,8 @@ from data import files, shards, tokenizer
 from data.files import UserError, as_flag
 from training import devices, diagnostics, find_lr, hellaswag, ladder, plan, sweep, weights
 from training.distributed import Distributed, Mode
+from training.optimizer import learning_rate, make_optimizers
 from training.run import Run, StopRequest, find_checkpoint, profiler, reference_losses, restarted_in
-
-BETAS = (0.9, 0.95)  # of AdamW, GPT-3's
-
 
 # ------------------------------------------------------------------------------------------------------------ options
 
@@ -150,31 +148,6 @@ PRESETS = {  # learning rates of the GPT-2 sizes: GPT-3's table 2.1, https://arx
 }
 
 # ----------------------------------------------------------------------------------------------------- pure functions
-
-
-def learning_rate(step: int, config: Config) -> float:
-    """Of step 1 to max_steps: linear up to --lr over the warmup, then a cosine down to --min-lr at the last step."""
-    low = config.lr / 10 if config.min_lr is None else config.min_lr
-    if step <= config.warmup_steps:
-        return config.lr * step / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    return low + (config.lr - low) * (1 + math.cos(math.pi * min(1.0, done))) / 2
-
-
-def make_optimizers(model: gpt.GPT, config: Config, ranks: Distributed) -> list[torch.optim.Optimizer]:
-    """AdamW for everything; with --optimizer muon, Muon for the blocks' matrices and AdamW for the rest."""
-    groups = model.parameter_groups(config.weight_decay)
-    adamw = {"lr": config.lr, "betas": BETAS, "fused": next(model.parameters()).device.type in ("cpu", "cuda")}
-    if config.optimizer == "adamw":
-        return [ranks.optimizer(torch.optim.AdamW, groups, **adamw)]
-    hidden = [p for p in model.transformer.h.parameters() if p.dim() == 2]
-    if not hidden:
-        raise UserError("--optimizer muon needs blocks, whose matrices it trains: use --n-layer 1 or more, or adamw")
-    chosen = {id(p) for p in hidden}
-    rest = [{**group, "params": [p for p in group["params"] if id(p) not in chosen]} for group in groups]
-    # match_rms_adamw scales Muon's updates to the size of AdamW's, so that one learning rate serves both
-    muon = {"lr": config.lr, "weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-    return [ranks.optimizer(torch.optim.Muon, hidden, **muon), ranks.optimizer(torch.optim.AdamW, rest, **adamw)]
 
 
 def seed_dropout(*numbers: int) -> None:
@@ -328,7 +301,7 @@ def set_up(config: Config, ranks: Distributed):
         before = checkpoint["micro_batch"] if checkpoint else sequences + 1
         trainer.micro_batch = choose_micro_batch(trainer, sequences) if sequences % before else before
     ranks.shard(raw_model, list(raw_model.transformer.h))
-    trainer.optimizers = make_optimizers(raw_model, config, ranks)
+    trainer.optimizers = make_optimizers(raw_model, config, ranks, dtype)
     for optimizer, state in zip(trainer.optimizers, checkpoint["optimizers"] if checkpoint else (), strict=False):
         ranks.load_optimizer_state(optimizer, state)
     trainer.model = ranks.replicate(torch.compile(raw_model) if config.compile else raw_model)

@@ -13,6 +13,7 @@ from training.run import newest_checkpoint, read_log
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+SCRIPT = str(ROOT / "train_gpt2.py")
 TINY = {
     "n-layer": 2,
     "n-head": 2,
@@ -47,6 +48,18 @@ def start(arguments, **options) -> subprocess.Popen:
     """Run it as a process of its own."""
     script = [sys.executable, str(ROOT / "train_gpt2.py"), *arguments]
     return subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def torchrun(processes: int, arguments: list[str], script: str = SCRIPT, options: tuple[str, ...] = (), **popen):
+    launch = [*TORCHRUN, f"--nproc_per_node={processes}", *options, script, *arguments]
+    return subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen)
+
+
+def finished(process: subprocess.Popen) -> str:
+    """Its stderr, once it has ended well."""
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    return errors
 
 
 def wait_for_step(process, out_dir, step) -> None:

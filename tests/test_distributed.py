@@ -10,24 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hellaswag_questions import write_questions
-from runs import ROOT, TORCHRUN, assert_same_run, command, curve, train, wait_for_step
+from runs import ROOT, assert_same_run, command, curve, finished, torchrun, train, wait_for_step
 
 from data import fineweb, text
 from training.run import newest_checkpoint
-
-SCRIPT = str(ROOT / "train_gpt2.py")
-
-
-def torchrun(processes: int, arguments: list[str], script: str = SCRIPT, options: tuple[str, ...] = (), **popen):
-    launch = [*TORCHRUN, f"--nproc_per_node={processes}", *options, script, *arguments]
-    return subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen)
-
-
-def finished(process: subprocess.Popen) -> str:
-    """Its stderr, once it has ended well."""
-    _, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors
-    return errors
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import model
+import train_gpt2
 from kernels import select
 from kernels.gpus import GPUS
 from kernels.report import roofline
 from kernels.report.shapes import Shape
 from training import memory, plan
+from training.distributed import Distributed
+from training.optimizer import Muon, make_optimizers, parameter_groups
 
 SMALL, WIDE = Shape(2, 12, 32, 2, 2, 200), Shape(1, 20, 48, 3, 1, 700)
 BYTES = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
@@ -113,11 +116,11 @@ def test_the_peak_is_what_the_allocator_sees_to_five_percent(kernels, dtype, sha
 def test_optimizer_state_is_what_the_optimizers_hold_after_a_step(optimizer):
     shape = Shape(2, 48, 64, 2, 2, 200)
     gpt = make(shape)
-    groups = gpt.parameter_groups(0.1)
+    groups = parameter_groups(gpt, 0.1)
     hidden = [p for p in gpt.transformer.h.parameters() if p.dim() == 2] if optimizer == "muon" else []
     others = [p for group in groups for p in group["params"] if not any(p is q for q in hidden)]
     optimizers = [torch.optim.AdamW(others, lr=1e-3, fused=True)]
-    optimizers += [torch.optim.Muon(hidden, lr=1e-3)] if hidden else []
+    optimizers += [Muon(hidden, lr=1e-3, weight_decay=0.1)] if hidden else []
     loss_of(gpt, shape, torch.float32, draw_tokens(shape)).backward()
     for each in optimizers:
         each.step()
@@ -142,7 +145,7 @@ def eight_ranks():
 def test_zero1_deals_the_state_as_torch_does(eight_ranks):
     shape = Shape(1, 48, 64, 2, 3, 700)
     gpt = make(shape)
-    sharded = ZeroRedundancyOptimizer(gpt.parameter_groups(0.1), optimizer_class=torch.optim.AdamW, lr=1e-3)
+    sharded = ZeroRedundancyOptimizer(parameter_groups(gpt, 0.1), optimizer_class=torch.optim.AdamW, lr=1e-3)
     theirs = [
         sorted(p.numel() for group in groups for p in group["params"]) for groups in sharded._partition_parameters()
     ]
@@ -151,6 +154,18 @@ def test_zero1_deals_the_state_as_torch_does(eight_ranks):
     assert ours == theirs
     fullest = max(sum(8 * numbers + 4 for numbers in rank) for rank in theirs)
     assert memory.optimizer_bytes(shape, "adamw", "zero1", 8) == fullest
+
+    config = train_gpt2.Config(optimizer="muon")
+    muon, adamw = make_optimizers(gpt, config, Distributed(world_size=8, mode="zero1"), torch.float32)
+    theirs = [
+        sorted(
+            p.numel() for each in (muon, adamw) for group in each._partition_parameters()[rank] for p in group["params"]
+        )
+        for rank in range(8)
+    ]
+    assert [
+        sorted(torch.Size(shapes[name]).numel() for name in names) for names in memory.deal(shapes, "muon", 8)
+    ] == theirs
 
 
 def test_fsdp_cuts_weights_as_torch_does(eight_ranks):

@@ -205,13 +205,6 @@ def test_it_compiles_into_one_graph(model):
     torch.testing.assert_close(compiled(tokens, targets), model(tokens, targets))
 
 
-def test_only_matrices_decay(model):
-    decay, rest = model.parameter_groups(0.1)
-    assert decay["weight_decay"] == 0.1 and all(p.dim() == 2 for p in decay["params"])
-    assert rest["weight_decay"] == 0.0 and all(p.dim() == 1 for p in rest["params"])
-    assert len(decay["params"]) + len(rest["params"]) == len(list(model.parameters()))
-
-
 @pytest.mark.parametrize(
     "shape, names",
     [

@@ -9,6 +9,7 @@ import torch
 import kernels
 import model as gpt
 from data import pydocs, shards
+from training.optimizer import parameter_groups
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAMILIES = list(kernels.FAMILIES)
@@ -35,7 +36,7 @@ def losses(split):
     @functools.cache
     def train(names, _repetition=""):
         model, loader = tiny(split, names), shards.Loader(split, 8, 1, seed=1, device=DEVICE)
-        optimizer = torch.optim.AdamW(model.parameter_groups(0.1), lr=1e-2)
+        optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-2)
         curve = []
         for step in range(50):
             loss = model(*loader.batch(step % 5))  # five sequences again and again, so that it learns in fifty steps

@@ -20,6 +20,7 @@ import sample as sampling
 import train_gpt2
 from data import pydocs, shards, text, tokenizer
 from data.files import UserError, as_flag
+from training import optimizer
 from training.run import load_checkpoint, newest_checkpoint, read_log
 from training.weights import RELEASES
 
@@ -86,14 +87,6 @@ def test_validation_takes_the_same_tokens_whatever_the_batch(dataset, tmp_path):
     assert a == pytest.approx(b, abs=1e-6) and a == pytest.approx(c, abs=1e-6)
 
 
-def test_muon_trains_the_matrices_and_adamw_the_rest(dataset, tmp_path):
-    assert train(dataset, tmp_path / "adamw", optimizer="adamw") == 0
-    assert train(dataset, tmp_path / "muon", optimizer="muon") == 0
-    kept = newest_checkpoint(tmp_path / "muon")[1]["optimizers"]
-    assert [len(state["state"]) for state in kept] == [8, 2 + 16 + 2]  # 4 matrices a block; wte, wpe, the vectors
-    assert curve(tmp_path / "muon")[12] != curve(tmp_path / "adamw")[12]
-
-
 def test_shuffle_changes_the_order_only(dataset, tmp_path):
     assert train(dataset, tmp_path / "a") == 0
     assert train(dataset, tmp_path / "b", "--no-shuffle") == 0
@@ -103,22 +96,11 @@ def test_shuffle_changes_the_order_only(dataset, tmp_path):
 # ----------------------------------------------------------------------------------------------------- pure functions
 
 
-def test_learning_rate_warms_up_from_above_zero_and_ends_at_a_tenth():
-    config = train_gpt2.Config(lr=1.0, warmup_steps=10, max_steps=110)
-    rates = [train_gpt2.learning_rate(step, config) for step in range(1, 111)]
-    assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0
-    assert rates[:10] == sorted(rates[:10]) and rates[9:] == sorted(rates[9:], reverse=True)
-    assert rates[59] == pytest.approx(0.55)  # half way down the cosine
-    assert rates[-1] == pytest.approx(0.1)
-    flat = train_gpt2.Config(lr=1.0, min_lr=1.0, warmup_steps=0, max_steps=3)
-    assert [train_gpt2.learning_rate(step, flat) for step in (1, 2, 3)] == [1.0, 1.0, 1.0]
-
-
 def test_presets_are_the_published_ones():
     presets = {name: config for name, (_, config) in train_gpt2.PRESETS.items()}
     c = presets["gpt2-124m"]
     assert (c.batch_tokens, c.block_size, c.max_steps, c.warmup_steps) == (524_288, 1024, 19_073, 715)
-    assert (c.lr, c.weight_decay, train_gpt2.BETAS, c.grad_clip) == (6e-4, 0.1, (0.9, 0.95), 1.0)
+    assert (c.lr, c.weight_decay, optimizer.BETAS, c.grad_clip) == (6e-4, 0.1, (0.9, 0.95), 1.0)
     c = presets["shakespeare-char"]
     assert (c.n_layer, c.n_head, c.n_embd, c.block_size, c.dropout) == (6, 6, 384, 256, 0.2)
     assert c.batch_tokens == 64 * 256

@@ -15,7 +15,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Literal
 
@@ -141,8 +141,8 @@ class Distributed:
         if self.mode != "fsdp" and self.world_size > 1:
             model.require_backward_grad_sync = enabled
 
-    def optimizer(self, kind: type[torch.optim.Optimizer], groups: list, **options) -> torch.optim.Optimizer:
-        """An optimizer of that kind; zero1: each process holds a share of its state."""
+    def optimizer(self, kind: Callable, groups: list, **options) -> torch.optim.Optimizer:
+        """Return kind(groups, **options); zero1: each rank holds a shard of its state, and updates those weights."""
         if self.mode == "zero1":
             from torch.distributed.optim import ZeroRedundancyOptimizer
 

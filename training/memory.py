@@ -113,9 +113,11 @@ def deal(shapes: dict[str, tuple[int, ...]], optimizer: str, world_size: int) ->
     """The names of each rank's tensors, as ZeroRedundancyOptimizer deals them: by group, the largest first."""
     ranks, sizes = [[] for _ in range(world_size)], {}
     hidden = [name for name, size in shapes.items() if optimizer == "muon" and _is_hidden(name, size)]
+    qkv = [name for name in hidden if name.endswith("c_attn.weight")]
+    single = [name for name in hidden if name not in qkv]
     decaying = [name for name, size in shapes.items() if len(size) >= 2 and name not in hidden]
     rest = [name for name, size in shapes.items() if len(size) < 2]
-    for which, group in (("muon", hidden), ("adamw", decaying), ("adamw", rest)):
+    for which, group in (("muon", qkv), ("muon", single), ("adamw", decaying), ("adamw", rest)):
         held = sizes.setdefault(which, [0] * world_size)  # two optimizers count apart, the groups of one together
         for name in sorted(group, key=lambda name: -math.prod(shapes[name])):
             rank = held.index(min(held))

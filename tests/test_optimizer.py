@@ -1,0 +1,217 @@
+"""Muon against PyTorch's and against the singular values it promises; groups, schedule, and Muon among ranks."""
+
+import functools
+
+import pytest
+import torch
+from runs import assert_same_run, command, curve, finished, torchrun, train, weights
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import model as gpt
+import train_gpt2
+from data.files import UserError
+from training import optimizer
+from training.distributed import Distributed
+from training.optimizer import Muon, orthogonalize
+from training.run import newest_checkpoint
+
+
+def matrices(*shapes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+
+
+def take_steps(muon, parameters, steps):
+    """Take steps with random gradients, the same for the same parameters and steps."""
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for p in parameters:
+            p.grad = torch.randn(p.shape, generator=generator)
+        muon.step()
+
+
+SHAPES = [(48, 16), (16, 16), (64, 16), (16, 64), (16, 16), (16, 64)]
+
+
+def test_without_the_split_it_is_pytorchs_muon(monkeypatch):
+    """PyTorch's converts to bfloat16 inside its iteration: it is kept from that, and then both compute in float32."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+    mine, theirs = matrices(*SHAPES), matrices(*SHAPES)
+    take_steps(Muon(mine, lr=0.02, weight_decay=0.3), mine, range(5))
+    reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.3, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    take_steps(reference, theirs, range(5))
+    for a, b, before in zip(mine, theirs, matrices(*SHAPES), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+        assert (a - before).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_singular_values_come_near_one_and_singular_vectors_stay(dtype):
+    torch.manual_seed(0)
+    u, _ = torch.linalg.qr(torch.randn(5, 48, 48, dtype=torch.float64))
+    v, _ = torch.linalg.qr(torch.randn(5, 96, 48, dtype=torch.float64))
+    s = torch.rand(5, 48, dtype=torch.float64) * 0.9 + 0.1  # divided by the norm: from 0.02 to 0.3
+    for scale in (1e-6, 1.0, 1e6):
+        found = orthogonalize((scale * u * s[:, None] @ v.mT).float(), dtype)
+        assert found.dtype == torch.float32
+        core = u.mT @ found.double() @ v
+        new, margin = core.diagonal(dim1=1, dim2=2), 0.005 if dtype == torch.float32 else 0.05
+        assert 0.675 - margin < new.min() and new.max() < 1.135 + margin
+        assert (core - torch.diag_embed(new)).abs().max() < margin
+
+
+def test_a_gradient_of_zero_moves_nothing():
+    (p,) = matrices((16, 32))
+    p.grad, before = torch.zeros_like(p), p.detach().clone()
+    Muon([p], lr=0.1, weight_decay=0.0).step()
+    assert torch.equal(p, before)
+
+
+def test_a_matrix_that_is_split_moves_like_its_parts():
+    (whole,) = matrices((48, 16))
+    parts = [torch.nn.Parameter(part.clone()) for part in whole.detach().chunk(3)]
+    split = Muon([{"params": [whole], "split": 3}], lr=0.02, weight_decay=0.1)
+    apart = Muon(parts, lr=0.02, weight_decay=0.1)
+    for seed in range(3):
+        whole.grad = torch.randn(48, 16, generator=torch.Generator().manual_seed(seed))
+        for part, gradient in zip(parts, whole.grad.chunk(3), strict=True):
+            part.grad = gradient
+        split.step()
+        apart.step()
+    assert torch.equal(whole.detach(), torch.cat([part.detach() for part in parts]))
+
+
+def test_queries_keys_and_values_are_orthogonalized_apart():
+    def after_a_step(other_keys):
+        torch.manual_seed(0)
+        model = gpt.GPT(gpt.GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=64))
+        muon, _ = optimizer.make_optimizers(
+            model, train_gpt2.Config(optimizer="muon", lr=0.02), Distributed(), torch.float32
+        )
+        model(*torch.randint(64, (2, 4, 16))).backward()
+        weight = model.transformer.h[0].attn.c_attn.weight
+        if other_keys:
+            weight.grad[32:64] = 100 * weight.grad[32:64].flip(0)
+        muon.step()
+        return weight.detach().chunk(3)
+
+    (q, k, v), (other_q, other_k, other_v) = after_a_step(False), after_a_step(True)
+    assert torch.equal(q, other_q) and torch.equal(v, other_v) and not torch.allclose(k, other_k, atol=1e-3)
+
+
+def test_it_resumes_bit_for_bit(tmp_path):
+    def start():
+        parameters = matrices(*SHAPES)
+        return parameters, Muon([{"params": parameters[:1], "split": 3}, {"params": parameters[1:]}], 0.02, 0.1)
+
+    straight, muon = start()
+    take_steps(muon, straight, range(6))
+    first, muon = start()
+    take_steps(muon, first, range(3))
+    torch.save({"weights": first, "optimizer": muon.state_dict()}, tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    second, muon = start()
+    muon.load_state_dict(state["optimizer"])
+    with torch.no_grad():
+        for p, saved in zip(second, state["weights"], strict=True):
+            p.copy_(saved)
+    take_steps(muon, second, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(straight, second, strict=True))
+
+
+class DtypesSeen(TorchDispatchMode):
+    """Collects the dtypes of every tensor that an operation within takes or gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        leaves = torch.utils._pytree.tree_leaves([args, kwargs, result])
+        self.dtypes |= {leaf.dtype for leaf in leaves if isinstance(leaf, torch.Tensor)}
+        return result
+
+
+def test_it_multiplies_bfloat16_only_if_the_run_does_and_the_hardware_can(monkeypatch):
+    def dtypes_of_a_step(dtype):
+        model = gpt.GPT(gpt.GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=64))
+        muon, _ = optimizer.make_optimizers(model, train_gpt2.Config(optimizer="muon"), Distributed(), dtype)
+        model(*torch.randint(64, (2, 4, 16))).backward()
+        with DtypesSeen() as seen:
+            muon.step()
+        return torch.bfloat16 in seen.dtypes
+
+    for capable, run, expected in [
+        (True, torch.bfloat16, True),
+        (True, torch.float32, False),
+        (False, torch.bfloat16, False),
+        (False, torch.float32, False),
+    ]:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", functools.partial(dict, avx512_bf16=capable))
+        assert dtypes_of_a_step(run) is expected, (capable, run)
+
+
+# -------------------------------------------------------------------------------------------------------------- ranks
+
+
+def test_two_ranks_train_as_one_and_resume_in_another_mode(dataset, tmp_path):
+    """Two ranks of ddp, then two of zero1 from their checkpoint, then one process from that of zero1."""
+    constant = {"optimizer": "muon", "lr": 0.01, "min_lr": 0.01, "warmup_steps": 0, "micro_batch": 4, "eval_every": 3}
+    out = tmp_path / "several"
+    assert train(dataset, tmp_path / "alone", max_steps=9, **constant) == 0
+    for mode, steps in (("ddp", 3), ("zero1", 6)):
+        finished(torchrun(2, [*command(dataset, out, max_steps=steps, **constant), "--parallel", mode]))
+        held = newest_checkpoint(out)[1]
+        assert held["step"] == steps and [len(each["state"]) for each in held["optimizers"]] == [8, 20]
+    assert train(dataset, out, max_steps=9, **constant) == 0
+    for name in ("loss", "grad_norm", "val_loss"):
+        assert curve(out, name) == pytest.approx(curve(tmp_path / "alone", name), abs=2e-5), name
+    for (name, a), b in zip(weights(out).items(), weights(tmp_path / "alone").values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-4, msg=name)
+
+
+def test_a_muon_run_repeats_its_bits_and_resumes_with_them(dataset, tmp_path):
+    constant = {"optimizer": "muon", "min_lr": 4e-3, "eval_every": 4}
+    for name in ("once", "again"):
+        assert train(dataset, tmp_path / name, max_steps=8, **constant) == 0
+    for steps in (4, 8):
+        assert train(dataset, tmp_path / "resumed", max_steps=steps, **constant) == 0
+    assert_same_run(tmp_path / "once", tmp_path / "again")
+    assert_same_run(tmp_path / "once", tmp_path / "resumed")
+
+
+# ------------------------------------------------------------------------------------------------ groups and schedule
+
+
+def test_muon_trains_the_matrices_and_adamw_the_rest(dataset, tmp_path):
+    assert train(dataset, tmp_path / "adamw", optimizer="adamw") == 0
+    assert train(dataset, tmp_path / "muon", optimizer="muon") == 0
+    kept = newest_checkpoint(tmp_path / "muon")[1]["optimizers"]
+    assert [len(state["state"]) for state in kept] == [8, 2 + 16 + 2]  # 4 matrices a block; wte, wpe, the vectors
+    assert curve(tmp_path / "muon")[12] != curve(tmp_path / "adamw")[12]
+
+
+def test_muon_without_blocks_is_refused():
+    model = gpt.GPT(gpt.GPTConfig(n_layer=0, n_head=2, n_embd=32, block_size=16, vocab_size=64))
+    with pytest.raises(UserError, match="--optimizer muon needs blocks"):
+        optimizer.make_optimizers(model, train_gpt2.Config(optimizer="muon"), Distributed(), torch.float32)
+
+
+def test_only_matrices_decay():
+    model = gpt.GPT(gpt.GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=64))
+    decay, rest = optimizer.parameter_groups(model, 0.1)
+    assert decay["weight_decay"] == 0.1 and all(p.dim() == 2 for p in decay["params"])
+    assert rest["weight_decay"] == 0.0 and all(p.dim() == 1 for p in rest["params"])
+    assert len(decay["params"]) + len(rest["params"]) == len(list(model.parameters()))
+
+
+def test_learning_rate_warms_up_from_above_zero_and_ends_at_a_tenth():
+    config = train_gpt2.Config(lr=1.0, warmup_steps=10, max_steps=110)
+    rates = [optimizer.learning_rate(step, config) for step in range(1, 111)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0
+    assert rates[:10] == sorted(rates[:10]) and rates[9:] == sorted(rates[9:], reverse=True)
+    assert rates[59] == pytest.approx(0.55)  # half way down the cosine
+    assert rates[-1] == pytest.approx(0.1)
+    flat = train_gpt2.Config(lr=1.0, min_lr=1.0, warmup_steps=0, max_steps=3)
+    assert [optimizer.learning_rate(step, flat) for step in (1, 2, 3)] == [1.0, 1.0, 1.0]

@@ -1,0 +1,150 @@
+"""
+What changes the weights: which parameters decay, the learning-rate schedule, AdamW, and Muon for the blocks' matrices.
+
+One step of Muon for a matrix W (n, m), with gradient G, momentum M, learning rate lr and weight decay wd:
+
+    M = 0.95 M + 0.05 G
+    U = 0.95 M + 0.05 G                                    Nesterov's look ahead
+    O = orthogonalize(U)                                   U's singular vectors, every singular value near 1
+    W = (1 - lr wd) W - lr 0.2 sqrt(max(n, m)) O           an update of RMS 0.2, about AdamW's: one --lr serves both
+
+c_attn's matrix holds three, of the queries, the keys and the values. They are orthogonalized apart: together, the
+largest of the three would decide how far the others move.
+
+Sources: Jordan et al., "Muon", 2024, https://kellerjordan.github.io/posts/muon; the scale of the update from Liu et
+al., "Muon is Scalable for LLM Training", 2025, https://arxiv.org/abs/2502.16982.
+"""
+
+import collections
+import functools
+import math
+
+import torch
+from torch import Tensor, nn
+
+from data.files import UserError
+from training import devices
+from training.distributed import Distributed
+
+BETAS = (0.9, 0.95)  # of AdamW, GPT-3's
+MOMENTUM = 0.95  # of Muon
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c: a steep slope at 0 lifts small singular values in few iterations
+ITERATIONS = 5  # take singular values from 0.01 up to between 0.68 and 1.14
+
+# ------------------------------------------------------------------------------------------------------- learning rate
+
+
+def learning_rate(step: int, config) -> float:
+    """Return the rate of step 1 to max_steps: a linear warmup to --lr, then a cosine to --min-lr at the last step.
+
+    config: the run's options (train_gpt2.Config)
+    """
+    low = config.lr / 10 if config.min_lr is None else config.min_lr
+    if step <= config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    return low + (config.lr - low) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+
+
+# ---------------------------------------------------------------------------------------------------- parameter groups
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Return two groups: matrices decay; biases and layer norms, which set offsets and scales, do not."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def make_optimizers(model: nn.Module, config, ranks: Distributed, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
+    """
+    Return AdamW for every parameter; with --optimizer muon, Muon for the blocks' matrices and AdamW for the rest.
+
+    config: the run's options (train_gpt2.Config)
+    dtype:  of the run's matrix products; Muon takes it unless the hardware only emulates it
+    Raises UserError if there is nothing for Muon to train.
+    """
+    device = next(model.parameters()).device
+    groups = parameter_groups(model, config.weight_decay)
+    adamw = {"lr": config.lr, "betas": BETAS, "fused": device.type in ("cpu", "cuda")}
+    if config.optimizer == "adamw":
+        return [ranks.optimizer(torch.optim.AdamW, groups, **adamw)]
+    matrices = {name: p for name, p in model.transformer.h.named_parameters() if p.dim() == 2}
+    if not matrices:
+        raise UserError("--optimizer muon needs blocks, whose matrices it trains: use --n-layer 1 or more, or adamw")
+    chosen = {id(p) for p in matrices.values()}
+    rest = [{**group, "params": [p for p in group["params"] if id(p) not in chosen]} for group in groups]
+    hidden = [
+        {"params": [p for name, p in matrices.items() if name.endswith("c_attn.weight")], "split": 3},
+        {"params": [p for name, p in matrices.items() if not name.endswith("c_attn.weight")], "split": 1},
+    ]
+    fast = dtype if dtype == devices.choose_dtype("auto", device) else torch.float32
+    muon = ranks.optimizer(functools.partial(Muon, dtype=fast), hidden, lr=config.lr, weight_decay=config.weight_decay)
+    return [muon, ranks.optimizer(torch.optim.AdamW, rest, **adamw)]
+
+
+# ---------------------------------------------------------------------------------------------------------------- Muon
+
+
+class Muon(torch.optim.Optimizer):
+    """
+    Momentum whose update is orthogonalized, for float32 matrices.
+
+    Every matrix is its own: ZeroRedundancyOptimizer gives each rank some of them, with their momentum and their work.
+
+    params: matrices (n, m), or groups of them; a group's "split" says how many matrices stand above one another in
+            each of its parameters, (split n, m), 1 by default
+    dtype:  of the products in `orthogonalize`: bfloat16 costs little accuracy, and pays if the hardware multiplies it
+    """
+
+    def __init__(self, params, lr: float, weight_decay: float, dtype: torch.dtype = torch.float32):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "split": 1})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        # matrices of the same short and long side go through one batched product: a laptop's blocks make two batches
+        batches = collections.defaultdict(list)
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            gradients = [p.grad for p in parameters]
+            for p in parameters:
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            momenta = [self.state[p]["momentum_buffer"] for p in parameters]
+            torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+            updates = torch._foreach_lerp(gradients, momenta, MOMENTUM)
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            for p, update in zip(parameters, updates, strict=True):
+                for weight, u in zip(p.chunk(group["split"]), update.chunk(group["split"]), strict=True):
+                    tall = u.shape[0] > u.shape[1]
+                    pair = (weight.T, u.T) if tall else (weight, u)
+                    batches[*pair[0].shape, group["lr"]].append(pair)
+        for (_, long, lr), pairs in batches.items():
+            weights, updates = zip(*pairs, strict=True)
+            directions = orthogonalize(torch.stack(updates), self.dtype)
+            torch._foreach_add_(weights, directions.unbind(), alpha=-lr * 0.2 * math.sqrt(long))
+
+
+def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """
+    Replace the singular values of each matrix by numbers near 1 with Newton and Schulz's iteration.
+
+    An iteration X <- a X + b (X X^T) X + c (X X^T)^2 X keeps the singular vectors and takes each singular value s to
+    a s + b s^3 + c s^5. Divided by its Frobenius norm, a matrix starts with singular values of at most 1.
+
+    matrices: (batch, n, m) float32, n <= m, so that X X^T is the smaller of the two Gram matrices
+    dtype:    of the products
+    Returns (batch, n, m) float32.
+    """
+    a, b, c = NEWTON_SCHULZ
+    X = (matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)  # a gradient of 0 stays 0
+    for _ in range(ITERATIONS):
+        gram = torch.bmm(X, X.mT)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        X = torch.baddbmm(X, polynomial, X, beta=a)
+    return X.float()
