@@ -5,6 +5,11 @@ Write text with a trained GPT.
     python sample.py RUN_OR_NAME --export FOLDER                             write it in Hugging Face's format
 """
 
+from training import startup
+
+if __name__ == "__main__":
+    startup.begin()  # before torch is imported, which takes seconds and reads what it sets
+
 import dataclasses
 import sys
 import time
@@ -101,6 +106,7 @@ def continue_prompt(options: SampleOptions) -> None:
 def main(arguments: list[str] | None = None) -> None:
     sys.stdout.reconfigure(errors="replace")  # where a terminal lacks a character of the text
     with exit_on_user_error():
+        startup.end()
         options = parse_options(lambda: tyro.cli(SampleOptions, args=arguments))
         if options.export:
             weights.export(options.model, options.export)

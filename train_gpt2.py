@@ -12,9 +12,11 @@ command goes on where an interrupted run stopped, with the same bits as if it ha
 The file reads in this order: options, presets, pure functions, one step and its validation, how a run begins, the loop.
 """
 
-import training.startup  # noqa: F401  first: it sets what torch reads when it is imported
+from training import startup
 
-# isort: split
+if __name__ == "__main__":
+    startup.begin()  # before torch is imported, which takes seconds and reads what it sets
+
 import contextlib
 import dataclasses
 import math
@@ -461,6 +463,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line, sys.argv by default; under torchrun, one process of several. Ends with SystemExit."""
     sys.stdout.reconfigure(errors="replace")  # where a terminal lacks a character of a sample
     with files.exit_on_user_error():
+        startup.end()
         arguments, grid = sweep.take_grid(sys.argv[1:] if arguments is None else arguments)
         config = files.parse_options(lambda: parse(arguments))
         alone = [as_flag(name) for name in ("plan", "find_lr", "ladder") if getattr(config, name)]

@@ -1,30 +1,81 @@
-"""startup.py: what it sets is there before torch is loaded, and the user's own values win."""
+"""startup.py: the first seconds of a script, up to the moment at which all is imported."""
 
 import os
+import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from runs import ROOT
 
 from training.startup import SPIN_COUNT
 
-ROOT = Path(__file__).parents[1]
 VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+SCRIPTS = pytest.mark.parametrize("script", ["train_gpt2.py", "sample.py"])
+POSIX = pytest.mark.skipif(os.name != "posix", reason="needs the signals and terminals of POSIX")
+SLOW = """import time
+print("importing", flush=True)
+try:
+    time.sleep(60)
+except BaseException:  # as some libraries do
+    pass
+"""
 
 
-def seen_by_torch(folder, script, **environment):
-    """The two variables at the moment when `script` imports torch: a module of that name in `folder` prints them."""
-    printing = f"import os\nprint(*(os.environ.get(name) for name in {VARIABLES}))\nraise SystemExit\n"
-    (folder / "torch.py").write_text(printing, encoding="utf-8")
-    inherited = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    environment = inherited | {"PYTHONPATH": str(folder)} | environment
-    done = subprocess.run([sys.executable, ROOT / script], env=environment, capture_output=True, text=True)
-    return done.stdout.split()
+def start(folder, script, torch, **options):
+    """Start the script with a module in place of torch, whose import runs the code `torch`."""
+    (folder / "torch.py").write_text(torch, encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    environment |= {"PYTHONPATH": str(folder)} | options.pop("env", {})
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.Popen([sys.executable, ROOT / script], env=environment, text=True, **options)
 
 
-@pytest.mark.parametrize("script", ["train_gpt2.py"])
+@SCRIPTS
 def test_threads_spin_for_a_limited_time_unless_the_user_chose_otherwise(script, tmp_path):
-    assert seen_by_torch(tmp_path, script) == [str(SPIN_COUNT), "None"]
-    assert seen_by_torch(tmp_path, script, GOMP_SPINCOUNT="7") == ["7", "None"]
-    assert seen_by_torch(tmp_path, script, OMP_WAIT_POLICY="active") == ["None", "active"]
+    def seen(**environment):
+        printing = f"import os\nprint(*(os.environ.get(name) for name in {VARIABLES}))\nraise SystemExit\n"
+        return start(tmp_path, script, printing, env=environment).communicate(timeout=60)[0].split()
+
+    assert seen() == [str(SPIN_COUNT), "None"]
+    assert seen(GOMP_SPINCOUNT="7") == ["7", "None"]
+    assert seen(OMP_WAIT_POLICY="active") == ["None", "active"]
+
+
+@POSIX
+@SCRIPTS
+def test_ctrl_c_during_a_slow_import_is_one_line_even_if_the_import_swallows_exceptions(script, tmp_path):
+    process = start(tmp_path, script, SLOW)
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == ("", "error: interrupted\n") and process.returncode == 130
+
+
+@POSIX
+@pytest.mark.parametrize("module", ["dataclasses", "numpy", "torch._C", "torch", "tyro"])
+def test_ctrl_c_at_any_moment_of_the_imports_is_one_line(module):
+    command = [sys.executable, "-X", "importtime", ROOT / "train_gpt2.py", "laptop"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if line.rpartition("|")[2].strip() == module:
+            break
+    process.send_signal(signal.SIGINT)
+    said = [line for line in process.stderr if not line.startswith("import time:")]
+    assert process.wait(timeout=30) == 130 and said == ["error: interrupted\n"]
+
+
+@POSIX
+@SCRIPTS
+def test_a_terminal_is_told_that_pytorch_loads_before_it_does_and_nobody_else(script, tmp_path):
+    ours, theirs = os.openpty()
+    with os.fdopen(ours) as terminal:
+        process = start(tmp_path, script, SLOW, stderr=theirs)
+        assert terminal.readline() == "loading PyTorch ...\n"
+        process.kill()
+        process.communicate()
+        process = start(tmp_path, script, "raise SystemExit", stderr=theirs, env={"RANK": "1"})
+        assert process.wait(timeout=60) == 0
+        os.write(theirs, b"nothing before this\n")
+        assert terminal.readline() == "nothing before this\n"
+        os.close(theirs)
+    assert start(tmp_path, script, "raise SystemExit").communicate(timeout=60) == ("", "")

@@ -1,3 +1,1 @@
-"""What surrounds a training step. The import of this package prepares the process: see startup."""
-
-from training import startup as startup
+"""What surrounds a training step: devices, several processes, the run folder, diagnostics, experiments."""
