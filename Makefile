@@ -1,21 +1,26 @@
 PYTHON ?= python3
 
-.PHONY: laptop test gate lint
+.PHONY: help laptop test gate lint
+
+help:  ## list the commands
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
 
 laptop: .venv/ready  ## train a small GPT: minutes on two CPU cores, no download
 	.venv/bin/python train_gpt2.py laptop
 
 test: .venv/ready  ## prove everything: under six minutes on two CPU cores
-	.venv/bin/python -m pytest -n 2 --dist loadfile
+	.venv/bin/python -B -m pytest -n 2 --dist loadfile --durations=10
 
 gate: .venv/ready  ## hold every kernel's machine code and traffic to its limits, for the A100 and the H100
-	.venv/bin/python -m kernels.report --arch sm_80 sm_90 --check
+	.venv/bin/python -B -m kernels.report --arch sm_80 sm_90 --check
 
-lint: .venv/ready
+lint: .venv/ready  ## check the style and the format of the code
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
 .venv/ready: requirements.txt
-	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --requirement requirements.txt
+	@command -v $(PYTHON) >/dev/null || { echo "error: there is no $(PYTHON): make PYTHON=/path/to/python names another"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: $(PYTHON) is Python %d.%d, but 3.11 or newer is needed: make PYTHON=python3.12 names another" % sys.version_info[:2])'
+	$(PYTHON) -m venv --clear .venv
+	.venv/bin/python -m pip install --requirement requirements.txt
 	touch .venv/ready

@@ -1,8 +1,28 @@
-"""One thread, so that a busy machine slows the tests little; Triton's interpreter where there is no GPU."""
+"""
+Hermetic tests: none reads or writes the checkout, the user's files or those of another test.
+
+Every test runs in an empty folder of its own, with HOME, TMPDIR and the other caches beside it. Processes that tests
+start inherit all that, and find our modules by PYTHONPATH. Only what is slow to make is made once per session:
+Triton's and Inductor's compiled code and matplotlib's list of fonts.
+
+One thread, so that a busy machine slows the tests little; Triton's interpreter if there is no GPU.
+"""
 
 import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # also in the processes that tests start, so that all give the same bits
+ROOT = Path(__file__).parents[1]
+WORKER = "PYTEST_XDIST_WORKER" in os.environ  # which inherits the environment of the process that started it
+if not WORKER:  # before any library is imported: they read these once
+    SHARED = tempfile.mkdtemp(prefix="gpt2-tests-")
+    CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "MPLCONFIGDIR", "HF_HOME", "XDG_CACHE_HOME")
+    os.environ |= {name: str(Path(SHARED, name.lower())) for name in CACHES}
+    os.environ |= {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    os.environ["OMP_NUM_THREADS"] = "1"  # also in the processes that tests start, so that all give the same bits
+sys.dont_write_bytecode = True
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -12,12 +32,46 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it as each kernel is defined
 
 
+def pytest_unconfigure():
+    if not WORKER:
+        shutil.rmtree(SHARED, ignore_errors=True)
+
+
 def pytest_collection_modifyitems(items):
-    """Skip, where no GPU is present, the tests marked with it."""
+    """Skip the tests marked `gpu` if no GPU is present."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def in_an_empty_folder(tmp_path_factory):
+    """Stand in a new empty folder; HOME, TMPDIR and the caches of Hugging Face and others are new folders beside it."""
+    new = tmp_path_factory.mktemp("t")  # a short name: sockets in TMPDIR have paths of at most 107 bytes
+    folders = {name: str(new / name) for name in ("here", "home", "tmp")}
+    with pytest.MonkeyPatch.context() as patch:
+        for folder in folders.values():
+            os.mkdir(folder)
+        for name in ("HOME", "USERPROFILE"):  # Windows has the second
+            patch.setenv(name, folders["home"])
+        for name in ("HF_HOME", "XDG_CACHE_HOME"):
+            patch.setenv(name, f"{folders['home']}/{name.lower()}")
+        for name in ("TMPDIR", "TEMP", "TMP"):
+            patch.setenv(name, folders["tmp"])
+        patch.setattr(tempfile, "tempdir", folders["tmp"])
+        patch.chdir(folders["here"])
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def session_folder(tmp_path_factory):
+    """Where fixtures that serve several tests run."""
+    yield from in_an_empty_folder(tmp_path_factory)
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path_factory, session_folder):
+    yield from in_an_empty_folder(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

@@ -74,7 +74,7 @@ def folder(tmp_path_factory):
     return folder / "tokenizer"
 
 
-def run(*arguments, cwd=ROOT):
+def run(*arguments, cwd=None):
     return subprocess.run(
         [sys.executable, "-m", "data.tokenizer", *map(str, arguments)], capture_output=True, text=True, cwd=cwd
     )

@@ -65,7 +65,7 @@ def shards_of(folder):
 
 
 def start(*arguments, **options):
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, "-m", "data.fineweb", *map(str, arguments)], **pipes, **options)
 
 
@@ -314,7 +314,7 @@ def test_a_full_disk_is_refused_before_or_leaves_what_can_be_continued(tmp_path)
     command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script]
     if shutil.which("unshare") is None or sys.platform != "linux":
         pytest.skip("needs unshare")
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode and "status" not in done.stdout:
         pytest.skip("this system grants no mount namespace")
     assert re.findall(r"status (\d+)", done.stdout) == ["2", "2", "0"], done.stderr
@@ -356,7 +356,7 @@ if __name__ == "__main__":
         texts = ["word " * 2000 + str(i) for i in range(100 * megabytes)]
         path = write_parquet(tmp_path / f"{megabytes}.parquet", texts)
         command = [sys.executable, tmp_path / "measure.py", path, tmp_path / str(megabytes)]
-        shown = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        shown = subprocess.run(command, capture_output=True, text=True)
         assert shown.returncode == 0, shown.stderr
         peaks.append([int(word) for word in shown.stdout.split()])
     grown = [large - small for small, large in zip(*peaks, strict=True)]
@@ -469,10 +469,7 @@ def test_a_second_process_waits_for_the_one_that_prepares_and_says_so(tmp_path):
     folder.mkdir(parents=True)
     held = files.lock(folder / ".lock")
     command = [sys.executable, "-c", "import data; data.prepare_if_missing('pydocs'); print('there')"]
-    settings = {**os.environ, "PYTHONPATH": str(ROOT)}
-    waiting = subprocess.Popen(
-        command, cwd=tmp_path, env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    waiting = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert waiting.stderr.readline() == "waiting until another process has prepared datasets/pydocs\n"
     with pytest.raises(subprocess.TimeoutExpired):
         waiting.wait(timeout=0.2)
@@ -486,6 +483,6 @@ def test_a_folder_that_another_process_writes_to_is_refused(tmp_path):
     with files.writing(tmp_path):
         for command in (["data.text", ROOT / "README.md"], ["data.fineweb", "--input", ROOT / "requirements.txt"]):
             command = [sys.executable, "-m", *map(str, command), "--out", str(tmp_path)]
-            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+            done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 2 and f"another process is writing to {tmp_path}: wait for it" in done.stderr
     assert not list(tmp_path.iterdir())

@@ -1,10 +1,10 @@
 """kernels/__init__.py: the switchboard, and what the kernel files promise together."""
 
+import os
 import subprocess
 import sys
 import types
 from itertools import chain, combinations
-from pathlib import Path
 
 import pytest
 import torch
@@ -35,9 +35,9 @@ def test_names_are_all_none_or_a_list_in_any_order():
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:
-    root = Path(__file__).parents[1]
-    command, environment = [sys.executable, "-c", code], {"PATH": "", **environment}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root, timeout=120)
+    command = [sys.executable, "-c", code]
+    environment = {"PATH": "", "PYTHONPATH": os.environ["PYTHONPATH"], **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
 
 def test_without_a_gpu_or_the_interpreter_the_way_out_is_named():

@@ -3,7 +3,6 @@
 import dataclasses
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -141,5 +140,5 @@ def test_a_job_checks_itself_wherever_it_comes_from():
 
 def test_the_command_line_works_as_a_module():
     command = [sys.executable, "-m", "training.plan", "--gpu", "H100"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout.startswith("gpt2-124m: 12 layers"), done.stderr

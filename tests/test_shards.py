@@ -126,7 +126,9 @@ tokenizer = CharTokenizer("abcdefgh", False)
 write_dataset(sys.argv[1], tokenizer, {"train": documents(), "val": documents()}, shard_tokens=20)
 """
     write(tmp_path, 30, shard_tokens=7)
-    killed = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env={**os.environ, "PYTHONPATH": "."})
+    killed = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+    )
     assert killed.returncode == -signal.SIGKILL
     assert (tmp_path / "train_000001.npy").exists()
     with pytest.raises(UserError, match="there is no dataset in .*prepare one"):

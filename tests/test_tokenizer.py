@@ -45,7 +45,7 @@ def package_folder():
 def run(program, tmp_path, **environment):
     """Runs a program in a process of its own, with no network: every proxy is a closed port, tiktoken's cache empty."""
     closed = {name: "http://127.0.0.1:9" for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")}
-    cache = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "cache"), "NO_PROXY": "", "no_proxy": "", "PYTHONPATH": "."}
+    cache = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "cache"), "NO_PROXY": "", "no_proxy": ""}
     environment = {**os.environ, **closed, **cache, **environment}
     return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
 
@@ -138,7 +138,8 @@ from data.tokenizer import gpt2
 with exit_on_user_error():
     gpt2({})
 """
-    for argument, path in (("'no_such_package'", "."), ("", f"{tmp_path / 'damaged'}{os.pathsep}.")):
+    ours = os.environ["PYTHONPATH"]
+    for argument, path in (("'no_such_package'", ours), ("", f"{tmp_path / 'damaged'}{os.pathsep}{ours}")):
         done = run(program.format(argument), tmp_path, PYTHONPATH=path)
         assert done.returncode == 2
         assert done.stderr.startswith("error: the GPT-2 vocabulary is missing") and done.stderr.count("\n") == 1
