@@ -13,7 +13,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 class RefuseHalf(TorchDispatchMode):
-    """Raise AssertionError at the first operation that takes or gives a bfloat16 or float16 tensor; count the others."""
+    """Raise AssertionError at the first operation with a bfloat16 or float16 tensor; count the others."""
 
     def __init__(self):
         super().__init__()

@@ -1,6 +1,7 @@
-"""Rules of the house that a machine can check: who imports whom, what the README types, how files are opened."""
+"""Rules that a machine can check: imports, other systems, what READMEs type, how files are opened, spelling."""
 
 import ast
+import functools
 import re
 import shlex
 import subprocess
@@ -9,46 +10,71 @@ from pathlib import Path
 
 import pytest
 import tyro
+from runs import ROOT
 
 import kernels
 import train_gpt2
 
-ROOT = Path(__file__).parents[1]
-SOURCES = sorted(path for path in ROOT.glob("**/*.py") if ".venv" not in path.parts)
+SOURCES = sorted(path for path in ROOT.glob("**/*.py") if not {".venv", "runs"} & set(path.relative_to(ROOT).parts))
 PRODUCT = [path for path in SOURCES if path.parent != ROOT / "tests"]
-OURS = {"train_gpt2", "sample", "model", "training", "kernels", "data"}
-MAY_IMPORT = {
-    "train_gpt2": {"training", "model", "kernels", "data"},
-    "sample": {"training", "model", "kernels", "data"},
-    "training": {"training", "model", "kernels", "data"},
-    "model": {"kernels"},
-    "kernels": {"kernels", "training"},
-    "data": {"data"},
-}
+READMES = sorted(path for path in ROOT.glob("**/README.md") if ".venv" not in path.relative_to(ROOT).parts)
+EACH = pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
 
 
+@functools.cache
+def text(path):
+    return path.read_text(encoding="utf-8")
+
+
+@functools.cache
 def tree(path):
-    return ast.parse(path.read_text(encoding="utf-8"))
+    return ast.parse(text(path))
 
 
-def imported(nodes):
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.module
+# ------------------------------------------------------------------------------------------------------------ imports
+
+# data and kernels import nothing of ours but themselves, model imports kernels, training imports those, the scripts all
+BELOW = {"data": set(), "kernels": set(), "model": {"kernels"}, "training": {"data", "kernels", "model"}}
+BELOW |= dict.fromkeys(("train_gpt2", "sample"), {"data", "kernels", "model", "training"})
+EXCEPTIONS = {"data.bpe", "data.fineweb", "data.resumable", "kernels.bench", "training.plan"}
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in PRODUCT}
 
 
-@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
-def test_modules_import_only_whom_they_may(path):
-    module = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    found = {name for name in imported(tree(path).body) if name.split(".")[0] in OURS}
-    assert {name.split(".")[0] for name in found} <= MAY_IMPORT[module]
-    if module == "kernels" and path.stem in kernels.FAMILIES:
+def imports(node):
+    """The modules of ours that the import statements below a node of a syntax tree name."""
+    for part in ast.walk(node):
+        names = []
+        if isinstance(part, ast.Import):
+            names = [alias.name for alias in part.names]
+        elif isinstance(part, ast.ImportFrom):
+            assert part.level == 0, f"a relative import: {ast.unparse(part)}"
+            members = [f"{part.module}.{alias.name}" for alias in part.names]
+            names = [member if member in MODULES else part.module for member in members]
+        yield from (name for name in names if name.split(".")[0] in BELOW)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_import_only_those_on_the_floors_below_and_never_inside_a_function(module):
+    floor, nodes = module.split(".")[0], list(ast.walk(tree(MODULES[module])))
+    found = set(imports(tree(MODULES[module])))
+    if module in EXCEPTIONS:
+        return
+    assert {name.split(".")[0] for name in found} <= BELOW[floor] | {floor}
+    late = [name for node in nodes if isinstance(node, ast.FunctionDef | ast.Lambda) for name in imports(node)]
+    assert late == []
+    if module.removeprefix("kernels.") in kernels.FAMILIES:
         assert found <= {"kernels"}  # a kernel file imports no other kernel file
 
 
-@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_module_imports_itself_by_way_of_others():
+    below = {module: set(imports(tree(path))) for module, path in MODULES.items() if module not in EXCEPTIONS}
+    while leaves := [module for module, found in below.items() if not found & set(below)]:
+        for module in leaves:
+            del below[module]
+    assert below == {}, "these, or what they import, import each other"
+
+
+@EACH
 def test_nothing_runs_when_a_module_is_imported(path):
     """Definitions and constants only, and `if __name__ == "__main__"`: processes that are spawned import the script."""
     allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.Try)
@@ -60,7 +86,45 @@ def test_nothing_runs_when_a_module_is_imported(path):
         assert isinstance(node, allowed) or docstring or guard or registration, ast.unparse(node)
 
 
-@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
+# ------------------------------------------------------------------------------------------- other Pythons and systems
+
+NEED_TRITON = ("kernels.report.__main__", "kernels.report.traffic")  # they look at what Triton makes of a kernel
+ELSEWHERE = """
+import builtins, importlib, os, signal, sys
+ours, hidden = set({ours}), {{"fcntl", "resource", "termios", "pwd", "grp", "pty", "triton"}}
+real = builtins.__import__
+
+def without(name, globals=None, *rest):
+    if name.split(".")[0] in hidden and (globals or {{}}).get("__name__", "").split(".")[0] in ours:
+        raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+    return real(name, globals, *rest)
+
+builtins.__import__ = without
+import torch, numpy, tyro, tqdm, multiprocessing, subprocess
+for module, names in ((os, ("fork", "getuid", "sched_getaffinity", "O_NONBLOCK")),
+                      (signal, ("SIGKILL", "SIGHUP", "SIGALRM", "SIGUSR1", "SIGSTOP", "alarm"))):
+    for name in names:
+        vars(module).pop(name, None)
+for module in {modules}:
+    importlib.import_module(module)
+    print(module)
+"""
+
+
+@pytest.mark.parametrize("minor", range(11, 15))
+def test_the_grammar_is_that_of_every_python_from_3_11_on(minor):
+    for path in SOURCES:
+        ast.parse(text(path), feature_version=(3, minor))
+
+
+def test_every_module_can_be_imported_without_triton_and_without_what_windows_lacks():
+    modules = [module for module in MODULES if module not in NEED_TRITON]
+    program = ELSEWHERE.format(ours=sorted(BELOW), modules=modules)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == modules, done.stderr
+
+
+@EACH
 def test_text_is_read_and_written_as_utf8_on_every_system(path):
     for node in ast.walk(tree(path)):
         if not isinstance(node, ast.Call):
@@ -75,9 +139,9 @@ def test_text_is_read_and_written_as_utf8_on_every_system(path):
             assert explicit or "utf-8" in words, f"{path.name}:{node.lineno}: {ast.unparse(node)}"
 
 
-@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
+@EACH
 def test_durations_are_taken_from_a_clock_that_does_not_jump(path):
-    assert "time.time(" not in path.read_text(encoding="utf-8")
+    assert "time.time(" not in text(path)
 
 
 def test_unsafe_ways_to_read_what_comes_from_outside_do_not_occur():
@@ -90,12 +154,50 @@ def test_unsafe_ways_to_read_what_comes_from_outside_do_not_occur():
             assert not call.startswith("np.load(") or "allow_pickle=False" in call, call
 
 
-# ------------------------------------------------------------------------------------------------------------- README
+# ----------------------------------------------------------------------------------------------------------- language
+
+BRITISH = r"""(?xi) \b \w* (?:
+    (?: character|emphas|final|general|initial|maxim|minim|normal|optim|organ|parallel|penal|quant|random|real|recogn|
+        serial|special|summar|synchron|token|util|vector ) is (?: e[ds]? | er s? | ing | ation s? ) \b
+    | (?: analys | catalyse | paralyse ) (?: e | ing ) \b | behaviour | favour | colour | honour | neighbour | labour
+    | licence | defence | offence | artefact | catalogue | centre\b | grey | metre\b | judgement | whilst | fulfil\b
+    | (?: label | model | travel | cancel | signal ) l (?: ed | ing | er ) \b )"""
 
 
-def readme_commands():
-    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    for block in re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.DOTALL):
+def lines_with(pattern, paths):
+    return [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in paths
+        for number, line in enumerate(text(path).splitlines(), start=1)
+        if re.search(pattern, line)
+    ]
+
+
+def test_spelling_is_american():
+    words = [path for path in [*SOURCES, *READMES] if path != Path(__file__)]
+    assert len(found := lines_with(BRITISH, words)) <= 46, "\n".join(found)
+
+
+def test_where_is_kept_for_places():
+    assert len(found := lines_with(r"\bwhere\b", PRODUCT)) <= 175, "\n".join(found)
+
+
+def test_docstrings_open_with_a_verb_or_a_noun():
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef
+    found = [
+        f"{path.relative_to(ROOT)}: {docstring.splitlines()[0]}"
+        for path in SOURCES
+        for node in ast.walk(tree(path))
+        if isinstance(node, documented) and re.match(r"(Of|Where)\b", docstring := ast.get_docstring(node) or "")
+    ]
+    assert len(found) <= 27, "\n".join(found)
+
+
+# ------------------------------------------------------------------------------------------------------------ READMEs
+
+
+def readme_commands(path):
+    for block in re.findall(r"```(?:sh|bash)\n(.*?)```", text(path).replace("\\\n", " "), re.DOTALL):
         for line in block.splitlines():
             line = line.split("  #")[0].strip()
             if block.startswith("#!"):  # a script: only what it does with ours
@@ -104,15 +206,19 @@ def readme_commands():
                 yield line
 
 
+@functools.cache
+def help_of(*target):
+    return subprocess.run([sys.executable, *target, "--help"], capture_output=True, text=True).stdout
+
+
 def test_the_readme_opens_with_the_two_commands_that_the_makefile_has():
-    commands = list(readme_commands())
-    assert commands[:2] == ["make laptop", "make test"]
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert list(readme_commands(ROOT / "README.md"))[:2] == ["make laptop", "make test"]
+    makefile = text(ROOT / "Makefile")
     assert "\nlaptop:" in makefile and "\ntest:" in makefile
 
 
-@pytest.mark.parametrize("line", sorted(set(readme_commands())))
-def test_a_command_of_the_readme_exists_with_its_options(line):
+@pytest.mark.parametrize("line", sorted({line for path in READMES for line in readme_commands(path)}))
+def test_a_command_of_a_readme_exists_with_its_options(line):
     words = shlex.split(line)
     while "=" in words[0] and not words[0].startswith("-"):  # VARIABLE=value in front
         words.pop(0)
@@ -124,12 +230,15 @@ def test_a_command_of_the_readme_exists_with_its_options(line):
             config = tyro.extras.overridable_config_cli(train_gpt2.PRESETS, args=arguments)
             assert isinstance(config, train_gpt2.Config)
     elif words[0] == "python":
-        target = words[1:3] if words[1] == "-m" else words[1:2]
-        target += words[3:4] if target[-1] == "data.tokenizer" else []  # which has commands, each with its options
-        shown = subprocess.run([sys.executable, *target, "--help"], capture_output=True, text=True, cwd=ROOT).stdout
-        for word in words[len(target) + 1 :]:
-            assert not word.startswith("--") or word in shown, f"{word} is no option of {' '.join(target)}"
+        if words[1] == "-m":
+            target, rest = words[1:3], words[3:]
+            if target[1] in ("data.tokenizer", "data.bpe") and rest:  # which have commands, each with its options
+                target.append(rest.pop(0))
+        else:
+            target, rest = [str(ROOT / words[1])], words[2:]
+        for word in rest:
+            assert not word.startswith("--") or word in help_of(*target), f"{word} is no option of {line}"
     elif words[0] == "make":
-        assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text(encoding="utf-8")
+        assert f"\n{words[1]}:" in text(ROOT / "Makefile")
     else:
         assert words[0] in ("git", "cd", "pip", "tensorboard"), f"no test knows what {words[0]} is"
