@@ -37,6 +37,7 @@ import kernels
 import model as gpt
 from data import files, shards, tokenizer
 from data.files import UserError, as_flag
+from data.loader import Loader, evaluation_windows, read_windows
 from training import devices, diagnostics, find_lr, hellaswag, ladder, plan, sweep, weights
 from training.distributed import Distributed, Mode
 from training.optimizer import learning_rate, make_optimizers
@@ -218,7 +219,7 @@ def train_step(trainer: Trainer, inputs: Tensor, targets: Tensor, step: int) -> 
 def validate(trainer: Trainer, split: shards.Split) -> float:
     """Mean loss in nats per token over --eval-tokens of the split: the same tokens whatever the batch or world size."""
     block_size = trainer.config.block_size
-    starts = shards.evaluation_windows(split, block_size, trainer.config.eval_tokens)
+    starts = evaluation_windows(split, block_size, trainer.config.eval_tokens)
     ranks, size = trainer.ranks, trainer.micro_batch
     mine = starts[ranks.rank :: ranks.world_size]
     trainer.raw_model.eval()
@@ -226,7 +227,7 @@ def validate(trainer: Trainer, split: shards.Split) -> float:
     for first in range(0, math.ceil(len(starts) / ranks.world_size), size):
         windows = mine[first : first + size]
         some = windows if len(windows) else starts[:1]  # under fsdp all processes call the model equally often
-        inputs, targets = (t.to(trainer.device) for t in shards.read_windows(split, some, block_size))
+        inputs, targets = (t.to(trainer.device) for t in read_windows(split, some, block_size))
         with trainer.autocast():
             loss_sum += trainer.raw_model(inputs, targets).item() * len(windows)
     trainer.raw_model.train()
@@ -278,9 +279,9 @@ def set_up(config: Config, ranks: Distributed):
     train_split, val_split = (shards.open_split(data.dataset_dir(config.data), name) for name in ("train", "val"))
     for split in (train_split, val_split):
         split.verify(ranks.rank, ranks.world_size)
-    shards.evaluation_windows(val_split, config.block_size, config.eval_tokens)  # too short a split fails here, early
+    evaluation_windows(val_split, config.block_size, config.eval_tokens)  # too short a split fails here, early
     order = {"seed": config.seed, "shuffle": config.shuffle, "rank": ranks.rank, "world_size": ranks.world_size}
-    loader = shards.Loader(
+    loader = Loader(
         train_split, config.block_size, sequences * ranks.world_size, device=device, check=config.check, **order
     )
     checkpoint = starting_point(config, train_split)
@@ -355,7 +356,7 @@ def start_run(trainer: Trainer, val_split: shards.Split, step: int):
     return Run(Path(config.out_dir), dataclasses.asdict(config), step, reference_losses(val_split), afresh)
 
 
-def run_step(trainer: Trainer, loader: shards.Loader, watch: diagnostics.Diagnostics, step: int) -> dict:
+def run_step(trainer: Trainer, loader: Loader, watch: diagnostics.Diagnostics, step: int) -> dict:
     """One step with its batch, measured: the line of log.jsonl, ms and tokens_per_s without what --diagnose takes."""
     config, peak = trainer.config, devices.peak_flops(trainer.device)
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Token shards: the format on disk, and the loader that turns it into batches.
+"""Token shards: the format on disk.
 
 A dataset is a folder. It exists if and only if it holds `meta.json`, which is written last:
 
@@ -10,24 +10,17 @@ A dataset is a folder. It exists if and only if it holds `meta.json`, which is w
 
 A folder without meta.json may hold the `.bin` shards of llm.c and modded-nanogpt instead: 256 int32 (magic 20240520,
 version 1, number of tokens, zeros), then uint16 GPT-2 tokens; `train` or `val` in the file name says the split.
-
-The loader is a pure function. The training text is cut into windows of block_size tokens; an epoch is every window
-once, in an order drawn from (seed, epoch), and step s takes the sequences s * batch_sequences ... of that endless list,
-whatever the number of processes. So a run that was stopped goes on with the batches it would have seen.
 """
 
-import functools
 import hashlib
 import io
 import json
 import re
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from data import DATASETS, baselines
 from data.files import UserError, atomic_write, writing
@@ -274,108 +267,3 @@ def _map_bin(path: Path) -> Shard:
     if n_tokens < 1 or n_bytes != 2 * n_tokens:
         raise UserError(f"{path} is truncated: {n_bytes // 2} of the {n_tokens} tokens it promises: download it again")
     return Shard(path, np.memmap(path, "<u2", mode="r", offset=BIN_HEADER_BYTES, shape=(n_tokens,)), None)
-
-
-# ---------------------------------------------------------------------------------------------------------- batches
-
-
-class Loader:
-    """Batches of (inputs, targets) as a pure function of (seed, step): no state changes what a batch holds.
-
-    An epoch is the windows that start at offset, offset + block_size, ...: no token is the input of two of them, and
-    they cross shard borders. With shuffle, epoch e draws the offset from [0, block_size) and the order of the windows
-    from the seed [seed, e]: fewer than 2 * block_size tokens sit out an epoch at the two ends, other ones each time.
-    Without, the offset is 0 and the windows come as in the text.
-
-    Of the global sequences step * batch_sequences + j, rank r takes those with j in [r * b, (r + 1) * b), where
-    b = batch_sequences / world_size. UserError when that does not divide, or the split is shorter than one window; with
-    `check` also for a token id past the vocabulary.
-    """
-
-    def __init__(
-        self,
-        split: Split,
-        block_size: int,
-        batch_sequences: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        device: str | torch.device = "cpu",
-        shuffle: bool = True,
-        check: bool = False,
-    ):
-        _check_length(split, block_size)
-        if batch_sequences < 1 or batch_sequences % world_size:
-            raise UserError(f"a batch of {batch_sequences} sequences cannot be shared evenly by {world_size} processes")
-        if seed < 0:
-            raise UserError(f"the seed is {seed}: it must be 0 or more")
-        self.split, self.block_size, self.batch_sequences = split, block_size, batch_sequences
-        self.seed, self.shuffle, self.check, self.device = seed, shuffle, check, torch.device(device)
-        if self.device == torch.device("cuda"):  # which one: the thread that reads ahead would take GPU 0
-            self.device = torch.device("cuda", torch.cuda.current_device())
-        self.sequences = batch_sequences // world_size
-        self.first = rank * self.sequences
-        # The offset leaves room for one window in a short split, and every epoch has the same number of windows.
-        self.largest_offset = min(block_size - 1, split.n_tokens - block_size - 1) if shuffle else 0
-        self.windows = (split.n_tokens - 1 - self.largest_offset) // block_size
-        # Two epochs, since one batch can end an epoch and begin the next.
-        self._epoch_starts = functools.lru_cache(maxsize=2)(self._draw_epoch)
-        self._thread = ThreadPoolExecutor(max_workers=1)
-        self._ahead = None  # (step, future): the batch that is read while the caller computes
-
-    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """This rank's (inputs, targets) of step 0, 1, ...: each (batch_sequences // world_size, block_size) int64."""
-        ahead, self._ahead = self._ahead, None
-        rows = ahead[1].result() if ahead and ahead[0] == step else self._read(step)
-        self._ahead = step + 1, self._thread.submit(self._read, step + 1)
-        rows = rows.to(self.device, non_blocking=True)
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-
-    def _read(self, step: int) -> torch.Tensor:
-        """(batch_sequences // world_size, block_size + 1) int64, in pinned memory when the device is a GPU."""
-        first = step * self.batch_sequences + self.first
-        places = (divmod(i, self.windows) for i in range(first, first + self.sequences))
-        rows = _read_rows(self.split, [self._epoch_starts(epoch)[k] for epoch, k in places], self.block_size)
-        if self.check and (largest := int(rows.max())) >= self.split.vocab_size:
-            raise UserError(
-                f"step {step} reads token id {largest} from {self.split.label}, past its vocabulary of "
-                f"{self.split.vocab_size}: {self.split.remedy}"
-            )
-        if self.device.type != "cuda":
-            return rows
-        with torch.cuda.device(self.device):
-            return rows.pin_memory()
-
-    def _draw_epoch(self, epoch: int) -> np.ndarray:
-        """Where the windows of an epoch start, in the order of reading: (windows,) int64."""
-        starts = np.arange(self.windows) * self.block_size
-        if not self.shuffle:
-            return starts
-        random = np.random.default_rng([self.seed, epoch])
-        return random.integers(self.largest_offset, endpoint=True) + random.permutation(starts)
-
-
-def evaluation_windows(split: Split, block_size: int, n_tokens: int) -> np.ndarray:
-    """Starts, (k,) int64, of the first n_tokens // block_size windows; at least one, at most what the split holds."""
-    _check_length(split, block_size)
-    count = min(max(n_tokens // block_size, 1), (split.n_tokens - 1) // block_size)
-    return np.arange(count) * block_size
-
-
-def read_windows(split: Split, starts: Iterable[int], block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(inputs, targets), each (len(starts), block_size) int64 on the CPU; targets are the inputs shifted by one."""
-    rows = _read_rows(split, starts, block_size)
-    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-
-
-def _read_rows(split: Split, starts: Iterable[int], block_size: int) -> torch.Tensor:
-    rows = [split.read(int(start), block_size + 1) for start in starts]
-    return torch.from_numpy(np.stack(rows) if rows else np.empty((0, block_size + 1), np.int64))
-
-
-def _check_length(split: Split, block_size: int) -> None:
-    if split.n_tokens < block_size + 1:
-        raise UserError(
-            f"{split.label} holds {split.n_tokens} tokens, too few for --block-size {block_size}, which needs "
-            f"{block_size + 1}: lower --block-size or give more text"
-        )

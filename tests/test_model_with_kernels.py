@@ -9,6 +9,7 @@ import torch
 import kernels
 import model as gpt
 from data import pydocs, shards
+from data.loader import Loader
 from training.optimizer import parameter_groups
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,7 +36,7 @@ def losses(split):
 
     @functools.cache
     def train(names, _repetition=""):
-        model, loader = tiny(split, names), shards.Loader(split, 8, 1, seed=1, device=DEVICE)
+        model, loader = tiny(split, names), Loader(split, 8, 1, seed=1, device=DEVICE)
         optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-2)
         curve = []
         for step in range(50):
@@ -64,7 +65,7 @@ def test_fifty_steps_with_kernels_give_the_same_bits_again(losses):
 @pytest.mark.parametrize("names", SUBSETS)
 def test_every_subset_of_the_families_trains(split, names):
     reference, model = tiny(split, "none"), tiny(split, names)
-    inputs, targets = shards.Loader(split, 5, 1, seed=1, device=DEVICE).batch(0)
+    inputs, targets = Loader(split, 5, 1, seed=1, device=DEVICE).batch(0)
     expected = reference(inputs, targets)
     loss = model(inputs, targets)
     expected.backward()
@@ -78,7 +79,7 @@ def test_every_subset_of_the_families_trains(split, names):
 def test_the_model_compiles_into_one_graph_with_kernels(split, names):
     torch._dynamo.reset()
     model = tiny(split, names)
-    inputs, targets = shards.Loader(split, 8, 1, seed=1, device=DEVICE).batch(0)
+    inputs, targets = Loader(split, 8, 1, seed=1, device=DEVICE).batch(0)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     loss = compiled(inputs, targets)
     loss.backward()

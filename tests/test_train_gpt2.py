@@ -20,6 +20,7 @@ import sample as sampling
 import train_gpt2
 from data import pydocs, shards, text, tokenizer
 from data.files import UserError, as_flag
+from data.loader import Loader
 from training import optimizer
 from training.run import load_checkpoint, newest_checkpoint, read_log
 from training.weights import RELEASES
@@ -483,7 +484,7 @@ def test_check_names_a_token_past_the_vocabulary(tmp_path, capsys):
     with (folder / "train_000000.npy").open("r+b") as file:
         file.seek(-2 * 100_000, os.SEEK_END)
         file.write(b"\xff\xff" * 100_000)
-    loader = shards.Loader(split, 32, 4, seed=1, check=True, shuffle=False)
+    loader = Loader(split, 32, 4, seed=1, check=True, shuffle=False)
     loader.batch(0)
     with pytest.raises(UserError, match="step 2500 reads token id 65535"):
         loader.batch(2500)
@@ -543,7 +544,7 @@ def test_shakespeare_char_starts_as_it_should(tmp_path):
     shakespeare.prepare(folder=tmp_path / "data", input=SHAKESPEARE)
     split = shards.open_split(tmp_path / "data", "train")
     assert (split.vocab_size, split.n_tokens) == (65, 1_003_854)
-    inputs, targets = shards.Loader(split, 256, 64, seed=1337).batch(0)
+    inputs, targets = Loader(split, 256, 64, seed=1337).batch(0)
     assert inputs.shape == (64, 256) and torch.equal(inputs[:, 1:], targets[:, :-1])
     words = tokenizer.from_spec(split.tokenizer_spec).decode(inputs[0].tolist())
     assert words in SHAKESPEARE.read_text()

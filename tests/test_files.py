@@ -1,0 +1,65 @@
+"""data/files.py."""
+
+import os
+import sys
+
+import pytest
+
+from data.files import UserError, atomic_write, exit_on_user_error, run_script
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    atomic_write(path, lambda file: file.write(b"old"))
+
+    def fail(file):
+        file.write(b"new")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        atomic_write(path, fail)
+    assert path.read_bytes() == b"old"
+    atomic_write(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_new_file_has_the_permissions_that_any_new_file_has(tmp_path):
+    atomic_write(tmp_path / "ours", lambda file: None)
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize(
+    "error, line, status",
+    [
+        (UserError("this is wrong:\ndo that"), "error: this is wrong: do that\n", 2),
+        (FileNotFoundError(2, "No such file or directory", "there"), "error: No such file or directory: there\n", 2),
+        (OSError(28, "No space left on device"), "error: [Errno 28] No space left on device\n", 2),
+        (KeyboardInterrupt(), "error: interrupted\n", 130),
+    ],
+)
+def test_an_error_is_one_line_and_a_status(capsys, error, line, status):
+    with pytest.raises(SystemExit) as stop, exit_on_user_error():
+        raise error
+    assert stop.value.code == status and capsys.readouterr().err == line
+
+
+def test_a_mistake_of_our_own_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError), exit_on_user_error():
+        raise ZeroDivisionError
+
+
+def test_a_script_takes_its_command_line_from_its_function(capsys, monkeypatch):
+    def prepare(folder: str, lines: bool = False) -> str:
+        """Prepares."""
+        print("note", file=sys.stderr)
+        return f"{folder} {lines}"
+
+    monkeypatch.setattr(sys, "argv", ["x", "--folder", "here", "--lines"])
+    run_script(prepare, "x")
+    assert capsys.readouterr() == ("here True\n", "note\n")
+    monkeypatch.setattr(sys, "argv", ["x", "--folder", "here", "--line"])
+    with pytest.raises(SystemExit) as stop:
+        run_script(prepare, "x")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: ")
