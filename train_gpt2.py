@@ -41,6 +41,7 @@ from data.loader import Loader, evaluation_windows, read_windows
 from training import devices, diagnostics, find_lr, hellaswag, ladder, plan, sweep, weights
 from training.distributed import Distributed, Mode
 from training.optimizer import learning_rate, make_optimizers
+from training.pace import Pace, matmul_speed
 from training.run import Run, StopRequest, find_checkpoint, profiler, reference_losses, restarted_in
 
 # ------------------------------------------------------------------------------------------------------------ options
@@ -353,7 +354,9 @@ def start_run(trainer: Trainer, val_split: shards.Split, step: int):
     print(f"{ranks.world_size} x {device.type} ({name}), {str(trainer.dtype).removeprefix('torch.')}")
     print(f"{config.batch_tokens:,} tokens a step, {trainer.micro_batch} sequences a micro-step; into {config.out_dir}")
     afresh = config.resume == "never" and not restarted_in(Path(config.out_dir))
-    return Run(Path(config.out_dir), dataclasses.asdict(config), step, reference_losses(val_split), afresh)
+    flops = config.batch_tokens * trainer.raw_model.flops_per_token() / ranks.world_size
+    pace = Pace(config.max_steps - step, flops, matmul_speed(device))
+    return Run(Path(config.out_dir), dataclasses.asdict(config), step, reference_losses(val_split), afresh, pace)
 
 
 def run_step(trainer: Trainer, loader: Loader, watch: diagnostics.Diagnostics, step: int) -> dict:

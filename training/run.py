@@ -39,6 +39,7 @@ from tqdm import tqdm
 from data.files import UserError, atomic_write, lock
 from data.shards import Split
 from training import diagnostics
+from training.pace import Pace
 
 # what a checkpoint holds at least
 CHECKPOINT_KEYS = {"step", "model", "optimizers", "config", "tokenizer", "run", "micro_batch"}
@@ -52,6 +53,7 @@ HELLASWAG_GPT3_124M = 0.337
 PUBLISHED = {"fineweb-edu": 3.2924, "fineweb": 3.425}
 HELLASWAG = {GPT2_124M: HELLASWAG_GPT2_124M, "GPT-3 (124M)": HELLASWAG_GPT3_124M}
 RANDOM = "guessing at random"
+BAR = "{{l_bar}}{{bar}}| {{n_fmt}}/{{total_fmt}} [{{elapsed}}<{}{{postfix}}]"  # the braces are tqdm's, {} is Pace's
 SAMPLE_LINE = "-" * 40  # begins each sample in samples.txt
 
 
@@ -62,10 +64,13 @@ class Run:
     config:    the options of train_gpt2.py, of which max_steps, init_from, hellaswag_input, wandb and tensorboard count
     landmarks: validation losses to compare with, named: see reference_losses
     afresh:    moves an older run aside first; else lines of log.jsonl past `step`, lost with a crash, go
+    pace:      of the steps to come
     UserError where another process writes to the folder, or the package of a service is missing.
     """
 
-    def __init__(self, folder: Path, config: dict, step: int, landmarks: dict[str, float], afresh: bool = False):
+    def __init__(
+        self, folder: Path, config: dict, step: int, landmarks: dict[str, float], afresh=False, pace: Pace | None = None
+    ):
         self.folder, self.landmarks, self.services = folder, landmarks, []
         self.published = {} if config.get("hellaswag_input") else HELLASWAG  # true of HellaSwag's own questions alone
         self._untrained = not config.get("init_from")
@@ -87,6 +92,7 @@ class Run:
             self.services.append(_wandb(wandb, config, folder))
         if tensorboard:
             self.services.append(_tensorboard(tensorboard, folder))
+        self._pace = pace or Pace(config["max_steps"] - step)
         self._log = (folder / "log.jsonl").open("a", encoding="utf-8")
         self._val = next((f" val {r['val_loss']:.3f}" for r in reversed(self.records) if "val_loss" in r), "")
         seconds = 0.1 if sys.stderr.isatty() else 10.0  # between refreshes: a log file needs few
@@ -105,6 +111,10 @@ class Run:
             self._val = f" val {record['val_loss']:.3f}"
         mfu = "" if record["mfu"] is None else f" MFU {record['mfu']:.1%}"
         rate = f"{record['tokens_per_s']:,.0f} tokens/s"
+        self._pace.add(record["ms"] / 1000)
+        if warning := self._pace.warning():
+            tqdm.write(f"warning: {warning}", file=sys.stderr)
+        self._bar.bar_format = BAR.format(self._pace.remaining())
         self._bar.set_postfix_str(f"loss {record['loss']:.3f}{self._val} {rate}{mfu}", refresh=False)
         self._bar.update()
 

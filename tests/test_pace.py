@@ -1,0 +1,72 @@
+"""pace.py: the time that a run still takes, and the warning about steps that are far too slow."""
+
+import pytest
+import torch
+
+from training import pace
+from training.pace import Pace
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A list whose only element is the time that pace.py sees."""
+    now = [100.0]
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def steps(pace, clock, count, seconds, between=0.0):
+    for _ in range(count):
+        clock[0] += seconds + between
+        pace.add(seconds)
+
+
+def test_the_estimate_appears_after_ten_steps_and_leaves_out_a_slow_first_one(clock):
+    run = Pace(steps=1010)
+    steps(run, clock, 9, 0.1)
+    assert run.remaining() == "?"
+    steps(run, clock, 1, 30.0)  # a compilation
+    assert run.remaining() == "01:40"  # 1,000 steps of 0.1 s
+
+
+def test_the_estimate_counts_what_happens_between_steps(clock):
+    run = Pace(steps=200)
+    steps(run, clock, 100, 0.1)
+    assert run.remaining() == "00:10"
+    clock[0] += 5.0  # a validation
+    assert run.remaining() == "00:15"
+    steps(run, clock, 100, 0.1)
+    assert run.remaining() == "00:00"
+
+
+def test_the_estimate_follows_a_machine_that_slows_down(clock):
+    run = Pace(steps=100_000)
+    steps(run, clock, 1000, 0.1)
+    steps(run, clock, 50, 0.4)
+    assert run.remaining() == "10:59:40"
+
+
+def test_a_step_far_slower_than_the_matrix_products_is_a_warning_once(clock):
+    run = Pace(steps=100, flops=25e9, speed=140e9)  # 0.18 s
+    steps(run, clock, 9, 3.3)
+    assert run.warning() is None
+    steps(run, clock, 1, 3.3)
+    assert run.warning().startswith("a step takes 3.30 s, 18 times its matrix products") and "--dtype" in run.warning()
+    steps(run, clock, 1, 3.3)
+    assert run.warning() is None
+
+
+@pytest.mark.parametrize(
+    ("flops", "speed", "seconds"),
+    [(25e9, 140e9, 1.8), (25e9, None, 99.0), (1e6, 140e9, 0.09)],
+    ids=["slow but not far too slow", "no CPU", "a tiny model"],
+)
+def test_other_steps_are_no_warning(clock, flops, speed, seconds):
+    run = Pace(steps=100, flops=flops, speed=speed)
+    steps(run, clock, 10, seconds)
+    assert run.warning() is None
+
+
+def test_the_speed_of_a_cpu_is_measured_in_milliseconds_and_is_plausible():
+    assert 1e8 < pace.matmul_speed(torch.device("cpu")) < 1e15
+    assert pace.matmul_speed(torch.device("meta")) is None
