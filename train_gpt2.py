@@ -38,7 +38,7 @@ import model as gpt
 from data import files, shards, tokenizer
 from data.files import UserError, as_flag
 from data.loader import Loader, evaluation_windows, read_windows
-from training import devices, diagnostics, find_lr, hellaswag, ladder, plan, sweep, weights
+from training import devices, diagnostics, find_lr, hellaswag, plan, sweep, weights
 from training.distributed import Distributed, Mode
 from training.optimizer import learning_rate, make_optimizers
 from training.pace import Pace, matmul_speed
@@ -368,7 +368,7 @@ def run_step(trainer: Trainer, loader: Loader, watch: diagnostics.Diagnostics, s
     with watch.watching(inputs, targets) if diagnosed else contextlib.nullcontext({}) as found:
         loss, grad_norm = train_step(trainer, inputs, targets, step)
     seconds = time.perf_counter() - began - found.get("ms", 0.0) / 1000
-    for sentence in watch.news(found) if found else ():
+    for sentence in watch.new_warnings(found) if found else ():
         tqdm.write(f"warning: step {step}: {sentence}", file=sys.stderr)
     tokens_per_s = config.batch_tokens / seconds
     return {
@@ -429,7 +429,7 @@ def find_learning_rate(config: Config, ranks: Distributed) -> int:
         trainer.config = dataclasses.replace(config, lr=rate, min_lr=rate, warmup_steps=0)
         return train_step(trainer, *loader.batch(step - 1), step)[0]
 
-    find_lr.run(loss_at, UserError, Path(config.out_dir), quiet=ranks.rank > 0)
+    find_lr.run_finder(loss_at, Path(config.out_dir), quiet=ranks.rank > 0)
     return 0
 
 
@@ -476,9 +476,9 @@ def main(arguments: list[str] | None = None) -> None:
         if config.plan:
             status = show_plan(config)
         elif grid is not None:
-            status = sweep.run(Path(__file__), arguments, grid, parse)
+            status = sweep.train_grid(Path(__file__), arguments, grid, parse)
         elif config.ladder:
-            status = ladder.climb(Path(__file__), arguments, parse)
+            status = sweep.climb_ladder(Path(__file__), arguments, parse)
         else:
             status = run(config)
     raise SystemExit(status)

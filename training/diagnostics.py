@@ -1,27 +1,27 @@
 """
-Diagnostics: what goes on inside a GPT while it trains, and what looks wrong about it (train_gpt2.py --diagnose N).
+Diagnostics (train_gpt2.py --diagnose N): what happens inside a GPT while it trains, and what looks wrong.
 
-Of a step that is diagnosed, log.jsonl holds a dict "diagnostics". Its lists have an entry a layer, h.0 first, and null
-where there is no number; RMS is the root of the mean square:
+A diagnosed step adds a dict "diagnostics" to its line in log.jsonl. Its lists have one entry per layer, h.0 first, null
+for anything not finite; RMS is the root of the mean square:
 
-    update_ratio         log10 of RMS(update) / RMS(weight) of every kind of matrix; the update is all that the step did
-    gradient_ratio       log10 of RMS(gradient) / RMS(weight); gradients are as the optimizer sees them, clipped
+    update_ratio         log10 of RMS(update) / RMS(weight) per kind of matrix; the update is all that the step did
+    gradient_ratio       log10 of RMS(gradient) / RMS(weight); gradients as the optimizer sees them, clipped
     gradient_mean, _std  of the same gradients
-    gelu_mean, _std      of the GELU's output; gelu_dead: share of its inputs below -3, where its slope is under 0.012
+    gelu_mean, _std      of the GELU's output; gelu_dead: fraction of its inputs below -3, whose slope is under 0.012
     attention_mean, _std of what attention adds to the residual stream
-    attention_entropy    of a query's weights, as a share of the most it can be, ln(keys); mean over heads and queries
-    attention_focused    share of (head, query) pairs with an entropy under 0.1 nats: all on one key
-    residual             RMS of the residual stream, before every ln_1 and ln_2 and before ln_f: the median over tokens
-    logit_std, entropy   of the predictions: the spread over the vocabulary, and nats; means over tokens
+    attention_entropy    of the attention weights, as a fraction of the maximum ln(keys); mean over heads and queries
+    attention_focused    fraction of (head, query) pairs with an entropy under 0.1 nats: all weight on one key
+    residual             RMS of the residual stream before every ln_1 and ln_2 and before ln_f: the median over tokens
+    logit_std, entropy   of the predictions: spread over the vocabulary, and nats; means over tokens
     loss                 nats per token, of the same predictions
     loss_by_position     the same at positions 0, 1, 2-3, 4-7, 8-15, ...
-    schedule             the learning rate, as a share of its peak
+    schedule             the learning rate as a fraction of its peak
     ms                   what the diagnosis cost
-    warnings             kind -> sentence, see `warnings`
+    warnings             kind -> sentence, see find_warnings
 
-Activations come from one more forward pass without gradients, before the step, over a few sequences of its batch, in
-the plain model; gradients and updates from hooks around the optimizers' step. A step without diagnosis runs no line of
-this. The ratio of update to weight, and pictures like these: A. Karpathy, "Building makemore part 3", 2022.
+Activations come from an extra forward pass before the step, over a few sequences of its batch, in the plain model;
+gradients and updates from hooks around the optimizers' step. Steps that are not diagnosed run none of this code.
+Source of the update-to-weight ratio and of such pictures: A. Karpathy, "Building makemore part 3", 2022.
 """
 
 import contextlib
@@ -39,23 +39,23 @@ from torch import Tensor, nn
 
 from data.files import atomic_write
 
-SEQUENCES = 16  # of the batch, for the activations: position 0 has no more samples than that
-ATTENTION_SEQUENCES, ATTENTION_QUERIES = 4, 64  # for the entropy, which needs a row of weights a query
+SEQUENCES = 16  # of the batch, for the activations
+ATTENTION_SEQUENCES, ATTENTION_QUERIES = 4, 64  # for the entropy, which needs a row of weights per query
 FIRST_QUERY = 8  # queries that see fewer keys say little about focus
-KINDS = ("c_attn", "attn.c_proj", "c_fc", "mlp.c_proj")  # of a layer's matrices
+KINDS = {"c_attn": "attn.c_attn", "attn.c_proj": "attn.c_proj", "c_fc": "mlp.c_fc", "mlp.c_proj": "mlp.c_proj"}
 DEAD, FOCUSED = -3.0, 0.1  # see gelu_dead and attention_focused above
 
 
-# --------------------------------------------------------------------------------------------------------- measuring
+# ----------------------------------------------------------------------------------------------------------- measuring
 
 
 class Diagnostics:
     """
-    Measures a training step from around it.
+    Measure training steps from outside.
 
-    model:      a GPT, the plain module: neither compiled nor wrapped by DDP; its weights are those that train
-    optimizers: those that train it; the update is what their `step` does to the matrices
-    autocast:   gives the context in which the model computes
+    model:      a GPT, the plain module: neither compiled nor wrapped by DDP, with the weights that train
+    optimizers: the ones that train it; the update is what their `step` does to the matrices
+    autocast:   returns the context in which the model computes
     """
 
     def __init__(
@@ -65,60 +65,48 @@ class Diagnostics:
         autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ):
         self.model, self.optimizers, self.autocast = model, optimizers, autocast
-        self._said = set()
+        self._reported = set()
 
     @contextlib.contextmanager
     def watching(self, inputs: Tensor, targets: Tensor) -> Iterator[dict]:
         """
-        A context around one training step over this batch; it gives a dict, with the
-        activations at once, and with all else when the context ends without an exception.
-
-        inputs, targets: (sequences, T) int64, on the model's device. The step may be interrupted by an exception.
+        Surround one training step over this batch. Yield a dict that holds the activations at once, and everything else
+        when the context ends without an exception. inputs, targets: (sequences, T) int64, on the model's device.
         """
-        found, watched = {}, _Updates(self.model)
         began = time.perf_counter()
-        found |= activations(self.model, inputs[:SEQUENCES], targets[:SEQUENCES], self.autocast)
+        updates = _Updates(self.model)
+        found = measure_activations(self.model, inputs[:SEQUENCES], targets[:SEQUENCES], self.autocast)
         seconds = time.perf_counter() - began
-        handles = [o.register_step_pre_hook(watched.before) for o in self.optimizers]
-        handles += [o.register_step_post_hook(watched.after) for o in self.optimizers]
+        handles = [o.register_step_pre_hook(updates.before) for o in self.optimizers]
+        handles += [o.register_step_post_hook(updates.after) for o in self.optimizers]
         try:
             yield found
         finally:
             for handle in handles:
                 handle.remove()
         began = time.perf_counter()
-        found |= watched.found()
-        found["ms"] = round(1000 * (seconds + watched.seconds + time.perf_counter() - began), 1)
-        found["warnings"] = warnings(found, self.model.config.vocab_size)
+        found |= updates.results()
+        found["ms"] = round(1000 * (seconds + updates.seconds + time.perf_counter() - began), 1)
+        found["warnings"] = find_warnings(found, self.model.config.vocab_size)
 
-    def news(self, found: dict) -> list[str]:
-        """The warnings of a record whose kind is new since this object was made: for the terminal."""
-        fresh = {kind: text for kind, text in found["warnings"].items() if kind not in self._said}
-        self._said |= set(fresh)
-        return list(fresh.values())
-
-
-def matrices(model: nn.Module) -> dict[str, list[Tensor]]:
-    """Kind of matrix -> the weights of that kind, one a layer; the embeddings have one each."""
-    layers = model.transformer.h
-    return {
-        "c_attn": [block.attn.c_attn.weight for block in layers],
-        "attn.c_proj": [block.attn.c_proj.weight for block in layers],
-        "c_fc": [block.mlp.c_fc.weight for block in layers],
-        "mlp.c_proj": [block.mlp.c_proj.weight for block in layers],
-        "wte": [model.transformer.wte.weight],
-        "wpe": [model.transformer.wpe.weight],
-    }
+    def new_warnings(self, found: dict) -> list[str]:
+        """Return the warnings of a kind that this method has not returned before: for the terminal."""
+        new = {kind: text for kind, text in found["warnings"].items() if kind not in self._reported}
+        self._reported |= set(new)
+        return list(new.values())
 
 
 class _Updates:
-    """Hooks of the optimizers: gradients and weights right before a step, and what the step changed."""
+    """Optimizer hooks: gradients and weights right before a step, and what the step changed."""
 
     def __init__(self, model: nn.Module):
-        self.kinds, self.seconds, self.schedule = matrices(model), 0.0, None
+        layers, wte = model.transformer.h, model.transformer.wte.weight
+        self.kinds = {kind: [block.get_submodule(path).weight for block in layers] for kind, path in KINDS.items()}
+        self.kinds |= {"wte": [wte], "wpe": [model.transformer.wpe.weight]}
         self.rows = {id(p): p.shape[0] for parameters in self.kinds.values() for p in parameters}
-        self.rows[id(model.transformer.wte.weight)] = model.config.vocab_size  # what follows is padding
+        self.rows[id(wte)] = model.config.vocab_size  # the rest is padding
         self.copies, self.stats = {}, defaultdict(dict)  # by the id of the parameter
+        self.seconds, self.schedule = 0.0, None
 
     @torch.no_grad()
     def before(self, optimizer: torch.optim.Optimizer, *_) -> None:
@@ -145,68 +133,64 @@ class _Updates:
             self.stats[id(p)]["update_ratio"] = (update / self.stats[id(p)]["update_ratio"]).log10()
         self.seconds += time.perf_counter() - began
 
-    def found(self) -> dict:
-        found = {"schedule": self.schedule and float(f"{self.schedule:.3g}")}
-        for name in ("update_ratio", "gradient_ratio", "gradient_mean", "gradient_std"):
-            nothing = torch.tensor(math.nan)
-            values = {
-                kind: _numbers([self.stats[id(p)].get(name, nothing) for p in parameters])
-                for kind, parameters in self.kinds.items()
-            }
-            found[name] = values
-        return found
+    def results(self) -> dict:
+        missing = torch.tensor(math.nan)
+        return {"schedule": self.schedule and float(f"{self.schedule:.3g}")} | {
+            name: {kind: _floats([self.stats[id(p)].get(name, missing) for p in ps]) for kind, ps in self.kinds.items()}
+            for name in ("update_ratio", "gradient_ratio", "gradient_mean", "gradient_std")
+        }
 
 
 @torch.no_grad()
-def activations(model: nn.Module, inputs: Tensor, targets: Tensor, autocast: Callable = contextlib.nullcontext) -> dict:
-    """The part of a record that a forward pass over inputs and targets, (sequences, T) int64, gives; no dropout."""
+def measure_activations(
+    model: nn.Module, inputs: Tensor, targets: Tensor, autocast: Callable = contextlib.nullcontext
+) -> dict:
+    """Return what a forward pass without dropout tells. inputs, targets: (sequences, T) int64."""
     stats = defaultdict(list)
 
-    def attention(name: str, y: Tensor) -> None:
+    def add_moments(name: str, y: Tensor) -> None:
         stats[f"{name}_mean"].append(y.mean())
         stats[f"{name}_std"].append(y.std(correction=0))
 
     def mlp_hook(mlp: nn.Module, args: tuple, _) -> None:
         z = F.linear(args[0], mlp.c_fc.weight, mlp.c_fc.bias).float()
         stats["gelu_dead"].append((z < DEAD).float().mean())
-        attention("gelu", F.gelu(z, approximate="tanh"))
+        add_moments("gelu", F.gelu(z, approximate="tanh"))
 
-    def attention_hook(_, __, y: Tensor) -> None:
-        attention("attention", y.float())
-
-    def entropy_hook(n_head: int, qkv: Tensor) -> None:
-        entropy, most = attention_entropy(qkv[:ATTENTION_SEQUENCES], n_head)
-        stats["attention_entropy"].append((entropy / most).mean())
+    def attention_hook(attention: nn.Module, args: tuple, y: Tensor) -> None:
+        add_moments("attention", y.float())
+        x = args[0][:ATTENTION_SEQUENCES]
+        qkv = F.linear(x, attention.c_attn.weight, attention.c_attn.bias)
+        entropy, maximum = attention_entropy(qkv, attention.n_head)
+        stats["attention_entropy"].append((entropy / maximum).mean())
         stats["attention_focused"].append((entropy < FOCUSED).float().mean())
 
-    def stream_hook(_, __, output: tuple) -> None:
+    def residual_hook(_, __, output: tuple) -> None:
         stats["residual"].append(output[1].float().square().mean(-1).sqrt().median())
 
-    handles = [model.transformer.ln_f.register_forward_hook(stream_hook)]
+    handles = [model.transformer.ln_f.register_forward_hook(residual_hook)]
     for block in model.transformer.h:
-        handles += [norm.register_forward_hook(stream_hook) for norm in (block.ln_1, block.ln_2)]
+        handles += [norm.register_forward_hook(residual_hook) for norm in (block.ln_1, block.ln_2)]
         handles += [block.mlp.register_forward_hook(mlp_hook), block.attn.register_forward_hook(attention_hook)]
-        hook = lambda module, args, qkv, n_head=block.attn.n_head: entropy_hook(n_head, qkv)  # noqa: E731
-        handles.append(block.attn.c_attn.register_forward_hook(hook))
     was_training = model.training
     model.eval()
     try:
         with autocast():
             hidden = model.hidden(inputs)
-            predictions = predicted(hidden, model.transformer.wte.weight[: model.config.vocab_size], targets)
+            predictions = measure_predictions(hidden, model.transformer.wte.weight[: model.config.vocab_size], targets)
     finally:
         model.train(was_training)
         for handle in handles:
             handle.remove()
-    return {name: _numbers(values) for name, values in stats.items()} | predictions
+    return {name: _floats(values) for name, values in stats.items()} | predictions
 
 
 def attention_entropy(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor]:
     """
-    Entropy of attention weights, in nats, for some of the queries, evenly spread.
+    Compute the entropy of attention weights, in nats, for some evenly spread queries.
 
-    qkv: (B, T, 3C) packed. Returns (B, H, queries) and the most that each query can have, (queries,): ln(keys). Nothing
-    where T is too short to say anything: then there are no queries.
+    qkv: (B, T, 3C) packed
+    Returns (B, H, queries), and each query's maximum ln(keys), (queries,). No queries if T is below FIRST_QUERY.
     """
     B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     count = max(0, min(T - FIRST_QUERY, ATTENTION_QUERIES))
@@ -219,8 +203,8 @@ def attention_entropy(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor]:
     return torch.special.entr(weights).sum(-1), (queries + 1).log()
 
 
-def predicted(hidden: Tensor, wte: Tensor, targets: Tensor) -> dict:
-    """logit_std, entropy, loss, loss_by_position. hidden: (B, T, C), wte: (V, C), targets: (B, T) int64."""
+def measure_predictions(hidden: Tensor, wte: Tensor, targets: Tensor) -> dict:
+    """Return logit_std, entropy, loss, loss_by_position. hidden: (B, T, C), wte: (V, C), targets: (B, T) int64."""
     stds, entropies, losses = [], [], []
     for x, y in zip(hidden, targets, strict=True):  # one sequence at a time: logits are large
         logits = F.linear(x, wte).float()
@@ -230,103 +214,105 @@ def predicted(hidden: Tensor, wte: Tensor, targets: Tensor) -> dict:
         losses.append(-log_p.gather(1, y[:, None])[:, 0])
     loss = torch.stack(losses).mean(0)  # (T,)
     bins = [loss[start:end].mean() for start, end in position_bins(len(loss))]
-    means = _numbers([torch.stack(values).mean() for values in (stds, entropies, losses)])
-    return dict(zip(("logit_std", "entropy", "loss"), means, strict=True)) | {"loss_by_position": _numbers(bins)}
+    means = _floats([torch.stack(values).mean() for values in (stds, entropies, losses)])
+    return dict(zip(("logit_std", "entropy", "loss"), means, strict=True)) | {"loss_by_position": _floats(bins)}
 
 
 def position_bins(T: int) -> list[tuple[int, int]]:
-    """The positions of a block of T, cut at 1, 2, 4, 8, ...: what a context twice as long is worth."""
+    """Cut the positions of a block of T at 1, 2, 4, 8, ...: each bin shows what twice the context is worth."""
     edges = [0, *(2**i for i in range(T.bit_length()) if 2**i < T), T]
     return list(zip(edges, edges[1:], strict=False))
 
 
-def _numbers(values: list[Tensor]) -> list[float | None]:
-    """As floats of three digits, in one transfer from the device; None for what is no number."""
+def _floats(values: list[Tensor]) -> list[float | None]:
+    """Return floats of three digits, in one transfer from the device; None for what is not finite."""
     if not values:
         return []
     floats = torch.stack([value.to(values[-1].device) for value in values]).tolist()
     return [float(f"{value:.3g}") if math.isfinite(value) else None for value in floats]
 
 
-# ---------------------------------------------------------------------------------------------------------- warnings
+# ------------------------------------------------------------------------------------------------------------ warnings
 
 USUAL_UPDATE = -3.0  # log10 of update / weight: Karpathy's rule of thumb for a step at the peak learning rate
 SMALL_UPDATE = -4.5  # 30 times less
-LARGE_UPDATE = -0.3  # half of the weight at a step: what was learnt before is gone
-PEAK_UPDATE = 0.5  # what it would be at the peak of the schedule: weights grow until then, but not by so much
-GRADIENT_SPREAD = 1000.0  # between layers, of the same kind of matrix
-MUCH_DEAD = 0.5  # share of a layer's GELU inputs; a unit on the dead side passes next to no gradient
-MUCH_FOCUSED = 0.9  # share; entropy collapse: Zhai et al. 2023, https://arxiv.org/abs/2303.06296
-GROWTH = 30.0  # of the stream in half a layer; the first MLP of the laptop preset reaches 8
-UNTRAINED_GROWTH = 6.0  # the same while nothing is learnt, so from the initialisation; six layers as wide as XL: 4.9
-UNTRAINED = 0.9  # share of ln V that the entropy of predictions has when nothing is learnt yet
+LARGE_UPDATE = -0.3  # half of the weight per step: what was learned before is gone
+PEAK_UPDATE = 0.5  # extrapolated to the peak of the schedule: weights grow until then, but not by so much
+GRADIENT_SPREAD = 1000.0  # between layers, for the same kind of matrix
+MANY_DEAD = 0.5  # fraction of a layer's GELU inputs; a dead unit passes almost no gradient
+MANY_FOCUSED = 0.9  # entropy collapse: Zhai et al. 2023, https://arxiv.org/abs/2303.06296
+GROWTH = 30.0  # of the residual stream in half a layer; the first MLP of the laptop preset reaches 8
+UNTRAINED_GROWTH = 6.0  # the same before anything is learned, so from the initialization; six layers as wide as XL: 4.9
+UNTRAINED = 0.9  # entropy of the predictions, as a fraction of ln V, before anything is learned
 GUESSING = 0.5  # nats by which the loss may exceed ln V, a uniform guess; fresh and as wide as GPT-2 XL: 0.4
-OVERCONFIDENT = 1.0  # nats by which the loss may exceed the entropy: a model that knows what it knows has them equal
-LATE_LOSS = 1.0  # nats by which the end of a block, half of it or less, may be worse than as much before it
+OVERCONFIDENT = 1.0  # nats by which the loss may exceed the entropy; a calibrated model has them equal
+LATE_LOSS = 1.0  # nats by which the last bin of positions may be worse than the one before
 
 
-def warnings(found: dict, vocab_size: int) -> dict[str, str]:
-    """What looks wrong in a record, the dict "diagnostics" of a step: kind -> a plain sentence. Empty: nothing does."""
+def find_warnings(found: dict, vocab_size: int) -> dict[str, str]:
+    """Return what looks wrong in a record, the dict "diagnostics" of a step: kind -> sentence."""
     losses = found["loss_by_position"]
+    finite = None not in (found["logit_std"], *losses, *found["residual"])
     said = {
-        "not_finite": _not_finite(found),
-        "updates": _updates(found["update_ratio"], found["schedule"]),
-        "gradients": _gradients(found["gradient_std"]),
-        "gelu": _share(found, "gelu_dead", MUCH_DEAD, "{:.0%} of layer {}'s GELU inputs are on the dead side"),
-        "attention": _share(found, "attention_focused", MUCH_FOCUSED, "{:.0%} of layer {}'s queries look at one key"),
-        "residual": _growth(found["residual"], found["entropy"], vocab_size),
+        "not_finite": "" if finite else "activations or predictions are not finite: the weights are lost",
+        "updates": _check_updates(found["update_ratio"], found["schedule"]),
+        "gradients": _check_gradients(found["gradient_std"]),
+        "gelu": _check_fractions(found.get("gelu_dead"), MANY_DEAD, "GELU inputs are on the dead side"),
+        "attention": _check_fractions(found.get("attention_focused"), MANY_FOCUSED, "queries look at one key"),
+        "residual": _check_growth(found["residual"], found["entropy"], vocab_size),
     }
-    if None not in (found["loss"], found["entropy"], *losses):
-        said |= _predictions(found["loss"], found["entropy"], losses, vocab_size)
+    if None not in (loss := found["loss"], entropy := found["entropy"], *losses):
+        guess = math.log(vocab_size)
+        if loss > guess + GUESSING:
+            said["guessing"] = f"the loss, {loss:.2f}, is worse than a random guess, {guess:.2f}"
+        if loss > entropy + OVERCONFIDENT:
+            said["confidence"] = f"predictions are confident and wrong: loss {loss:.2f}, entropy {entropy:.2f}"
+        if len(losses) > 1 and losses[-1] > losses[-2] + LATE_LOSS:
+            said["position"] = f"loss {losses[-1]:.2f} at the end of a block, {losses[-2]:.2f} before: context harms"
     return {kind: sentence for kind, sentence in said.items() if sentence}
 
 
-def _not_finite(found: dict) -> str:
-    values = [found["logit_std"], *found["loss_by_position"], *found["residual"]]
-    return "activations or predictions are not finite: the weights are lost" if None in values else ""
-
-
-def _updates(ratios: dict[str, list], schedule: float | None) -> str:
+def _check_updates(ratios: dict[str, list], schedule: float | None) -> str:
     places = [
-        (ratio, i, kind) for kind, layers in ratios.items() for i, ratio in enumerate(layers) if ratio is not None
+        (ratio, kind, i) for kind, layers in ratios.items() for i, ratio in enumerate(layers) if ratio is not None
     ]
     if not places or not schedule:
         return ""
     (low, *lowest), (high, *highest) = min(places), max(places)
     if high > LARGE_UPDATE:
         return f"{_place(*highest)} changes by {10**high:.0%} of its size in one step: the learning rate is too high"
-    peak, *highest = max((place for place in places if place[2] in KINDS), default=places[0])
+    peak, *highest = max((place for place in places if place[1] in KINDS), default=places[0])
     peak -= math.log10(schedule)
     if peak > PEAK_UPDATE:
         change = f"would change by {10**peak:.0%} of its size in one step"
         return f"at the peak of the schedule {_place(*highest)} {change}: the learning rate is too high"
     low -= math.log10(schedule)
     if low < SMALL_UPDATE:
-        times = 10 ** (USUAL_UPDATE - low)
-        return f"the updates of {_place(*lowest)} are {times:,.0f} times smaller than its weights warrant"
+        return f"the updates of {_place(*lowest)} are {10 ** (USUAL_UPDATE - low):,.0f} times smaller than usual"
     return ""
 
 
-def _gradients(stds: dict[str, list]) -> str:
+def _check_gradients(stds: dict[str, list]) -> str:
     for kind, layers in stds.items():
         if any(std == 0 for std in layers):
-            return f"{_place(layers.index(0), kind)} gets no gradient at all"
+            return f"{_place(kind, layers.index(0))} gets no gradient at all"
         if layers and None not in layers and max(layers) > GRADIENT_SPREAD * min(layers):
             most, least = layers.index(max(layers)), layers.index(min(layers))
             times = f"{layers[most] / layers[least]:,.0f} times larger than in layer {least}"
-            return f"the gradient of {_place(most, kind)} is {times}: gradients vanish or explode on the way"
+            return f"the gradient of {_place(kind, most)} is {times}: gradients vanish or explode on the way"
     return ""
 
 
-def _share(found: dict, name: str, limit: float, sentence: str) -> str:
-    shares = [share or 0.0 for share in found.get(name, [])]
-    worst = max(shares, default=0.0)
-    others = sum(share > limit for share in shares) - 1
-    more = f", and {others} more layer{'s' * (others > 1)} like it" if others > 0 else ""
-    return sentence.format(worst, shares.index(worst)) + more if worst > limit else ""
+def _check_fractions(fractions: list | None, limit: float, what: str) -> str:
+    high = [layer for layer, fraction in enumerate(fractions or []) if (fraction or 0.0) > limit]
+    if not high:
+        return ""
+    worst = max(high, key=lambda layer: fractions[layer])
+    more = f", and {len(high) - 1} more layer{'s' if len(high) > 2 else ''} like it" if len(high) > 1 else ""
+    return f"{fractions[worst]:.0%} of layer {worst}'s {what}{more}"
 
 
-def _growth(residual: list, entropy: float | None, vocab_size: int) -> str:
+def _check_growth(residual: list, entropy: float | None, vocab_size: int) -> str:
     if None in residual or entropy is None:
         return ""
     untrained = entropy > UNTRAINED * math.log(vocab_size)
@@ -335,137 +321,106 @@ def _growth(residual: list, entropy: float | None, vocab_size: int) -> str:
     if worst <= (UNTRAINED_GROWTH if untrained else GROWTH):
         return ""
     layer, second = divmod(growths.index(worst), 2)
-    remedy = "initialise c_proj smaller" if untrained else "what came before is drowned"
-    branch = "MLP" if second else "attention"
-    return f"layer {layer}'s {branch} makes the residual stream {worst:.0f} times larger: {remedy}"
+    hint = "initialize c_proj smaller" if untrained else "what came before is drowned out"
+    return (
+        f"layer {layer}'s {'MLP' if second else 'attention'} makes the residual stream {worst:.0f} times larger: {hint}"
+    )
 
 
-def _predictions(loss: float, entropy: float, losses: list[float], vocab_size: int) -> dict[str, str]:
-    said, guess = {}, math.log(vocab_size)
-    if loss > guess + GUESSING:
-        said["guessing"] = f"the loss, {loss:.2f}, is worse than a guess at random, {guess:.2f}"
-    if loss > entropy + OVERCONFIDENT:
-        said["confidence"] = f"predictions are sure and wrong: loss {loss:.2f}, entropy {entropy:.2f}; logits too large"
-    if len(losses) > 1 and losses[-1] > losses[-2] + LATE_LOSS:
-        said["position"] = f"the end of a block has loss {losses[-1]:.2f}, its middle {losses[-2]:.2f}: context harms"
-    return said
+def _place(kind: str, layer: int) -> str:
+    return f"layer {layer}'s {kind}" if kind in KINDS else kind
 
 
-def _place(layer: int, kind: str) -> str:
-    return kind if kind in ("wte", "wpe") else f"layer {layer}'s {kind}"
+# ------------------------------------------------------------------------------------------------------------- picture
 
-
-# ------------------------------------------------------------------------------------------------------------ picture
-
-DRAWN = 200  # diagnoses at most, evenly chosen: more lines tell no more and take long
-PANELS = {  # in reading order: the name in a record -> what the picture says about it
-    "update_ratio": "update / weight, log10",
-    "gradient_ratio": "gradient / weight, log10",
-    "gradient_std": "gradient: standard deviation",
-    "gradient_mean": "gradient: mean",
-    "gelu_mean": "GELU output: mean",
-    "gelu_std": "GELU output: standard deviation",
-    "gelu_dead": f"GELU inputs on the dead side (< {DEAD:g})",
-    "residual": "residual stream: RMS by depth",
-    "attention_mean": "attention output: mean",
-    "attention_std": "attention output: standard deviation",
-    "attention_entropy": "attention entropy, share of the most it can be",
-    "attention_focused": f"attention on one key (entropy < {FOCUSED:g} nats)",
+MAX_DRAWN = 200  # diagnoses, evenly chosen: more lines tell no more and take long
+PANELS = {  # in reading order: name in a record -> title, horizontal axis, and the vertical scale, shared by its name
+    "update_ratio": ("update / weight, log10", "step", "ratio"),
+    "gradient_ratio": ("gradient / weight, log10", "step", "ratio"),
+    "gradient_std": ("gradient: standard deviation", "step", "log gradient"),
+    "gradient_mean": ("gradient: mean", "step", "gradient"),
+    "gelu_mean": ("GELU output: mean", "step", "mean"),
+    "attention_mean": ("attention output: mean", "step", "mean"),
+    "gelu_std": ("GELU output: standard deviation", "step", "std"),
+    "attention_std": ("attention output: standard deviation", "step", "std"),
+    "gelu_dead": (f"GELU inputs on the dead side (< {DEAD:g})", "step", "fraction"),
+    "attention_focused": (f"attention on one key (entropy < {FOCUSED:g} nats)", "step", "fraction"),
+    "attention_entropy": ("attention entropy / its maximum", "step", "fraction"),
+    "residual": ("residual stream: RMS by depth", "layers passed", "log residual"),
+    "entropy": ("predictions: entropy and loss, nats", "step", "nats"),
+    "loss_by_position": ("loss by position in the block, nats", "position", "nats"),
+    "logit_std": ("logits: standard deviation", "step", "logits"),
 }
-SHARES = ("gelu_dead", "attention_entropy", "attention_focused")  # panels from 0 to 1
 
 
 def draw(records: list[dict], path: str | Path, title: str = "") -> None:
-    """A picture of all diagnoses in `records`, lines of log.jsonl, as the PNG `path`; none where there is none."""
-    from matplotlib import colormaps
+    """Draw the diagnoses in `records`, lines of log.jsonl, as the PNG `path`; nothing if there are none."""
     from matplotlib.figure import Figure
 
     records = [record for record in records if "diagnostics" in record]
     if not records:
         return
     text = _warnings_text(records)
-    if len(records) > DRAWN:
-        records = [records[round(i * (len(records) - 1) / (DRAWN - 1))] for i in range(DRAWN)]
+    if len(records) > MAX_DRAWN:
+        records = [records[round(i * (len(records) - 1) / (MAX_DRAWN - 1))] for i in range(MAX_DRAWN)]
     steps, found = [record["step"] for record in records], [record["diagnostics"] for record in records]
-    by_depth, by_step = colormaps["viridis"], colormaps["plasma"]
-    axes = (figure := Figure(figsize=(18, 14), layout="constrained")).subplots(4, 4)
-    for axis, (name, label) in zip(axes[:3].flat, PANELS.items(), strict=True):
-        if name == "residual":
-            _by_depth(axis, steps, found, by_step)
-        else:
-            _over_steps(axis, steps, found, name, by_depth)
+    axes, scales = (figure := Figure(figsize=(18, 14), layout="constrained")).subplots(4, 4).flat, {}
+    for axis, (name, (label, x, scale)) in zip(axes, PANELS.items(), strict=False):
+        _draw_panel(axis, steps, found, name, x)
         axis.set_title(label, fontsize=11)
-    axes[0, 0].axhline(USUAL_UPDATE, color="red", linestyle="--", linewidth=1)
-    place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-    axes[0, 0].annotate("1e-3: usual", (0.99, USUAL_UPDATE), (0, 3), **place, color="red", ha="right", fontsize=9)
-    _of_predictions(axes[3], steps, found, by_step)
-    axes[3, 3].set_title("warnings", fontsize=11)
-    axes[3, 3].axis("off")
-    axes[3, 3].text(0, 0.98, text or "none", va="top", fontsize=9, color="darkred" if text else "darkgreen")
+        axis.set_xlabel(x)
+        axis.grid(alpha=0.3)
+        if scale.startswith("log"):
+            axis.set_yscale("log")
+        if scale in scales:
+            axis.sharey(scales[scale])
+            axis.autoscale(axis="y")
+        scales.setdefault(scale, axis)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+    scales["fraction"].set_ylim(-0.03, 1.03)
+    axes[15].set_title("warnings", fontsize=11)
+    axes[15].axis("off")
+    axes[15].text(0, 0.98, text or "none", va="top", fontsize=9, color="darkred" if text else "darkgreen")
     figure.suptitle(title)
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=80))
 
 
-def _over_steps(axis, steps: list[int], found: list[dict], name: str, colours) -> None:
-    """A line a layer, dark for the first and bright for the last; dashed: the embeddings."""
-    values = [_layers(record[name]) if name in record else [] for record in found]
-    n_layer = max(map(len, values))
-    for layer in range(n_layer):
-        line = [value[layer] if layer < len(value) else math.nan for value in values]
-        colour = colours(0.9 * layer / max(1, n_layer - 1))
-        labelled = {"label": f"layer {layer}"} if layer in (0, n_layer - 1) else {}
-        axis.plot(steps, line, "o-", color=colour, markersize=3, linewidth=1.2, **labelled)
-    for kind, style in {"wte": "--", "wpe": ":"}.items():
-        if kind in (found[-1].get(name) if isinstance(found[-1].get(name), dict) else {}):
+def _draw_panel(axis, steps: list[int], found: list[dict], name: str, x: str) -> None:
+    """Draw a line per layer over the steps, or a line per step over depth or position; dark lines come first."""
+    from matplotlib import colormaps
+
+    rows, names = [_layers(record.get(name, [])) for record in found], {}
+    if x == "step":
+        n = max(map(len, rows))
+        lines = [[row[i] if i < len(row) else math.nan for row in rows] for i in range(n)]
+        at, colors = steps, colormaps["viridis"]
+        if isinstance(found[-1].get(name), dict | list):
+            names = {0: "layer 0", n - 1: f"layer {n - 1}"}
+        if name == "entropy":
+            lines += [[_float(record["loss"]) for record in found]]
+            names = {0: "entropy", 1: "loss"}
+    else:
+        lines, colors = rows, colormaps["plasma"]
+        names = {i: f"step {steps[i]:,}" for i in (0, len(steps) - 1)}
+        at = [i / 2 for i in range(len(rows[0]))] if name == "residual" else range(len(rows[0]))
+    for i, line in enumerate(lines):
+        color = colors(0.9 * i / max(1, len(lines) - 1))
+        axis.plot(at, line, "o-", color=color, markersize=3, linewidth=1.2, label=names.get(i))
+    if isinstance(found[-1].get(name), dict):
+        for kind, style in {"wte": "--", "wpe": ":"}.items():
             line = [_float(record[name][kind][0]) for record in found]
             axis.plot(steps, line, style, color="grey", linewidth=1.2, label=kind)
-    if name == "gradient_std":
-        axis.set_yscale("log")
-    if name in SHARES:
-        axis.set_ylim(-0.03, 1.03)
-    axis.set_xlabel("step")
-    axis.grid(alpha=0.3)
-    if axis.lines:
-        axis.legend(fontsize=8)
-
-
-def _by_depth(axis, steps: list[int], found: list[dict], colours) -> None:
-    for i, (step, record) in enumerate(zip(steps, found, strict=True)):
-        line = [_float(value) for value in record["residual"]]
-        ends = {"label": f"step {step:,}"} if i in (0, len(steps) - 1) else {}
-        depth = [place / 2 for place in range(len(line))]
-        axis.plot(depth, line, "o-", color=colours(0.9 * i / max(1, len(steps) - 1)), markersize=3, **ends)
-    axis.set(xlabel="layers passed", yscale="log")
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-
-
-def _of_predictions(axes, steps: list[int], found: list[dict], colours) -> None:
-    """The last row: spread of the logits, entropy and loss, loss by position."""
-    axes[0].plot(steps, [_float(record["logit_std"]) for record in found], "o-", markersize=3)
-    axes[0].set_title("logits: standard deviation over the vocabulary", fontsize=11)
-    axes[1].plot(steps, [_float(record["entropy"]) for record in found], "o-", markersize=3, label="entropy")
-    axes[1].plot(steps, [_float(record["loss"]) for record in found], "o-", markersize=3, label="loss")
-    axes[1].set_title("predictions, nats: sure as they are right?", fontsize=11)
-    for i, (step, record) in enumerate(zip(steps, found, strict=True)):
-        line = [_float(value) for value in record["loss_by_position"]]
-        ends = {"label": f"step {step:,}"} if i in (0, len(steps) - 1) else {}
-        axes[2].plot(
-            range(len(line)), line, "o-", color=colours(0.9 * i / max(1, len(steps) - 1)), markersize=3, **ends
-        )
-    names = ["0", "1", *(f"{2**i}+" for i in range(1, len(line) - 1))][: len(line)]
-    axes[2].set_xticks(range(len(line)), names, fontsize=8)
-    axes[2].set_title("loss by position in the block", fontsize=11)
-    for axis, label in zip(axes, ("step", "step", "position"), strict=False):
-        axis.set_xlabel(label)
-        axis.grid(alpha=0.3)
-    axes[1].legend(fontsize=8)
-    axes[2].legend(fontsize=8)
+    if name == "update_ratio":
+        axis.axhline(USUAL_UPDATE, color="red", linestyle="--", linewidth=1, label="usual: 1e-3")
+    if name == "residual":
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    if name == "loss_by_position":
+        axis.set_xticks(at, ["0", "1", *(f"{2**i}+" for i in range(1, len(at) - 1))][: len(at)], fontsize=8)
 
 
 def _warnings_text(records: list[dict]) -> str:
-    """Of every kind of warning the newest sentence, behind the steps at which it was said."""
+    """Return the newest sentence of every kind of warning, after the steps that it was said at."""
     said = defaultdict(list)
     for record in records:
         for kind, sentence in record["diagnostics"]["warnings"].items():
@@ -477,12 +432,12 @@ def _warnings_text(records: list[dict]) -> str:
     return "\n\n".join(lines)
 
 
-def _layers(values: dict | list) -> list[float]:
-    """One number a layer: as it is, or the median over a layer's kinds of matrices."""
-    if isinstance(values, list):
-        return [_float(value) for value in values]
+def _layers(values: dict | list | float | None) -> list[float]:
+    """Return one number per layer: as it is, or the median over a layer's kinds of matrices."""
+    if not isinstance(values, dict):
+        return [_float(value) for value in (values if isinstance(values, list) else [values])]
     rows = zip(*(values[kind] for kind in KINDS), strict=True)
-    return [statistics.median(numbers) if (numbers := [v for v in row if v is not None]) else math.nan for row in rows]
+    return [statistics.median(known) if (known := [v for v in row if v is not None]) else math.nan for row in rows]
 
 
 def _float(value: float | None) -> float:

@@ -1,26 +1,117 @@
-"""A grid of runs: `--sweep lr=1e-4,3e-4,1e-3 n_layer=4,6` trains every combination, one after another.
+"""
+Several runs, one after another: a grid of options (--sweep), or the ladder from a bigram to a small GPT (--ladder).
 
-Each combination is a cell, its folder `lr=0.001,n_layer=4` inside --out-dir; see cells.py for how they run, and what
-happens when one is interrupted or fails. All cells' command lines are parsed before the first one runs. It ends with a
-table, sweep.md, and a picture, sweep.png: the validation loss of every cell, and beside it, where an option has
-several numbers, against that option.
+    --sweep lr=1e-4,3e-4,1e-3 n_layer=4,6     six runs, in the folders lr=0.0001,n_layer=4 and so on
+    --ladder                                  the six runs of RUNGS, in the folders 1-bigram and so on
+
+Every command line is parsed before the first run starts. A run is a child process with a folder of its own inside
+--out-dir, and these folders are all that is remembered: the same command skips the runs whose log has reached
+--max-steps, resumes the one that was interrupted and retries those that failed. Ctrl-C is passed on to the run in
+progress, which saves and ends. If a run fails, its error goes into the table and the others continue. Written after
+every run, WHAT being sweep or ladder:
+
+    WHAT.md     a table: options, steps, parameters, training and validation loss per run
+    WHAT.png    the validation losses
 """
 
 import dataclasses
-import difflib
 import itertools
+import json
+import os
 import re
-from collections.abc import Sequence
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from data.files import UserError, as_flag
-from training.cells import SET_BY_US, Cell, Parse, chosen_folder, draw_curves, parsed, run_cells
+import torch
+
+from data import dataset_dir, prepare_if_missing, shards
+from data.files import UserError, as_flag, atomic_write, lock, parse_options
+from model import GPT
+from training.run import read_log, reference_losses
+
+Parse = Callable[[list[str]], object]  # a command line -> train_gpt2.Config
+RESERVED = {"out_dir", "resume", "sweep", "ladder", "plan", "find_lr"}  # a run of a sweep cannot choose these
+# these options leave the losses as they are: a finished run stays valid when they change
+WITHOUT_EFFECT = RESERVED | {
+    "keep", "checkpoint_every", "sample_every", "hellaswag_every", "hellaswag_input", "diagnose", "check",
+    "profile", "wandb", "tensorboard",
+}  # fmt: skip
+DIMENSIONS = ("n_layer", "n_head", "n_embd", "block_size")
+RUNGS = {  # folder -> what is new, and its options
+    "1-bigram": ("no layers: a bigram", "--n-layer=0 --n-head=1 --n-embd=32 --block-size=8 --lr=3e-2"),
+    "2-one-head": ("one layer, one head", "--n-layer=1 --n-head=1 --n-embd=32 --block-size=8 --lr=1e-2"),
+    "3-four-heads": ("four heads", "--n-layer=1 --n-head=4 --n-embd=32 --block-size=8 --lr=1e-2"),
+    "4-depth": ("four layers", "--n-layer=4 --n-head=4 --n-embd=32 --block-size=8 --lr=1e-2"),
+    "5-context": ("128 tokens of context", "--n-layer=4 --n-head=4 --n-embd=32 --block-size=128 --lr=1e-2"),
+    "6-width": ("128 channels", "--n-layer=4 --n-head=4 --n-embd=128 --block-size=128 --lr=3e-3"),
+}
+COMMON = (  # options of every rung; those of the command line win. Muon has nothing to train in a bigram
+    "--data=shakespeare-char --optimizer=adamw --batch-tokens=2048 --micro-batch=auto --max-steps=2400 "
+    "--warmup-steps=100 --weight-decay=0.1 --dropout=0 --eval-every=200 --eval-tokens=111540 --hellaswag-every=0 "
+    "--sample-every=0 --checkpoint-every=800 --keep=1"
+)
+
+
+@dataclasses.dataclass
+class SweepRun:
+    """One run of a sweep or ladder: its folder's name, its options in the table, its command line, how it went."""
+
+    name: str
+    columns: dict[str, object]
+    arguments: list[str]  # without --out-dir
+    config: object  # the parsed arguments
+    records: list[dict] = dataclasses.field(default_factory=list)  # log.jsonl
+    error: str = ""
+
+    @property
+    def val_records(self) -> list[dict]:
+        return [record for record in self.records if "val_loss" in record]
+
+    @property
+    def val_loss(self) -> float | None:
+        """Validation loss at the last step, in nats per token; None unless the run has finished."""
+        return next((r["val_loss"] for r in self.val_records if r["step"] >= self.config.max_steps), None)
+
+    @property
+    def train_loss(self) -> float:
+        """Mean over the last tenth of the steps: the loss of a single step is noisy."""
+        last = [record["loss"] for record in self.records[-max(1, len(self.records) // 10) :]]
+        return sum(last) / len(last)
+
+
+# ------------------------------------------------------------------------------------------------------- command lines
+
+
+def train_grid(script: Path, arguments: list[str], grid: Sequence[str], parse: Parse) -> int:
+    """
+    Train every combination of the grid and print the table. Return 0, or 128 + the signal that ended it early.
+
+    script:    the training script, called as `python SCRIPT ARGUMENTS --NAME=VALUE ... --out-dir=...`
+    arguments: its command line, without --sweep
+    grid:      the words after --sweep: "lr=1e-4,3e-4", also "--lr=..." and hyphens for underscores
+    Raises UserError, before anything runs, for an impossible option or value; at the end, if a run failed.
+    """
+    folder = choose_folder(arguments, parse(arguments).out_dir, "sweep")
+    return train_all(script, expand(arguments, grid, parse), folder, "sweep")
+
+
+def climb_ladder(script: Path, arguments: list[str], parse: Parse) -> int:
+    """Train the rungs and print the table; arguments, result and errors as for train_grid."""
+    arguments = [word for word in arguments if word != "--ladder"]
+    if fixed := [as_flag(name) for name in DIMENSIONS if name in _given(arguments)]:
+        raise UserError(f"--ladder sets {fixed[0]} itself, rung by rung: leave it out")
+    folder = choose_folder(arguments, parse(arguments).out_dir, "ladder")
+    return train_all(script, rungs(arguments, parse), folder, "ladder")
 
 
 def take_grid(arguments: list[str]) -> tuple[list[str], list[str] | None]:
-    """A command line without --sweep, and the grid that stood behind it, None where there is no --sweep.
+    """
+    Split a command line into the part without --sweep, and the words after --sweep (None without --sweep).
 
-    The grid goes up to the next option, but --lr=1e-4,3e-4, with a comma, belongs to it.
+    The grid ends at the next option, but --lr=1e-4,3e-4, with a comma, belongs to it.
     """
     rest, grid, taking = [], None, False
     for word in arguments:
@@ -35,95 +126,295 @@ def take_grid(arguments: list[str]) -> tuple[list[str], list[str] | None]:
     return rest, grid
 
 
-def run(script: Path, arguments: list[str], grid: Sequence[str], parse: Parse) -> int:
-    """
-    Trains the grid and prints its table. Returns 0, or 128 + the signal that ended it early.
-
-    script:    the training script, called as `python SCRIPT ARGUMENTS --NAME=VALUE ... --out-dir=...`
-    arguments: its command line; --sweep and what stands behind it are passed over
-    grid:      what stood behind --sweep, "lr=1e-4,3e-4", also "--lr=..." and hyphens for underscores
-    parse:     arguments -> their options, with out_dir, max_steps, data and the shape of the model
-    UserError, before anything runs, for an option or value that cannot be; at the end, when a cell failed. The folder
-    is --out-dir, or where that was not given, the preset's with -sweep behind it.
-    """
-    arguments, _ = take_grid(arguments)
-    cells = expand(arguments, grid, parse)
-    folder = chosen_folder(arguments, parse(arguments).out_dir, "sweep")
-    return run_cells(script, cells, folder, "sweep", draw)
+def expand(arguments: list[str], grid: Sequence[str], parse: Parse) -> list[SweepRun]:
+    """Return the runs of a grid, parsed, the last option varying fastest."""
+    runs = {}
+    for words in itertools.product(*_read_grid(grid, parse(arguments))):
+        config = _parse_run(parse, [*arguments, *words], f"--sweep, run {' '.join(words)}")
+        columns = {name: getattr(config, name) for name in _given(words)}
+        # named by parsed values: 1e-3 and 0.001 share a folder, and 2e-3 typed later finds its own
+        name = ",".join(f"{option}={_as_file_name(value)}" for option, value in columns.items())
+        if name in runs:
+            raise UserError(f"--sweep has the run {name} twice: give every value once")
+        runs[name] = SweepRun(name, columns, [*arguments, *words], config)
+    return [*runs.values()]
 
 
-def expand(arguments: list[str], grid: Sequence[str], parse: Parse) -> list[Cell]:
-    """The cells of a grid, the last option varying fastest, each parsed; UserError names the option and the value."""
-    base = dataclasses.asdict(parse(arguments))
-    cells = {}
-    for values in itertools.product(*_read_grid(grid, base)):
-        typed = ",".join(f"{name}={value}" for name, value, _ in values)
-        words = arguments + [word for _, _, word in values]
-        config = parsed(parse, words, f"--sweep, cell {typed}")
-        columns = {name: getattr(config, name) for name, _, _ in values}
-        # Named by what the values mean, so that 1e-3 and 0.001 share a folder and 2e-3 typed later finds its own.
-        cell_name = ",".join(f"{name}={_plain(value)}" for name, value in columns.items())
-        if cell_name in cells:
-            raise UserError(f"--sweep has the cell {cell_name} twice: give every value once")
-        cells[cell_name] = Cell(cell_name, columns, words, config)
-    return [*cells.values()]
-
-
-def _read_grid(grid: Sequence[str], base: dict) -> list[list[tuple[str, str, str]]]:
-    """For every option its values: (name, value as typed, the word for a command line)."""
+def _read_grid(grid: Sequence[str], base) -> list[list[str]]:
+    """Return for every option the words that set it on a command line, one per value."""
     options = {}
     for item in grid:
-        name, equals, values = item.removeprefix("--").partition("=")
-        name = name.replace("-", "_")
-        if not equals or not all(values.split(",")):
+        name, _, values = item.removeprefix("--").partition("=")
+        name, values = name.replace("-", "_"), values.split(",")
+        if not all(values):
             raise UserError(f"--sweep {item} has no value, or an empty one: write for example lr=1e-4,3e-4")
-        if name in SET_BY_US:
-            raise UserError(f"--sweep {item}: {as_flag(name)} is not for a sweep to vary")
-        if name not in base:
-            near = difflib.get_close_matches(name, base, n=1)
-            hint = f"did you mean {near[0]}?" if near else "--help lists all there are"
-            raise UserError(f"--sweep {item}: there is no option {as_flag(name)}; {hint}")
+        if name in RESERVED:
+            raise UserError(f"--sweep {item}: a sweep cannot vary {as_flag(name)}")
         if name in options:
             raise UserError(f"--sweep has {name} twice: give all its values at once, {name}=A,B,C")
-        options[name] = [(name, value, _word(name, value, base[name], item)) for value in values.split(",")]
+        switches = {}
+        if isinstance(getattr(base, name, None), bool):
+            switches = {"true": as_flag(name), "false": as_flag(f"no_{name}")}
+            if not {value.lower() for value in values} <= switches.keys():
+                raise UserError(f"--sweep {item}: the values of {name} are true and false")
+        options[name] = [switches.get(value.lower(), f"{as_flag(name)}={value}") for value in values]
     if not options:
         raise UserError("--sweep needs an option and its values, for example --sweep lr=1e-4,3e-4 n_layer=4,6")
     return [*options.values()]
 
 
-def _word(name: str, value: str, default: object, item: str) -> str:
-    if not isinstance(default, bool):
-        return f"{as_flag(name)}={value}"
-    if value.lower() not in ("true", "false"):
-        raise UserError(f"--sweep {item}: {value} must be true or false")
-    return as_flag(name) if value.lower() == "true" else as_flag(f"no_{name}")
-
-
-def _plain(value: object) -> str:
+def _as_file_name(value: object) -> str:
     return re.sub(r"[^\w.+-]", "_", str(value).lower() if isinstance(value, bool) else str(value))
 
 
-def draw(figure, cells: list[Cell]) -> None:
-    """Validation loss of every cell against tokens; beside it the last one against the option with most values."""
-    varied = {name: {cell.columns[name] for cell in cells} for name in cells[0].columns}
-    numeric = [n for n, values in varied.items() if len(values) > 1 and all(type(v) in (int, float) for v in values)]
+def rungs(arguments: list[str], parse: Parse) -> list[SweepRun]:
+    """Return the runs of the ladder, parsed."""
+    runs = []
+    for name, (title, options) in RUNGS.items():
+        # after the preset, before what was typed: the last of two equal options wins
+        words = [*arguments[:1], *f"{COMMON} {options}".split(), *arguments[1:]]
+        config = _parse_run(parse, words, f"--ladder, rung {name}")
+        columns = {"rung": title} | {dimension: getattr(config, dimension) for dimension in DIMENSIONS}
+        runs.append(SweepRun(name, columns, words, config))
+    return runs
+
+
+def _parse_run(parse: Parse, arguments: list[str], what: str):
+    try:
+        return parse_options(lambda: parse(arguments))
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from None
+
+
+def _given(arguments: Sequence[str]) -> list[str]:
+    """Return the names of the options on a command line."""
+    words = (word.partition("=")[0] for word in arguments if word.startswith("--"))
+    return [word.removeprefix("--").removeprefix("no-").replace("-", "_") for word in words]
+
+
+def choose_folder(arguments: list[str], out_dir: str, what: str) -> Path:
+    """Return --out-dir if given, else a folder beside the preset's own run. UserError for --resume."""
+    if "resume" in _given(arguments):
+        raise UserError(f"--{what} resumes its own runs: leave --resume out, or give another --out-dir")
+    return Path(out_dir if "out_dir" in _given(arguments) else f"{out_dir}-{what}")
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+
+
+def train_all(script: Path, runs: list[SweepRun], folder: Path, what: str) -> int:
+    """Train the unfinished runs into `folder` and report after each; result and errors as for train_grid."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"--{what} starts one process per run: call python train_gpt2.py, without torchrun")
+    check_folder(runs, folder, what)
+    for name in {run.config.data for run in runs}:  # now, where its messages are seen, and not once in every run
+        prepare_if_missing(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder / ".lock", f"another process is writing to {folder}: wait for it, or use --out-dir"):
+        for run in runs:
+            run.records = read_log(folder / run.name)
+        with SignalRelay() as relay:
+            for i, run in enumerate(runs, start=1):
+                if relay.signal:
+                    break
+                print(f"[{i}/{len(runs)}] {run.name}{': done before' if run.val_loss is not None else ''}", flush=True)
+                checkpoint = folder / run.name / "checkpoints" / f"step_{run.config.max_steps:06d}.pt"
+                if run.val_loss is None or not checkpoint.exists():
+                    _train_one(script, run, folder / run.name, relay)
+                    report(runs, folder, what)
+        print(f"\n{report(runs, folder, what)}\n{folder} holds {what}.md, {what}.png and a folder for each run")
+        if relay.signal and any(run.val_loss is None for run in runs):
+            print("stopped; the same command resumes")
+            return 128 + relay.signal
+    if failed := [run.name for run in runs if run.error]:
+        raise UserError(f"{len(failed)} of {len(runs)} runs failed ({'; '.join(failed)}): {folder / what}.md says why")
+    return 0
+
+
+def check_folder(runs: list[SweepRun], folder: Path, what: str) -> None:
+    """Raise UserError if the folder holds anything but this sweep's runs, made with these options."""
+    other = "ladder" if what == "sweep" else "sweep"
+    for name, content in (("config.json", "a single run"), (f"{other}.md", f"the runs of --{other}")):
+        if (folder / name).exists():
+            raise UserError(f"{folder} holds {content}: give --{what} another folder with --out-dir")
+    for run in runs:
+        path = folder / run.name / "config.json"
+        if not path.exists():
+            continue
+        try:
+            old = dict(json.loads(path.read_text("utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path} is corrupt ({error}): remove {path.parent}, or use another --out-dir") from None
+        new = json.loads(json.dumps(dataclasses.asdict(run.config)))
+        changed = [name for name in new if name not in WITHOUT_EFFECT and new[name] != old.get(name, new[name])]
+        if changed:
+            options = ", ".join(f"{as_flag(name)} {old[name]} (now {new[name]})" for name in changed)
+            raise UserError(f"{folder} holds a {what} made with {options}: use another --out-dir")
+
+
+class SignalRelay:
+    """
+    Take SIGINT, SIGTERM and SIGHUP, and pass each on to `child` as SIGTERM; `signal` is the first.
+
+    The child has a process group of its own: if Ctrl-C reached it twice, from the terminal and from here, it would end
+    at once instead of saving.
+    """
+
+    def __enter__(self) -> "SignalRelay":
+        self.signal, self.child = 0, None
+        numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+        numbers = [n for n in numbers if n and signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores SIGHUP
+        self._before = {number: signal.signal(number, self._receive) for number in numbers}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def start(self, command: list[str]) -> subprocess.Popen:
+        """Start the child: no input, its standard output dropped, its standard error a pipe."""
+        own_group = {"process_group": 0} if os.name == "posix" else {}
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        self.child = subprocess.Popen(command, **pipes, **own_group)
+        if self.signal:  # it came while the process began
+            self.child.terminate()
+        return self.child
+
+    def _receive(self, number: int, _frame) -> None:
+        self.signal = self.signal or number
+        if self.child is not None and os.name == "posix":  # elsewhere the terminal tells both
+            self.child.terminate()
+
+
+def _train_one(script: Path, run: SweepRun, folder: Path, relay: SignalRelay) -> None:
+    """Train one run, showing its progress bar, and leave its records and error in `run`."""
+    child, tail = relay.start([sys.executable, str(script), *run.arguments, f"--out-dir={folder}"]), b""
+    with child:
+        while content := os.read(child.stderr.fileno(), 1 << 16):
+            sys.stderr.buffer.write(content)
+            sys.stderr.flush()
+            tail = (tail + content)[-10_000:]
+    run.records = read_log(folder)
+    if child.returncode and not relay.signal:
+        run.error = _reason(child.returncode, tail.decode(errors="replace"))
+
+
+def _reason(status: int, tail: str) -> str:
+    """Return why a process ended, given the end of its standard error: its `error:` line, else the last line."""
+    if status < 0 or status > 128:
+        return f"ended by signal {status % 128 if status > 0 else -status}"
+    lines = [line.strip() for line in re.split(r"[\r\n]+", tail) if line.strip()] or [f"exit status {status}"]
+    return next((line for line in reversed(lines) if line.startswith("error:")), lines[-1])
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def report(runs: list[SweepRun], folder: Path, what: str) -> str:
+    """Write the table and the picture. Return the table."""
+    from matplotlib.figure import Figure
+
+    text, figure = table(runs), Figure(layout="constrained")
+    draw(figure, runs)
+    atomic_write(folder / f"{what}.md", lambda file: file.write(f"{text}\n".encode()))
+    atomic_write(folder / f"{what}.png", lambda file: figure.savefig(file, format="png", dpi=120))
+    return text
+
+
+def references(runs: list[SweepRun]) -> dict[str, float]:
+    """Return named losses to compare with, in nats per token; {} unless all runs read the same dataset."""
+    datasets = {run.config.data for run in runs}
+    return reference_losses(shards.open_split(dataset_dir(datasets.pop()), "val")) if len(datasets) == 1 else {}
+
+
+def table(runs: list[SweepRun]) -> str:
+    """Return a Markdown table, aligned for a terminal, then errors, losses to compare with, and the best run."""
+    rows = [[*runs[0].columns, "steps", "parameters", "train loss", "val loss", "lowest, at step", "minutes"]]
+    rows += [[str(value) for value in run.columns.values()] + _results(run) for run in runs]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * width for width in widths])
+    notes = [f"{run.name}: {run.error}" for run in runs if run.error]
+    if known := references(runs):
+        notes.append("to compare with: " + ", ".join(f"{name} {nats:.3f}" for name, nats in known.items()))
+    if done := [run for run in runs if run.val_loss is not None]:
+        best = min(done, key=lambda run: run.val_loss)
+        notes.append(f"lowest validation loss at the end: {best.val_loss:.4f}, {best.name}")
+    notes.append("losses in nats per token; train loss: mean over the last tenth of the steps; minutes: of steps alone")
+    return "\n".join([*("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows), "", *notes])
+
+
+def _results(run: SweepRun) -> list[str]:
+    records = run.records
+    lowest = min(run.val_records, key=lambda record: record["val_loss"], default=None)
+    unfinished = "failed" if run.error else "not finished"
+    with torch.device("meta"):  # shapes without memory
+        model = GPT(run.config.shape(shards.open_split(dataset_dir(run.config.data), "val").vocab_size))
+    return [
+        f"{records[-1]['step']:,}" if records else "0",
+        f"{model.parameter_count():,}",
+        f"{run.train_loss:.3f}" if records else "",
+        unfinished if run.val_loss is None else f"{run.val_loss:.3f}",
+        f"{lowest['val_loss']:.3f}, {lowest['step']:,}" if lowest else "",
+        f"{sum(record['ms'] for record in records) / 60_000:.1f}",
+    ]
+
+
+def draw(figure, runs: list[SweepRun]) -> None:
+    """Draw validation losses against tokens; beside them the last ones against the swept number with most values."""
+    values = (
+        {} if "rung" in runs[0].columns else {name: {run.columns[name] for run in runs} for name in runs[0].columns}
+    )
+    numeric = [n for n, found in values.items() if len(found) > 1 and all(type(v) in (int, float) for v in found)]
     panels = figure.subplots(1, 2 if numeric else 1, squeeze=False)[0]
     figure.set_size_inches(7.5 * len(panels), 5)
-    draw_curves(panels[0], cells)
+    draw_curves(panels[0], runs)
     if numeric:
-        _draw_against(panels[1], cells, max(numeric, key=lambda name: len(varied[name])))
+        draw_against(panels[1], runs, max(numeric, key=lambda name: len(values[name])))
 
 
-def _draw_against(axes, cells: list[Cell], x: str) -> None:
-    """The last validation loss against option x, a line for each combination of the others."""
+def draw_curves(axes, runs: list[SweepRun]) -> None:
+    """Draw every run's validation loss against tokens."""
+    from matplotlib import colormaps
+    from matplotlib.ticker import EngFormatter
+
+    shown = [run for run in runs if run.val_records]
+    for i, run in enumerate(shown):
+        tokens, losses = zip(*((r["tokens"], r["val_loss"]) for r in run.val_records), strict=True)
+        color = colormaps["tab10"](i) if len(shown) <= 10 else colormaps["viridis"](i / len(shown))
+        state = "" if run.val_loss is not None else ", failed" if run.error else ", not finished"
+        label = f"{run.name}: {losses[-1]:.3f}{state}"
+        axes.plot(tokens, losses, "o-", markersize=3, linewidth=1, color=color, label=label)
+    known = references(runs)
+    if known and axes.get_ylim()[1] > max(known.values()) + 0.5:  # one bad run must not flatten the rest
+        axes.set_ylim(top=max(known.values()) + 0.5)
+    draw_references(axes, known)
+    axes.set(xlabel="tokens", ylabel="validation loss, nats per token")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(alpha=0.3)
+    if shown:
+        axes.legend(fontsize="small")
+
+
+def draw_references(axes, known: dict[str, float]) -> None:
+    """Draw a dotted line, named, for each loss that is not far above what is drawn already."""
+    low, high = axes.get_ylim()
+    for name, nats in known.items():
+        if nats <= high + 0.1 * (high - low):
+            axes.axhline(nats, linestyle=":", color="grey", linewidth=1, zorder=0)
+            place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+            axes.annotate(name, (1, nats), (-3, 2), **place, ha="right", fontsize="small", color="grey")
+
+
+def draw_against(axes, runs: list[SweepRun], x: str) -> None:
+    """Draw the last validation loss against option x, a line for each combination of the other options."""
     lines = {}
-    for cell in cells:
-        if cell.finished:
-            others = ",".join(f"{name}={value}" for name, value in cell.columns.items() if name != x)
-            lines.setdefault(others, []).append((cell.columns[x], cell.val_losses[-1]["val_loss"]))
+    for run in runs:
+        if run.val_loss is not None:
+            others = ",".join(f"{name}={value}" for name, value in run.columns.items() if name != x)
+            lines.setdefault(others, []).append((run.columns[x], run.val_loss))
     for others, points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), "o-", label=others)
-    values = sorted(cell.columns[x] for cell in cells)
+    values = sorted(run.columns[x] for run in runs)
     if values[0] > 0 and values[-1] >= 8 * values[0]:
         axes.set_xscale("log")
     axes.set(xlabel=x, ylabel="validation loss at the end, nats per token")
