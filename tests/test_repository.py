@@ -236,9 +236,18 @@ def test_a_command_of_a_readme_exists_with_its_options(line):
                 target.append(rest.pop(0))
         else:
             target, rest = [str(ROOT / words[1])], words[2:]
+            assert words[1].startswith("-") or Path(target[0]).exists()
         for word in rest:
             assert not word.startswith("--") or word in help_of(*target), f"{word} is no option of {line}"
     elif words[0] == "make":
         assert f"\n{words[1]}:" in text(ROOT / "Makefile")
     else:
-        assert words[0] in ("git", "cd", "pip", "tensorboard"), f"no test knows what {words[0]} is"
+        assert words[0] in ("git", "cd", "pip", "tensorboard", ".ci/run"), f"no test knows what {words[0]} is"
+
+
+def test_tests_that_a_readme_names_exist():
+    files = {path.name for path in SOURCES}
+    functions = {name for path in SOURCES for name in re.findall(r"^def (test_\w+)", text(path), re.MULTILINE)}
+    readmes = [path for path in READMES if path.parent != ROOT]
+    named = {name for path in readmes for name in re.findall(r"`(?:tests/)?(test_[a-z\d_]+(?:\.py)?)`", text(path))}
+    assert named - files - functions == set()
