@@ -184,6 +184,13 @@ class GPT(nn.Module):
                 parameter.zero_()
         self.transformer.wte.weight[self.config.vocab_size :] = 0.0
 
+    @torch.no_grad()
+    def zero_projections(self):
+        """Set both c_proj of every block to 0: each block starts as the identity."""
+        for name, parameter in self.named_parameters():
+            if ".c_proj." in name:
+                parameter.zero_()
+
     def hidden(self, tokens: Tensor, caches: "list[KVCache] | None" = None) -> Tensor:
         """tokens: (B, T) int64. Returns ln_f's output (B, T, C). With caches, tokens continue what those hold."""
         start = caches[0].length if caches else 0

@@ -61,10 +61,14 @@ class Config:
     batch_tokens: int = 524_288  # tokens an optimizer step, over all processes and micro-steps
     micro_batch: int | Literal["auto"] = "auto"  # sequences held at once; auto: all a GPU holds, 16,384 tokens on a CPU
     max_steps: int = 19_073  # optimizer steps
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, AdamW for the rest, both at --lr
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices; AdamW for the rest
     lr: float = 6e-4  # peak learning rate
-    min_lr: float | None = None  # learning rate of the last step; a tenth of --lr when not given
+    adamw_lr: float | None = None  # under muon, the peak rate of what AdamW trains; default: --lr
+    min_lr: float | None = None  # learning rate of the last step; default: a tenth of --lr
     warmup_steps: int = 715  # steps over which the learning rate rises
+    schedule: Literal["cosine", "linear"] = "cosine"  # from the peak to --min-lr; linear: flat at first
+    decay_fraction: float = 0.67  # linear: fraction of the steps, the last ones, over which it falls
+    zero_init: bool = False  # start every block as the identity: both c_proj at 0
     weight_decay: float = 0.1  # on matrices; biases and layer norms never decay
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
     seed: int = 1337  # of initialisation, order of the data, dropout and samples
@@ -97,11 +101,11 @@ class Config:
         with files.as_user_error():
             self.shape(vocab_size=1)
             families = () if self.kernels == "auto" else kernels.families(self.kernels)
-        above_zero = ["block_size", "batch_tokens", "micro_batch", "max_steps", "lr", "eval_tokens", "checkpoint_every"]
+        above_zero = ["block_size", "batch_tokens", "micro_batch", "max_steps", "lr", "adamw_lr", "eval_tokens"]
+        above_zero += ["checkpoint_every", "keep"]
         zero_or_more = ["warmup_steps", "eval_every", "sample_every", "hellaswag_every", "seed", "diagnose", "min_lr"]
-        files.check_numbers(
-            dataclasses.asdict(self), [*above_zero, "keep"], [*zero_or_more, "weight_decay", "grad_clip"]
-        )
+        zero_or_more += ["decay_fraction", "weight_decay", "grad_clip"]
+        files.check_numbers(dataclasses.asdict(self), above_zero, zero_or_more)
         self.sequences_per_rank(processes=1)
         if self.dropout and "attention" in families:
             raise UserError("the Triton attention has no dropout: use --dropout 0, or --kernels without attention")
@@ -109,6 +113,10 @@ class Config:
             raise UserError(
                 f"--diagnose needs every weight on one process, which --parallel {self.parallel} shares out"
             )
+        if self.adamw_lr is not None and self.optimizer == "adamw":
+            raise UserError("--adamw-lr is for --optimizer muon, which leaves some parameters to AdamW: use --lr")
+        if self.decay_fraction > 1:
+            raise UserError(f"--decay-fraction is {self.decay_fraction}, but must be at most 1")
         if self.parallel == "fsdp" and self.optimizer == "muon":
             raise UserError("--optimizer muon needs whole matrices, which --parallel fsdp cuts: use zero1 or ddp")
 
@@ -210,7 +218,7 @@ def train_step(trainer: Trainer, inputs: Tensor, targets: Tensor, step: int) -> 
         )
     for optimizer in trainer.optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
+            group["lr"] = learning_rate(step, config) * group["lr_ratio"]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return mean_loss, grad_norm
@@ -295,6 +303,8 @@ def set_up(config: Config, ranks: Distributed):
 
     torch.manual_seed(config.seed)
     raw_model = gpt.GPT(config.shape(train_split.vocab_size), ops)
+    if config.zero_init:
+        raw_model.zero_projections()
     if checkpoint:
         raw_model.load_state_dict(checkpoint["model"])
     elif config.init_from:

@@ -116,7 +116,7 @@ def test_the_peak_is_what_the_allocator_sees_to_five_percent(kernels, dtype, sha
 def test_optimizer_state_is_what_the_optimizers_hold_after_a_step(optimizer):
     shape = Shape(2, 48, 64, 2, 2, 200)
     gpt = make(shape)
-    groups = parameter_groups(gpt, 0.1)
+    groups = parameter_groups(gpt.parameters(), 0.1)
     hidden = [p for p in gpt.transformer.h.parameters() if p.dim() == 2] if optimizer == "muon" else []
     others = [p for group in groups for p in group["params"] if not any(p is q for q in hidden)]
     optimizers = [torch.optim.AdamW(others, lr=1e-3, fused=True)]
@@ -145,7 +145,9 @@ def eight_ranks():
 def test_zero1_deals_the_state_as_torch_does(eight_ranks):
     shape = Shape(1, 48, 64, 2, 3, 700)
     gpt = make(shape)
-    sharded = ZeroRedundancyOptimizer(parameter_groups(gpt, 0.1), optimizer_class=torch.optim.AdamW, lr=1e-3)
+    sharded = ZeroRedundancyOptimizer(
+        parameter_groups(gpt.parameters(), 0.1), optimizer_class=torch.optim.AdamW, lr=1e-3
+    )
     theirs = [
         sorted(p.numel() for group in groups for p in group["params"]) for groups in sharded._partition_parameters()
     ]

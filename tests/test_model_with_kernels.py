@@ -37,7 +37,7 @@ def losses(split):
     @functools.cache
     def train(names, _repetition=""):
         model, loader = tiny(split, names), Loader(split, 8, 1, seed=1, device=DEVICE)
-        optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-2)
+        optimizer = torch.optim.AdamW(parameter_groups(model.parameters(), 0.1), lr=1e-2)
         curve = []
         for step in range(50):
             loss = model(*loader.batch(step % 5))  # five sequences again and again, so that it learns in fifty steps

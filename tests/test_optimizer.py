@@ -1,6 +1,8 @@
 """Muon against PyTorch's and against the singular values it promises; groups, schedule, and Muon among ranks."""
 
+import dataclasses
 import functools
+import itertools
 
 import pytest
 import torch
@@ -200,7 +202,7 @@ def test_muon_without_blocks_is_refused():
 
 def test_only_matrices_decay():
     model = gpt.GPT(gpt.GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=64))
-    decay, rest = optimizer.parameter_groups(model, 0.1)
+    decay, rest = optimizer.parameter_groups(model.parameters(), 0.1)
     assert decay["weight_decay"] == 0.1 and all(p.dim() == 2 for p in decay["params"])
     assert rest["weight_decay"] == 0.0 and all(p.dim() == 1 for p in rest["params"])
     assert len(decay["params"]) + len(rest["params"]) == len(list(model.parameters()))
@@ -215,3 +217,36 @@ def test_learning_rate_warms_up_from_above_zero_and_ends_at_a_tenth():
     assert rates[-1] == pytest.approx(0.1)
     flat = train_gpt2.Config(lr=1.0, min_lr=1.0, warmup_steps=0, max_steps=3)
     assert [optimizer.learning_rate(step, flat) for step in (1, 2, 3)] == [1.0, 1.0, 1.0]
+
+
+def test_the_linear_schedule_is_flat_after_the_warmup_then_falls_to_the_last_step():
+    config = train_gpt2.Config(
+        lr=1.0, min_lr=0.0, warmup_steps=10, max_steps=110, schedule="linear", decay_fraction=0.5
+    )
+    rates = [optimizer.learning_rate(step, config) for step in range(1, 111)]
+    assert rates[0] == pytest.approx(0.1) and rates[9:55] == [1.0] * 46
+    assert rates[82] == pytest.approx(27 / 55) and rates[109] == 0.0
+    falls = [a - b for a, b in itertools.pairwise(rates[54:])]
+    assert falls == pytest.approx([1 / 55] * 55)
+    all_of_it = dataclasses.replace(config, decay_fraction=1.0)  # no flat part: it falls from the end of the warmup on
+    assert [optimizer.learning_rate(step, all_of_it) for step in (10, 60, 110)] == pytest.approx([1.0, 0.5, 0.0])
+
+
+def test_adamw_lr_is_the_rate_of_what_muon_leaves_to_adamw():
+    config = train_gpt2.Config(optimizer="muon", lr=0.02, adamw_lr=0.005)
+    model = gpt.GPT(gpt.GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=64))
+    muon, adamw = optimizer.make_optimizers(model, config, Distributed(), torch.float32)
+    assert {group["lr_ratio"] for group in muon.param_groups} == {1.0}
+    assert {group["lr_ratio"] for group in adamw.param_groups} == {0.25}
+    with pytest.raises(UserError, match="--adamw-lr is for --optimizer muon"):
+        train_gpt2.Config(adamw_lr=0.005)
+
+
+def test_zero_init_makes_every_block_the_identity():
+    model = gpt.GPT(gpt.GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=64))
+    x = torch.randn(1, 5, 32)
+    assert not model.transformer.h[0](x, None, None)[0].eq(0).all()
+    model.zero_projections()
+    for block in model.transformer.h:
+        branch, residual = block(x, None, None)
+        assert branch.eq(0).all() and torch.equal(residual, x)

@@ -11,6 +11,8 @@ One step of Muon for a matrix W (n, m), with gradient G, momentum M, learning ra
 c_attn's matrix holds three, of the queries, the keys and the values. They are orthogonalized apart: together, the
 largest of the three would decide how far the others move.
 
+--lr is the rate of Muon's matrices, --adamw-lr that of what AdamW trains beside them.
+
 Sources: Jordan et al., "Muon", 2024, https://kellerjordan.github.io/posts/muon; the scale of the update from Liu et
 al., "Muon is Scalable for LLM Training", 2025, https://arxiv.org/abs/2502.16982.
 """
@@ -18,6 +20,7 @@ al., "Muon is Scalable for LLM Training", 2025, https://arxiv.org/abs/2502.16982
 import collections
 import functools
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -35,26 +38,37 @@ ITERATIONS = 5  # take singular values from 0.01 up to between 0.68 and 1.14
 
 
 def learning_rate(step: int, config) -> float:
-    """Return the rate of step 1 to max_steps: a linear warmup to --lr, then a cosine to --min-lr at the last step.
+    """
+    Return the rate of step 1 to max_steps: a linear warmup to --lr, then down to --min-lr at the last step.
 
+    cosine goes down all the way; linear stays flat until the last --decay-fraction of the steps.
     config: the run's options (train_gpt2.Config)
     """
     low = config.lr / 10 if config.min_lr is None else config.min_lr
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    return low + (config.lr - low) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+    if config.schedule == "linear":
+        start = max(config.warmup_steps, config.max_steps * (1 - config.decay_fraction))
+    else:
+        start = config.warmup_steps
+    done = min(1.0, max(0.0, (step - start) / max(1, config.max_steps - start)))
+    left = 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return low + (config.lr - low) * left
 
 
 # ---------------------------------------------------------------------------------------------------- parameter groups
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Return two groups: matrices decay; biases and layer norms, which set offsets and scales, do not."""
-    parameters = list(model.parameters())
+def parameter_groups(parameters: Iterable[Tensor], weight_decay: float, lr_ratio: float = 1.0) -> list[dict]:
+    """
+    Return two groups: matrices decay; biases and layer norms, which set offsets and scales, do not.
+
+    lr_ratio: the groups' learning rate over `learning_rate`'s
+    """
+    parameters = list(parameters)
     return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay, "lr_ratio": lr_ratio},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0, "lr_ratio": lr_ratio},
     ]
 
 
@@ -67,18 +81,19 @@ def make_optimizers(model: nn.Module, config, ranks: Distributed, dtype: torch.d
     Raises UserError if there is nothing for Muon to train.
     """
     device = next(model.parameters()).device
-    groups = parameter_groups(model, config.weight_decay)
     adamw = {"lr": config.lr, "betas": BETAS, "fused": device.type in ("cpu", "cuda")}
     if config.optimizer == "adamw":
+        groups = parameter_groups(model.parameters(), config.weight_decay)
         return [ranks.optimizer(torch.optim.AdamW, groups, **adamw)]
     matrices = {name: p for name, p in model.transformer.h.named_parameters() if p.dim() == 2}
     if not matrices:
         raise UserError("--optimizer muon needs blocks, whose matrices it trains: use --n-layer 1 or more, or adamw")
     chosen = {id(p) for p in matrices.values()}
-    rest = [{**group, "params": [p for p in group["params"] if id(p) not in chosen]} for group in groups]
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    rest = parameter_groups(others, config.weight_decay, (config.adamw_lr or config.lr) / config.lr)
     hidden = [
-        {"params": [p for name, p in matrices.items() if name.endswith("c_attn.weight")], "split": 3},
-        {"params": [p for name, p in matrices.items() if not name.endswith("c_attn.weight")], "split": 1},
+        {"params": [p for name, p in matrices.items() if name.endswith("c_attn.weight")], "split": 3, "lr_ratio": 1.0},
+        {"params": [p for name, p in matrices.items() if not name.endswith("c_attn.weight")], "lr_ratio": 1.0},
     ]
     fast = dtype if dtype == devices.choose_dtype("auto", device) else torch.float32
     muon = ranks.optimizer(functools.partial(Muon, dtype=fast), hidden, lr=config.lr, weight_decay=config.weight_decay)
