@@ -20,7 +20,6 @@ if __name__ == "__main__":
 import contextlib
 import dataclasses
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -463,9 +462,9 @@ def show_plan(config: Config) -> int:
     if config.data not in data.DATASETS or not config.data.startswith("fineweb"):
         data.prepare_if_missing(config.data)
         vocab_size = shards.open_split(data.dataset_dir(config.data), "train").vocab_size
-    job = plan.Job.of_options(dataclasses.asdict(config), vocab_size, int(os.environ.get("WORLD_SIZE", 1)))
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(plan.plan(job))
+    dist = Distributed.from_env(config.parallel)
+    if dist.rank == 0:
+        print(plan.report(config, vocab_size, dist.world_size))
     return 0
 
 

@@ -36,7 +36,7 @@ def tree(path):
 # data and kernels import nothing of ours but themselves, model imports kernels, training imports those, the scripts all
 BELOW = {"data": set(), "kernels": set(), "model": {"kernels"}, "training": {"data", "kernels", "model"}}
 BELOW |= dict.fromkeys(("train_gpt2", "sample"), {"data", "kernels", "model", "training"})
-EXCEPTIONS = {"data.bpe", "data.fineweb", "data.resumable", "kernels.bench", "training.plan"}
+EXCEPTIONS = {"data.bpe", "data.fineweb", "data.resumable", "kernels.bench"}
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in PRODUCT}
 
 

@@ -370,7 +370,7 @@ def draw(records: list[dict], path: str | Path, title: str = "") -> None:
         axis.set_title(label, fontsize=11)
         axis.set_xlabel(x)
         axis.grid(alpha=0.3)
-        if scale.startswith("log"):
+        if scale.startswith("log "):
             axis.set_yscale("log")
         if scale in scales:
             axis.sharey(scales[scale])

@@ -1,368 +1,332 @@
 """
-A dry run: what a training run would take, from its options alone. Nothing is trained, no GPU is needed.
+What a training run would take (train_gpt2.py --plan): parameters, FLOPs, memory, time, cost, disk. No GPU is needed.
 
-    python -m training.plan --preset gpt2-124m --gpus 8                        parameters, memory, time, cost, disk
-    python -m training.plan --preset gpt2-1558m --gpus 64 --parallel fsdp      the same, another way to share
-    python -m training.plan --all                                              a line for every preset
-    python -m training.plan --scale                                            1, 8, 64 and 512 GPUs: training/scale.py
+Parameters and FLOPs are counted by the model itself, built without memory on the meta device. Time is arithmetic:
+tokens/s = MFU x peak FLOP/s x GPUs / FLOPs per token; validation, samples and checkpoints come on top. Memory is a
+model, which tests/test_plan.py compares with what autograd, the optimizers, DDP, FSDP and the allocator keep on a CPU.
 
-Parameters and FLOPs are exact. Memory is a model, checked against measurements on a CPU: training/memory.py. Time is
-arithmetic: tokens/s = MFU x peak FLOP/s x GPUs / FLOPs per token, for an MFU that you give; validation, samples and
-checkpoints take time besides. `train_gpt2.py ... --plan` prints the same for the options that it is given.
+Held all the time, in float32 (P parameters, the padded rows of wte included):
+
+    weights 4P, gradients 4P, AdamW 8P (two moments); Muon 4 bytes per element of the blocks' matrices
+    DDP    gradients are views into its buckets; a second copy, 4P, while micro-steps accumulate before the all-reduce
+    ZeRO-1 as DDP, but each tensor's optimizer state goes to the rank that has least so far
+    FSDP   weights, gradients and state are sharded along the first dimension. While in use, gathered: the embeddings,
+           two blocks of weights (one at work, one prefetched), and the gradients of a block and of the embeddings
+
+In a micro-step (N tokens, C channels, H heads, s bytes per element: 2 under bfloat16 autocast, else 4):
+
+    saved per block     N (8C + 14sC + 4H + 16)   the residual stream twice in float32; two normalized rows, qkv,
+                                                  attention's output, z and gelu(z); lse, means, deviations
+    autocast            2 bytes per element of every matrix, until the backward is done
+    the head, Triton    dx, dweight in float32, and one chunk of logits
+    the head, PyTorch   log-probabilities in float32, and at its peak two more (N, V) like them
+
+The peak is reached when all blocks' activations are held: in the head's forward, in its backward, or in the backward of
+the last block. Attention is fused in both versions; torch.compile may keep less. RESERVED_FRACTION is set aside for the
+CUDA context, NCCL's buffers, cuBLAS's workspace and fragmentation, which are not counted.
+
+Communication of DDP on n GPUs, g per machine, m = n / g machines, is a hierarchical all-reduce: a GPU sends
+2 (g-1)/g x 4P bytes over NVLink and 2 (m-1)/m x 4P/g over its network port. Gradients leave in buckets while the last
+micro-step's backward runs, wte's last of all, since it is tied to the head. What stays visible is closely
+max(all buckets - backward, last bucket). Under torch.compile all gradients are ready only at the end.
+
+Sources: ring all-reduce: https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
+         buckets: Li et al., "PyTorch Distributed", 2020, https://arxiv.org/abs/2006.15704
+         FSDP: Zhao et al., 2023, https://arxiv.org/abs/2304.11277
 """
 
-import argparse
 import dataclasses
-import sys
+import functools
+import math
 
-from data.files import UserError
+import torch
+
 from kernels import FAMILIES, families
-from kernels.gpus import GPUS
-from kernels.report import roofline
-from kernels.report.shapes import PRESETS, Shape
-from training import memory
+from kernels.cross_entropy import CHUNK_BYTES
+from kernels.gpus import GPU, GPUS
+from model import GPT
+from training.distributed import Distributed
+from training.optimizer import Muon, make_optimizers
 
-RUNS = {  # preset -> tokens a step, steps, optimizer, dropout, tokens of its data (None: as many as it trains on)
-    "laptop": (2_048, 1_100, "muon", 0.0, None),
-    "shakespeare-char": (16_384, 5_000, "adamw", 0.2, 1_115_394),
-    "gpt2-124m": (524_288, 19_073, "adamw", 0.0, None),
-    "gpt2-350m": (524_288, 19_073, "adamw", 0.0, None),
-    "gpt2-774m": (524_288, 19_073, "adamw", 0.0, None),
-    "gpt2-1558m": (524_288, 19_073, "adamw", 0.0, None),
-}
+PLANNED = ("A100", "H100", "RTX 4090")  # names in GPUS; the first one's memory decides --micro-batch auto
+MFU, PRICE = 0.4, 2.0  # assumptions: fraction of the peak that a run reaches; per GPU and hour, in any currency
+RESERVED_FRACTION = 0.05  # of a GPU's memory, for what the model leaves out: an assumption
+MACHINE = 8  # GPUs, joined by NVLink
+# bytes/s per GPU in one direction, NVLink and network: data sheets of the A100 and H100; DGX A100 and H100 have a port
+# of 200 and 400 Gb/s per GPU
+LINKS = {"A100": (300e9, 25e9), "H100": (450e9, 50e9)}
+# fractions of those rates that are reached: https://github.com/NVIDIA/nccl-tests/issues/212 and /175
+LINK_FRACTIONS = (0.8, 0.85)
+LATENCY = 5e-6  # seconds per hop: an assumption
+BUCKET_BYTES = 25 * 2**20  # DistributedDataParallel's default
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """The options of a run that decide what it takes. UserError, in the words of the command line, where they clash."""
+class Plan:
+    """
+    A run's options and what they need.
 
-    n_layer: int
-    n_head: int
-    n_embd: int
-    block_size: int
+    config: train_gpt2.Config, whose own checks have refused what cannot be; auto means what a GPU would get
+    """
+
+    config: object
     vocab_size: int
-    batch_tokens: int  # a step, over all GPUs
-    max_steps: int
-    micro_batch: int | str = "auto"  # sequences on a GPU at once; "auto": the most that fit
     world_size: int = 1  # GPUs
-    parallel: str = "ddp"  # of memory.MODES
-    optimizer: str = "adamw"  # or muon
-    dtype: str = "bfloat16"  # or float32
-    kernels: str = "all"  # families in Triton, as for kernels.select
-    dropout: float = 0.0
-    keep: int = 3  # checkpoints
-    data_tokens: int | None = None  # on disk; None: as many as are trained on
-    name: str = ""
 
-    def __post_init__(self):
-        for field in ("n_head", "n_embd", "block_size", "vocab_size", "batch_tokens", "max_steps", "world_size"):
-            option = "gpus" if field == "world_size" else field.replace("_", "-")
-            if getattr(self, field) < 1:
-                raise UserError(f"--{option} is {getattr(self, field)}, but must be at least 1")
-        if self.micro_batch != "auto" and self.micro_batch < 1:
-            raise UserError(f"--micro-batch is {self.micro_batch}, but must be at least 1, or auto")
-        if self.parallel not in memory.MODES:
-            raise UserError(f"--parallel {self.parallel}: use one of {', '.join(memory.MODES)}")
-        multiple = self.block_size * self.world_size * (1 if self.micro_batch == "auto" else self.micro_batch)
-        if self.batch_tokens % multiple:
-            raise UserError(
-                f"--batch-tokens {self.batch_tokens} cannot be cut evenly among {self.world_size} GPUs, --micro-batch "
-                f"{self.micro_batch} and sequences of {self.block_size}: it must be a multiple of {multiple}"
-            )
+    @functools.cached_property
+    def model(self) -> GPT:
+        with torch.device("meta"):  # shapes without memory
+            return GPT(self.config.shape(self.vocab_size))
 
-    @classmethod
-    def of_options(cls, options: dict, vocab_size: int, world_size: int) -> "Job":
-        """The job of train_gpt2.py's options: auto stands for what a GPU would get."""
-        chosen = {field.name: options[field.name] for field in dataclasses.fields(cls) if field.name in options}
-        chosen["dtype"] = chosen["dtype"].replace("auto", "bfloat16")
-        chosen["kernels"] = chosen["kernels"].replace("auto", "all")
-        return cls(vocab_size=vocab_size, world_size=world_size, **chosen)
+    @property
+    def families(self) -> tuple[str, ...]:
+        """The kernel families in Triton; auto leaves to PyTorch what its kernels cannot run."""
+        c = self.config
+        if c.kernels != "auto":
+            return families(c.kernels)
+        return tuple(name for name in FAMILIES if name != "attention" or not c.dropout)
 
-    def shape(self, micro_batch: int = 1) -> Shape:
-        return Shape(micro_batch, self.block_size, self.n_embd, self.n_head, self.n_layer, self.vocab_size)
+    @property
+    def element_bytes(self) -> int:
+        """Bytes per element in matrix products."""
+        return 4 if self.config.dtype == "float32" else 2
 
     @property
     def sequences(self) -> int:
-        """Of a step, on one GPU."""
-        return self.batch_tokens // self.block_size // self.world_size
+        """Sequences per step on one GPU."""
+        return self.config.sequences_per_rank(self.world_size)
+
+    # -------------------------------------------------------------------------------------------------------- memory
+
+    def state_bytes(self) -> dict[torch.nn.Parameter, int]:
+        """Return the bytes of optimizer state per parameter: Muon's momentum, or AdamW's two moments and step count."""
+        return {
+            p: 4 * p.numel() if isinstance(optimizer, Muon) else 8 * p.numel() + 4
+            for optimizer in self._optimizers
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
+
+    @functools.cached_property
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        return make_optimizers(self.model, self.config, Distributed(), torch.float32)
+
+    def zero1_ranks(self) -> list[list[torch.nn.Parameter]]:
+        """Return each rank's parameters as ZeroRedundancyOptimizer deals them: group by group, the largest first."""
+        ranks = [[] for _ in range(self.world_size)]
+        for optimizer in self._optimizers:
+            held = [0] * self.world_size
+            for group in optimizer.param_groups:
+                for p in sorted(group["params"], key=lambda p: -p.numel()):
+                    rank = held.index(min(held))
+                    held[rank] += p.numel()
+                    ranks[rank].append(p)
+        return ranks
 
     def memory(self, micro_batch: int) -> dict[str, int]:
-        """Bytes on one GPU by what they are: memory.per_gpu."""
-        return memory.per_gpu(
-            self.shape(micro_batch),
-            4 if self.dtype == "float32" else 2,
-            "cross_entropy" in families(self.kernels),
-            self.optimizer,
-            self.parallel,
-            self.world_size,
-            self.sequences // micro_batch,
-            self.dropout > 0,
-        )
+        """Return bytes on one GPU by what they are; their sum is the peak."""
+        c, world_size, parameters = self.config, self.world_size, list(self.model.parameters())
+        full, state, micro_steps = 4 * elements(parameters), self.state_bytes(), self.sequences // micro_batch
+        if c.parallel == "fsdp":
+            sharded = 4 * elements(parameters, world_size)
+            blocks, ends = self._block_and_end_bytes()
+            rows = {"weights": sharded, "gradients": sharded}
+            rows["gathered by FSDP"] = 2 * ends + min(3, 2 * c.n_layer) * blocks // max(1, c.n_layer)
+            rows["optimizer state"] = 2 * sharded + 4 * len(parameters)  # AdamW: Muon is refused
+        else:
+            rows = {"weights": full, "gradients": full}
+            if world_size > 1 and micro_steps > 1:
+                rows["second copy of the gradients"] = full
+            ranks = self.zero1_ranks() if c.parallel == "zero1" else [parameters]
+            rows["optimizer state"] = max(sum(state[p] for p in rank) for rank in ranks)
+        C, N, s, dropout = c.n_embd, micro_batch * c.block_size, self.element_bytes, c.dropout > 0
+        matrices = 12 * C * C * c.n_layer + (0 if "cross_entropy" in self.families else self._width * C)
+        rows["copies for autocast"] = s * matrices if s < 4 else 0  # Triton's head drops its own
+        per_token = 8 * C + 14 * s * C + 4 * c.n_head + 16 + 2 * C * dropout  # dropout's masks: a byte per element
+        rows["activations, blocks"] = c.n_layer * N * per_token
+        # tokens and targets, positions, and the last norm's stream and statistics
+        rows["activations, ends"] = N * (16 + 4 * C + 8 + C * dropout) + 8 * c.block_size
+        place, most = max(self.working_bytes(micro_batch).items(), key=lambda item: item[1])
+        rows[f"peak: {place}"] = most
+        return {name: size for name, size in rows.items() if size}
 
-    def largest_micro_batch(self, gpu: str) -> int:
-        """The largest divisor of `sequences` whose memory fits the GPU; 0 when one sequence does not."""
+    def head_bytes(self, micro_batch: int) -> int:
+        """Return what the loss keeps for its backward: Triton's gradients, or x and the log-probabilities."""
+        N, C = micro_batch * self.config.block_size, self.config.n_embd
+        kept = 4 * self._width * C if "cross_entropy" in self.families else 4 * N * self.vocab_size
+        return self.element_bytes * N * C + kept + 4
+
+    def working_bytes(self, micro_batch: int) -> dict[str, int]:
+        """Return bytes on top of the activations at the three places that can be the peak."""
+        s, C, V, W = self.element_bytes, self.config.n_embd, self.vocab_size, self._width
+        N = micro_batch * self.config.block_size
+        x, half = s * N * C, s < 4
+        if "cross_entropy" in self.families:
+            chunk = min(N, CHUNK_BYTES // s) * W * s
+            forward = self.head_bytes(micro_batch) + x + chunk + (s * W * C if half else 0)
+            scaled = 4 * N * C + (x if half else 0)  # dx in float32, and in the dtype that the last norm wants
+            backward = self.head_bytes(micro_batch) + 4 * W * C + scaled
+        else:
+            forward = x + N * (s * W + 4 * V) + (4 * N * V if half else 0)  # logits, log-probabilities, float32 logits
+            backward = x + 4 * 3 * N * V  # log-probabilities, their gradient, the logits' gradient
+        # a gradient four times as wide; the branch's, if its dtype is not the stream's, whose own gradient takes the
+        # place of what the last norm kept; a matrix's; and wte's from the head, which waits for the embedding's
+        block = N * C * (4 * s + (4 if half else 0)) + 16 * C * C + 4 * W * C
+        return {"head, forward": forward, "head, backward": backward, "last block, backward": block}
+
+    def largest_micro_batch(self, gpu: GPU) -> int:
+        """Return the largest divisor of `sequences` that fits the GPU's memory, 0 if not even one sequence does."""
         divisors = [n for n in range(self.sequences, 0, -1) if self.sequences % n == 0]
-        return next((n for n in divisors if sum(self.memory(n).values()) <= room(gpu)), 0)
+        return next((n for n in divisors if self.fits(n, gpu)), 0)
+
+    def fits(self, micro_batch: int, gpu: GPU) -> bool:
+        return sum(self.memory(micro_batch).values()) <= (1 - RESERVED_FRACTION) * gpu.memory
+
+    @property
+    def _width(self) -> int:
+        return self.model.config.padded_vocab_size
+
+    def _block_and_end_bytes(self) -> tuple[int, int]:
+        """Return the float32 bytes of all blocks, and of what surrounds them: wte, wpe, ln_f."""
+        blocks = 4 * elements(self.model.transformer.h.parameters())
+        return blocks, 4 * elements(self.model.parameters()) - blocks
+
+    # ---------------------------------------------------------------------------------------- time, communication, disk
+
+    def step_seconds(self, gpu: GPU) -> float:
+        """Return the seconds of a step at an MFU of MFU. float32 products are TF32, half as fast as bfloat16."""
+        peak = gpu.flops if self.element_bytes == 2 else gpu.flops / 2
+        return self.config.batch_tokens * self.model.flops_per_token() / (MFU * peak * self.world_size)
+
+    def communication(self, name: str, micro_batch: int) -> dict[str, float]:
+        """
+        Return what sharing a step's work costs on GPUs of that name (in LINKS).
+
+        nvlink, network: bytes that a GPU sends to all-reduce the gradients once
+        seconds, exposed: of communication per step, and of those the part that is not hidden by computing
+        efficiency: speed per GPU, compared with a single GPU
+        """
+        n, gpu, c = self.world_size, GPUS[name], self.config
+        g, m = min(n, MACHINE), math.ceil(n / MACHINE)
+        blocks, ends = self._block_and_end_bytes()
+        shares = 2 * (g - 1) / g, 2 * (m - 1) / m / g  # of the bytes: those sent over NVLink, over the network
+        rates = [rate * fraction for rate, fraction in zip(LINKS[name], LINK_FRACTIONS, strict=True)]
+        hops = 2 * (g - 1) + 2 * math.ceil(math.log2(m))
+
+        def all_reduce(size: float, messages: int = 1) -> float:
+            return size * (shares[0] / rates[0] + shares[1] / rates[1]) + messages * hops * LATENCY
+
+        compute, micro_steps = self.step_seconds(gpu), self.sequences // micro_batch
+        update = 42 * elements(self.model.parameters()) / gpu.bandwidth  # bytes that AdamW, clipping and casts move
+        if c.parallel == "fsdp":  # per block and micro-step two gathers and a reduce-scatter: half an all-reduce each
+            hidden = 1.5 * micro_steps * all_reduce(blocks, c.n_layer)
+            last = all_reduce(ends)  # gathered when the step begins, reduced when it ends
+            seconds, exposed = hidden + last, max(0.0, hidden - compute) + last
+        else:
+            # the last micro-step's backward; the head's part belongs to the forward, if its kernel is Triton's
+            flops = c.n_layer * (48 * c.n_embd**2 + 8 * c.n_embd * c.block_size)
+            backward = compute / micro_steps * flops / self.model.flops_per_token()
+            buckets, size = 2, 0  # the first, of 1 MiB, and the last, with wte
+            for p in reversed(list(self.model.transformer.h.parameters())):
+                size += 4 * p.numel()
+                if size >= BUCKET_BYTES:
+                    buckets, size = buckets + 1, 0
+            seconds = all_reduce(blocks + ends, buckets)
+            exposed = max(seconds - backward, all_reduce(ends))
+            if c.parallel == "zero1":  # every rank broadcasts the weights that it has updated
+                weights = all_reduce(blocks + ends) / 2
+                seconds, exposed = seconds + weights, exposed + weights
+        total = compute + (update if c.parallel == "ddp" else update / n) + exposed
+        sent = [share * (blocks + ends) for share in shares]
+        efficiency = (compute + update / n) / total
+        return dict(zip(("nvlink", "network"), sent, strict=True)) | {
+            "seconds": seconds, "exposed": exposed, "efficiency": efficiency,
+        }  # fmt: skip
 
     def checkpoint_bytes(self) -> int:
-        """Of one checkpoint: the weights and the whole optimizer state, in float32, however they are shared."""
-        shape = self.shape()
-        return 4 * memory.numbers(shape) + memory.optimizer_bytes(shape, self.optimizer)
-
-    def data_bytes(self) -> int:
-        """Of the shards: 2 bytes a token, 4 for more than 65,536 ids."""
-        tokens = self.batch_tokens * self.max_steps if self.data_tokens is None else self.data_tokens
-        return tokens * (2 if self.vocab_size <= 65_536 else 4)
+        """Return the size of a checkpoint: weights and optimizer state in float32, unsharded."""
+        return 4 * elements(self.model.parameters()) + sum(self.state_bytes().values())
 
 
-def room(gpu: str) -> float:
-    """Bytes of a GPU's memory that the model's count may fill."""
-    return (1 - memory.SPARE) * 1e9 * memory.GIGABYTES[gpu]
+def elements(parameters, world_size: int = 1) -> int:
+    """Count the elements of these tensors, or of rank 0's shards, cut along the first dimension."""
+    return sum(math.ceil(p.shape[0] / world_size) * math.prod(p.shape[1:]) for p in parameters)
 
 
-def of_preset(preset: str, **changes) -> Job:
-    """The job of a preset of train_gpt2.py, with changes. UserError for another name."""
-    if preset not in RUNS:
-        raise UserError(f"--preset {preset}: use one of {', '.join(RUNS)}")
-    s, (batch_tokens, max_steps, optimizer, dropout, data_tokens) = PRESETS[preset], RUNS[preset]
-    options = {"n_layer": s.L, "n_head": s.H, "n_embd": s.C, "block_size": s.T, "vocab_size": s.V, "name": preset}
-    options |= {"batch_tokens": batch_tokens, "max_steps": max_steps, "optimizer": optimizer, "dropout": dropout}
-    return Job(**(options | {"data_tokens": data_tokens} | changes))
+# ---------------------------------------------------------------------------------------------------------------- text
 
 
-def check_gpus(gpus: list[str], mfu: float, price: float) -> None:
-    unknown = [name for name in gpus if name not in GPUS or name not in memory.GIGABYTES]
-    if unknown or not gpus:
-        raise UserError(f"--gpu {' '.join(unknown)}: use some of {', '.join(GPUS)}")
-    if not 0 < mfu <= 1:
-        raise UserError(f"--mfu is {mfu}, but must be above 0 and at most 1")
-    if not 0 <= price < 1e6:
-        raise UserError(f"--price is {price}, but must be 0 or more, for a GPU and hour")
-
-
-def time_and_cost(job: Job, gpu: str, mfu: float, price: float) -> dict[str, float]:
-    """Model: tokens_per_s of all GPUs, ms a step, hours, and cost of the run."""
-    tokens_per_s = mfu * GPUS[gpu].flops * job.world_size / roofline.flops_per_token(job.shape())
-    hours = job.batch_tokens * job.max_steps / tokens_per_s / 3600
-    ms = 1e3 * job.batch_tokens / tokens_per_s
-    return {"tokens_per_s": tokens_per_s, "ms": ms, "hours": hours, "cost": hours * job.world_size * price}
-
-
-# --------------------------------------------------------------------------- text
-
-
-def amount(size: float) -> str:
-    """Bytes, in the decimal unit that reads best."""
+def format_bytes(size: float) -> str:
     for unit, each in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= 0.9995 * each:
-            return f"{few(size / each)} {unit}"
+            return f"{format_3sig(size / each)} {unit}"
     return f"{size:.0f} B"
 
 
-def count(number: float) -> str:
-    """124M, 1.56B: a number of things in three digits."""
-    return f"{few(number / 1e9)}B" if number >= 0.9995e9 else f"{few(number / 1e6)}M"
-
-
-def duration(hours: float) -> str:
-    """In the unit that reads best, two or three digits."""
+def format_hours(hours: float) -> str:
     for unit, each, least in (("days", 24, 48), ("h", 1, 0.5), ("min", 1 / 60, 0.03), ("s", 1 / 3600, 0)):
         if hours >= least:
-            return f"{few(hours / each)} {unit}"
+            return f"{format_3sig(hours / each)} {unit}"
 
 
-def few(number: float) -> str:
-    """Three digits of a number, at most two of them behind the point."""
+def format_3sig(number: float) -> str:
     return f"{number:,.0f}" if number >= 99.95 else f"{number:.1f}" if number >= 9.995 else f"{number:.2f}"
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Columns padded to their widest cell: the first to the left, the others to the right."""
-    widths = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
+def format_table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Return lines, the first column aligned left and the others right."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = [head, ["-" * width for width in widths], *rows]
+    return ["  " + "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in lines]
+
+
+def report(config, vocab_size: int, world_size: int) -> str:
+    """Return everything that the run would take, as text of at most 100 columns."""
+    plan, c = Plan(config, vocab_size, world_size), config
+    micro_batch = c.micro_batch if c.micro_batch != "auto" else plan.largest_micro_batch(GPUS[PLANNED[0]]) or 1
+    flops, tokens, memory = plan.model.flops_per_token(), c.batch_tokens * c.max_steps, plan.memory(micro_batch)
+    dtype = "bfloat16" if plan.element_bytes == 2 else "float32"
     lines = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in [head, ["-" * w for w in widths], *rows]
+        f"{c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels, {c.block_size:,} tokens per sequence, vocabulary "
+        f"of {vocab_size:,}",
+        f"{plan.model.parameter_count():,} parameters, {flops / 1e6:,.1f}M FLOPs per token to train",
+        f"{c.max_steps:,} steps of {c.batch_tokens:,} tokens: {tokens / 1e9:,.3f}B tokens, {flops * tokens:.3g} FLOPs",
+        f"{world_size} GPU(s), --parallel {c.parallel}, --optimizer {c.optimizer}, --dtype {dtype}",
+        f"--kernels {','.join(plan.families) or 'none'}",
+        "",
+        f"Memory of one GPU (model): micro-batch of {micro_batch} sequences, {plan.sequences // micro_batch} "
+        "micro-step(s) per step",
     ]
-    return "\n".join("  " + line.rstrip() for line in lines)
-
-
-def memory_text(job: Job, micro_batch: int) -> str:
-    """The memory on one GPU, row by row."""
-    rows, micro_steps = job.memory(micro_batch), job.sequences // micro_batch
-    tokens = micro_batch * job.block_size
-    notes = {
-        "weights": "float32",
-        "gradients": "float32; views into DDP's buckets" if job.parallel != "fsdp" else "float32",
-        "second copy of the gradients": "what micro-steps add up, beside what is reduced",
-        "gathered by FSDP": "whole: embeddings, two blocks; their gradients",
-        "optimizer state": f"{job.optimizer}, float32" + ", of the fullest rank" * (job.parallel == "zero1"),
-        "copies for autocast": "the matrices in bfloat16, through forward and backward",
-        "activations, ends": "around the blocks: tokens, the last layer norm",
-    }
-    if job.world_size == 1:
-        notes["gradients"] = "float32"
-    if job.n_layer:
-        a_block = rows["activations, blocks"] / job.n_layer
-        notes["activations, blocks"] = (
-            f"{amount(a_block)} each: {a_block / tokens / job.n_embd:.1f} bytes a token and channel"
-        )
-    notes |= {name: "what is live there on top" for name in rows if name.startswith("peak")}
-    lines = [f"  {name:<30}{amount(size):>10}   {notes.get(name, '')}".rstrip() for name, size in rows.items()]
-    return "\n".join(
-        [
-            f"Memory of one GPU (model): micro-batch of {micro_batch} sequences, {micro_steps} micro-step(s) a step, "
-            f"{job.dtype}",
-            *lines,
-            f"  {'total':<30}{amount(sum(rows.values())):>10}   without torch.compile, which may keep less",
-            f"  Not counted: CUDA context, NCCL, fragmentation; {memory.SPARE:.0%} of a GPU's memory is left free",
-        ]
-    )
-
-
-def chosen_micro_batch(job: Job, gpus: list[str]) -> int:
-    """What all of these GPUs hold, or what was asked for; UserError where not even one sequence fits."""
-    if job.micro_batch != "auto":
-        return job.micro_batch
-    most = {gpu: job.largest_micro_batch(gpu) for gpu in gpus}
-    worst = min(most, key=most.get)
-    if most[worst] == 0:
-        needed = amount(sum(job.memory(1).values()))
-        raise UserError(
-            f"one sequence needs {needed} on each of {job.world_size} GPU(s) with --parallel {job.parallel}, and "
-            f"{worst} has {memory.GIGABYTES[worst]} GB: use more --gpus with --parallel zero1 or fsdp, or another --gpu"
-        )
-    return most[worst]
-
-
-def plan(job: Job, gpus: list[str] | tuple[str, ...] = ("A100", "H100"), mfu: float = 0.4, price: float = 2.0) -> str:
-    """
-    All that the run would take, as text of at most 100 columns.
-
-    gpus:  names of kernels.gpus.GPUS to plan for
-    mfu:   share of the bfloat16 peak that the run is taken to reach, 0 to 1
-    price: of a GPU for an hour, in any currency
-    Raises UserError, a sentence for the command line.
-    """
-    check_gpus(list(gpus), mfu, price)
-    micro_batch, shape, tokens = chosen_micro_batch(job, list(gpus)), job.shape(), job.batch_tokens * job.max_steps
-    flops = roofline.flops_per_token(shape)
+    lines += [f"  {name:<30}{format_bytes(size):>10}" for name, size in memory.items()]
+    lines += [
+        f"  {'total':<30}{format_bytes(sum(memory.values())):>10}   without torch.compile, which may keep less",
+        f"  Not counted: CUDA context, NCCL, fragmentation; {RESERVED_FRACTION:.0%} of a GPU's memory is left free",
+        "",
+        f"Time and cost (model): MFU {MFU:.0%}, {PRICE:g} per GPU and hour; most: the largest micro-batch that fits",
+    ]
     rows = []
-    for gpu in gpus:
-        most, t = job.largest_micro_batch(gpu), time_and_cost(job, gpu, mfu, price)
-        fits = "yes" if sum(job.memory(micro_batch).values()) <= room(gpu) else "NO"
-        rows.append([gpu, f"{memory.GIGABYTES[gpu]} GB", fits, f"{most}", f"{t['tokens_per_s']:,.0f}"])
-        rows[-1] += [few(t["ms"]), duration(t["hours"]), few(t["hours"] * job.world_size), few(t["cost"])]
-    checkpoint = job.checkpoint_bytes()
-    width = 2 if job.vocab_size <= 65_536 else 4
-    return "\n".join(
-        [
-            f"{job.name + ': ' if job.name else ''}{shape.L} layers, {shape.H} heads, {shape.C} channels, "
-            f"{shape.T:,} tokens a sequence, vocabulary of {shape.V:,}",
-            f"{roofline.parameters(shape):,} parameters, {flops / 1e6:,.1f}M FLOPs a token to train",
-            f"{job.max_steps:,} steps of {job.batch_tokens:,} tokens: {tokens / 1e9:,.3f}B tokens, "
-            f"{flops * tokens:.3g} FLOPs",
-            f"{job.world_size} GPU(s), --parallel {job.parallel}, --optimizer {job.optimizer}, --kernels {job.kernels}",
-            "",
-            memory_text(job, micro_batch),
-            "",
-            f"Time and cost (model): MFU {mfu:.0%}, a price of {price:g} for a GPU and hour",
-            table(["GPU", "memory", "fits", "most seqs", "tokens/s", "ms/step", "time", "GPU hours", "cost"], rows),
-            "",
-            f"Disk: data {amount(job.data_bytes())}, {width} bytes a token"
-            f"{', if none comes twice' if job.data_tokens is None else ''}",
-            f"      checkpoints {amount((job.keep + 1) * checkpoint)}: {job.keep} kept and one being written, "
-            f"{amount(checkpoint)} each",
-        ]
-    )
-
-
-def every_preset(gpus: list[str], world_size: int, mfu: float, price: float, parallel: str) -> str:
-    """A line for each preset: the laptop's and the characters' on one GPU, the others on world_size."""
-    check_gpus(gpus, mfu, price)
-    both = "/".join(gpus)
-    head = ["preset", "params", "FLOPs/t", "tokens", "GPUs", "seqs", "memory", f"time {both}", "cost", "data"]
-    rows = []
-    for preset in RUNS:
-        n = world_size if preset.startswith("gpt2") else 1
-        job = of_preset(preset, world_size=n, parallel=parallel if n > 1 else "ddp")
-        most, shape = min(job.largest_micro_batch(gpu) for gpu in gpus), job.shape()
-        times = [time_and_cost(job, gpu, mfu, price) for gpu in gpus]
-        row = [preset, count(roofline.parameters(shape)), count(roofline.flops_per_token(shape))]
-        row += [count(job.batch_tokens * job.max_steps), f"{n}", f"{most or 'none'}"]
-        row += [amount(sum(job.memory(most or 1).values())), "/".join(duration(t["hours"]) for t in times)]
-        rows.append([*row, "/".join(few(t["cost"]) for t in times), amount(job.data_bytes())])
-    title = f"Model: MFU {mfu:.0%} (small models reach less), {price:g} for a GPU and hour, --parallel {parallel}"
-    return "\n".join(
-        [
-            title,
-            "FLOPs/t: for a token; seqs: the largest micro-batch that fits all of these GPUs; memory: of one",
-            "",
-            table(head, rows),
-        ]
-    )
-
-
-# ------------------------------------------------------------------- command line
-
-
-def options(words: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.plan", description="What a training run would take: memory, time, cost, disk. No GPU."
-    )
-    parser.error = lambda message: fail(f"{message} (--help shows every option)")
-    parser.add_argument("--preset", default="gpt2-124m", help=f"one of {', '.join(RUNS)}")
-    parser.add_argument(
-        "--all", action="store_true", help="a line for every preset; takes --gpus --gpu --mfu --price --parallel"
-    )
-    parser.add_argument("--scale", action="store_true", help="1, 8, 64 and 512 GPUs, on paper; takes --mfu")
-    parser.add_argument("--gpus", type=int, default=8, help="how many (default 8)")
-    parser.add_argument("--gpu", nargs="+", default=["A100", "H100"], metavar="NAME", help=f"of {', '.join(GPUS)}")
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak reached (default 0.4)")
-    parser.add_argument("--price", type=float, default=2.0, help="of a GPU for an hour (default 2.0)")
-    parser.add_argument("--micro-batch", default="auto", help="sequences on a GPU at once; auto: the most that fit")
-    parser.add_argument("--batch-tokens", type=int, help="tokens a step, over all GPUs")
-    parser.add_argument("--max-steps", type=int, help="steps")
-    parser.add_argument("--block-size", type=int, help="tokens a sequence")
-    parser.add_argument("--parallel", default="ddp", help=f"one of {', '.join(memory.MODES)}")
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), help="the preset's, when not given")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of matrix products")
-    parser.add_argument("--kernels", default="all", help=f"in Triton: all, none, or a list of {','.join(FAMILIES)}")
-    return parser.parse_args(words)
-
-
-def fail(message: str) -> None:
-    print("error:", " ".join(message.split()), file=sys.stderr)
-    raise SystemExit(2)
-
-
-def run(chosen: argparse.Namespace) -> str:
-    if chosen.scale:
-        from training import scale  # here: it builds on this module
-
-        check_gpus(chosen.gpu, chosen.mfu, chosen.price)
-        return scale.report(chosen.mfu)
-    if chosen.all:
-        return every_preset(chosen.gpu, chosen.gpus, chosen.mfu, chosen.price, chosen.parallel)
-    micro_batch = chosen.micro_batch
-    if micro_batch != "auto":
-        if not micro_batch.isdecimal():
-            raise UserError(f"--micro-batch {micro_batch}: use a number of sequences, or auto")
-        micro_batch = int(micro_batch)
-    named = ("batch_tokens", "max_steps", "block_size", "optimizer")
-    changes = {name: getattr(chosen, name) for name in named if getattr(chosen, name) is not None}
-    changes |= {"parallel": chosen.parallel, "dtype": chosen.dtype, "kernels": chosen.kernels}
-    job = of_preset(chosen.preset, micro_batch=micro_batch, world_size=chosen.gpus, **changes)
-    return plan(job, chosen.gpu, chosen.mfu, chosen.price)
-
-
-def main(words: list[str] | None = None) -> None:
-    try:
-        print(run(options(words)))
-    except (UserError, ValueError) as error:
-        fail(str(error))
-
-
-if __name__ == "__main__":
-    main()
+    for name in PLANNED:
+        gpu, seconds = GPUS[name], plan.step_seconds(GPUS[name])
+        hours = seconds * c.max_steps / 3600
+        row = [name, f"{gpu.memory / 1e9:.0f} GB", "yes" if plan.fits(micro_batch, gpu) else "NO"]
+        row += [f"{plan.largest_micro_batch(gpu) or 'none'}", f"{c.batch_tokens / seconds:,.0f}"]
+        row += [format_3sig(1e3 * seconds), format_hours(hours), format_3sig(hours * world_size)]
+        rows.append([*row, format_3sig(hours * world_size * PRICE)])
+    lines += format_table(["GPU", "memory", "fits", "most", "tokens/s", "ms/step", "time", "GPU hours", "cost"], rows)
+    if world_size > 1:
+        rows = []
+        for name in LINKS:
+            found = plan.communication(name, micro_batch)
+            row = [name, format_bytes(found["nvlink"]), format_bytes(found["network"])]
+            row += [format_3sig(1e3 * found["seconds"]), format_3sig(1e3 * found["exposed"])]
+            rows.append([*row, f"{found['efficiency']:.0%}"])
+        lines += ["", f"Communication per step (model, not in the times above): machines of {MACHINE} GPUs"]
+        lines += format_table(["GPU", "NVLink", "network", "ms", "of it exposed", "efficiency"], rows)
+    token_bytes, checkpoint = 2 if vocab_size <= 65_536 else 4, plan.checkpoint_bytes()
+    lines += [
+        "",
+        f"Disk: {token_bytes} bytes per token of data, {format_bytes(tokens * token_bytes)} if none is read twice",
+        f"      checkpoints {format_bytes((c.keep + 1) * checkpoint)}: {c.keep} kept and one being written, "
+        f"{format_bytes(checkpoint)} each",
+    ]
+    return "\n".join(lines)

@@ -207,7 +207,7 @@ def train_all(script: Path, runs: list[SweepRun], folder: Path, what: str) -> in
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"--{what} starts one process per run: call python train_gpt2.py, without torchrun")
     check_folder(runs, folder, what)
-    for name in {run.config.data for run in runs}:  # now, where its messages are seen, and not once in every run
+    for name in {run.config.data for run in runs}:  # now, while its messages are shown, and only once
         prepare_if_missing(name)
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / ".lock", f"another process is writing to {folder}: wait for it, or use --out-dir"):
@@ -401,8 +401,9 @@ def draw_references(axes, known: dict[str, float]) -> None:
     for name, nats in known.items():
         if nats <= high + 0.1 * (high - low):
             axes.axhline(nats, linestyle=":", color="grey", linewidth=1, zorder=0)
-            place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-            axes.annotate(name, (1, nats), (-3, 2), **place, ha="right", fontsize="small", color="grey")
+            white = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
+            place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "bbox": white}
+            axes.annotate(name, (0, nats), (5, 4), **place, fontsize="small", color="grey")
 
 
 def draw_against(axes, runs: list[SweepRun], x: str) -> None:
