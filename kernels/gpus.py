@@ -1,17 +1,16 @@
-"""What the makers' data sheets say of each GPU."""
+"""The one table of GPUs: what the makers' data sheets say that each reaches at best, with the source."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class GPU:
-    """What the maker's data sheet says that a GPU reaches at best."""
-
     flops: float  # FLOP/s of dense bf16 matrix products with float32 accumulation
     bandwidth: float  # bytes/s of its memory
+    memory: float  # bytes; drivers show some 5 % more than 10^9 bytes per GB
     arithmetic: float  # float32 FLOP/s outside the tensor cores
     architecture: str
-    source: str  # of SOURCES; a "?" behind it: the number in the comment was found in no copy of it
+    source: str  # of SOURCES; a "?" after it: no copy of it had the numbers named in the comment
 
 
 SOURCES = {  # read in copies and in tables that cite them; data sheets print bf16 with sparsity, twice the dense figure
@@ -24,36 +23,36 @@ SOURCES = {  # read in copies and in tables that cite them; data sheets print bf
     "rtx": "NVIDIA architecture white papers: RTX Blackwell, Ada, GA102, https://www.nvidia.com/en-us/technologies",
     "mi300x": "AMD Instinct MI300X data sheet, https://www.amd.com/en/products/accelerators/instinct/mi300/mi300x.html",
 }
-GPUS = {  # words of a GPU's name -> what the source says
-    "B200": GPU(2250e12, 7700e9, 75e12, "sm_100", "blackwell"),
-    "GB200": GPU(2500e12, 8000e9, 80e12, "sm_100", "blackwell"),
-    "H200 NVL": GPU(836e12, 4800e9, 60e12, "sm_90", "hopper?"),  # arithmetic. Ahead of the plain name: the SXM module's
-    "H200": GPU(989e12, 4800e9, 67e12, "sm_90", "hopper"),
-    "H100 PCIe": GPU(756e12, 2000e9, 51e12, "sm_90", "hopper"),  # likewise
-    "H100 NVL": GPU(835e12, 3900e9, 60e12, "sm_90", "hopper?"),  # arithmetic
-    "H100": GPU(989e12, 3350e9, 67e12, "sm_90", "hopper"),
-    "A100 SXM4 40GB": GPU(312e12, 1555e9, 19.5e12, "sm_80", "a100?"),  # bandwidth
-    "A100 PCIE 40GB": GPU(312e12, 1555e9, 19.5e12, "sm_80", "a100?"),  # bandwidth
-    "A100 80GB PCIe": GPU(312e12, 1935e9, 19.5e12, "sm_80", "a100?"),  # bandwidth
-    "A100": GPU(312e12, 2039e9, 19.5e12, "sm_80", "a100"),
-    "A40": GPU(149.7e12, 696e9, 37.4e12, "sm_86", "ampere"),
-    "A10G": GPU(70e12, 600e9, 31.5e12, "sm_86", "a10g?"),  # flops and arithmetic
-    "A10": GPU(125e12, 600e9, 31.2e12, "sm_86", "ampere?"),  # flops
-    "L40S": GPU(362e12, 864e9, 91.6e12, "sm_89", "ada"),
-    "L4": GPU(121e12, 300e9, 30.3e12, "sm_89", "ada?"),  # arithmetic
-    "RTX 5090": GPU(209.5e12, 1792e9, 104.8e12, "sm_120", "rtx"),
-    "RTX 4090": GPU(165.2e12, 1008e9, 82.6e12, "sm_89", "rtx"),
-    "RTX 3090": GPU(71e12, 936e9, 35.6e12, "sm_86", "rtx"),
-    "MI300X": GPU(1307.4e12, 5300e9, 163.4e12, "gfx942", "mi300x"),
+# words of a GPU's name -> the source's figures. Memory was read on the pages of the A100, H100 and H200; for the others
+# it is the maker's figure without a page (B200: 192 GB on some pages, so the smaller counts).
+GPUS = {
+    "B200": GPU(2250e12, 7700e9, 180e9, 75e12, "sm_100", "blackwell"),
+    "GB200": GPU(2500e12, 8000e9, 186e9, 80e12, "sm_100", "blackwell"),
+    "H200 NVL": GPU(836e12, 4800e9, 141e9, 60e12, "sm_90", "hopper?"),  # arithmetic. Before the plain name, the SXM's
+    "H200": GPU(989e12, 4800e9, 141e9, 67e12, "sm_90", "hopper"),
+    "H100 PCIe": GPU(756e12, 2000e9, 80e9, 51e12, "sm_90", "hopper"),  # likewise before it
+    "H100 NVL": GPU(835e12, 3900e9, 94e9, 60e12, "sm_90", "hopper?"),  # arithmetic
+    "H100": GPU(989e12, 3350e9, 80e9, 67e12, "sm_90", "hopper"),
+    "A100 SXM4 40GB": GPU(312e12, 1555e9, 40e9, 19.5e12, "sm_80", "a100?"),  # bandwidth
+    "A100 PCIE 40GB": GPU(312e12, 1555e9, 40e9, 19.5e12, "sm_80", "a100?"),  # bandwidth
+    "A100 80GB PCIe": GPU(312e12, 1935e9, 80e9, 19.5e12, "sm_80", "a100?"),  # bandwidth
+    "A100": GPU(312e12, 2039e9, 80e9, 19.5e12, "sm_80", "a100"),
+    "A40": GPU(149.7e12, 696e9, 48e9, 37.4e12, "sm_86", "ampere"),
+    "A10G": GPU(70e12, 600e9, 24e9, 31.5e12, "sm_86", "a10g?"),  # flops and arithmetic
+    "A10": GPU(125e12, 600e9, 24e9, 31.2e12, "sm_86", "ampere?"),  # flops
+    "L40S": GPU(362e12, 864e9, 48e9, 91.6e12, "sm_89", "ada"),
+    "L4": GPU(121e12, 300e9, 24e9, 30.3e12, "sm_89", "ada?"),  # arithmetic
+    "RTX 5090": GPU(209.5e12, 1792e9, 32e9, 104.8e12, "sm_120", "rtx"),
+    "RTX 4090": GPU(165.2e12, 1008e9, 24e9, 82.6e12, "sm_89", "rtx"),
+    "RTX 3090": GPU(71e12, 936e9, 24e9, 35.6e12, "sm_86", "rtx"),
+    "MI300X": GPU(1307.4e12, 5300e9, 192e9, 163.4e12, "gfx942", "mi300x"),
 }
-
-
 OTHER_CHIPS = {"Laptop", "Ti", "SUPER", "D", "Max", "MIG"}  # words that make a name another GPU's, or a slice of one
 
 
-def named_gpu(gpu: str) -> GPU | None:
-    """The row of GPUS for a name as the driver spells it; None where the table lacks it."""
-    words = f" {gpu.replace('-', ' ')} "
+def named_gpu(name: str) -> GPU | None:
+    """Return the row of GPUS for a name as the driver spells it ("NVIDIA A100-SXM4-80GB"), None for an unknown GPU."""
+    words = f" {name.replace('-', ' ')} "
     if OTHER_CHIPS & set(words.split()):
         return None
-    return next((found for name, found in GPUS.items() if f" {name} " in words), None)
+    return next((gpu for known, gpu in GPUS.items() if f" {known} " in words), None)
