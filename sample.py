@@ -1,8 +1,8 @@
 """
 Write text with a trained GPT.
 
-    python sample.py RUN_OR_NAME --prompt "Hello, I'm a language model,"     write text with a run, gpt2, gpt2-xl ...
-    python sample.py RUN_OR_NAME --export FOLDER                             write it in Hugging Face's format
+    python sample.py RUN_OR_NAME --prompt "Hello, I'm a language model,"   a run, gpt2, gpt2-xl ...
+    python sample.py RUN_OR_NAME --export FOLDER                  for Hugging Face's transformers
 """
 
 from training import startup
@@ -20,9 +20,9 @@ import tyro
 
 import kernels
 import model as gpt
-from data.files import UserError, as_user_error, exit_on_user_error, parse_options
-from data.text import new_documents
-from data.tokenizer import StreamDecoder, from_spec
+from data.files import UserError, as_flag, as_user_error, exit_on_user_error, parse_options
+from data.text import documents_of, read_text
+from data.tokenizer import StreamDecoder
 from training import devices, weights
 
 
@@ -31,15 +31,21 @@ class SampleOptions:
     """Write text with a trained GPT, or write the GPT in Hugging Face's format."""
 
     model: Annotated[str, tyro.conf.Positional]
-    """a run's folder, a checkpoint file, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a Hugging Face folder"""
+    """run folder, checkpoint, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or Hugging Face folder"""
     prompt: str = ""
-    """text to go on from; none: from the start of a document"""
+    """text to continue; none: start a document"""
+    prompt_file: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """file with the prompt, - for standard input; a line break at its end is left out"""
     max_new_tokens: int = 300
-    """tokens to add"""
+    """most tokens to add"""
+    stop: bool = True
+    """end a sample with its document, as --new-only always does"""
     num_samples: int = 1
     """samples, drawn side by side; a single one appears as it is written"""
+    best_of: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    """draw N samples and print the one with the highest mean log-probability per token"""
     new_only: bool = False
-    """of a run on documents, for example names: each sample up to its end, without those of the training text"""
+    """for a run on documents, such as names: print the samples that its training text lacks"""
     temperature: float = 0.8
     """0 takes the most likely token every time"""
     top_k: int | None = None
@@ -47,72 +53,96 @@ class SampleOptions:
     top_p: float | None = None
     """sample among the fewest tokens whose probabilities reach this sum"""
     seed: int = 1337
-    """of the sampling"""
+    """seed of the sampling"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     kernels: str = "none"
     """families in Triton: all, none, or a list of layernorm,gelu,attention,cross_entropy"""
     cache: bool = True
-    """keep keys and values; the text is the same without, up to rounding, and the time is not"""
+    """keep keys and values: faster, and the same text but for rounding"""
     export: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = ""
     """write no text, but the model into this new folder, in Hugging Face's format"""
 
     def __post_init__(self):
-        bounds = {"max_new_tokens": 1, "num_samples": 1, "temperature": 0, "top_k": 1, "top_p": 1e-6, "seed": 0}
-        for name, least in bounds.items():
+        least = dict.fromkeys(("max_new_tokens", "num_samples", "best_of", "top_k"), 1)
+        for name, low in (least | {"temperature": 0, "top_p": 1e-6, "seed": 0}).items():
             value = getattr(self, name)
-            if value is not None and not least <= value < 2**63:
-                raise UserError(f"--{name.replace('_', '-')} is {value}, but must be at least {least}")
+            if value is not None and not low <= value < 2**63:
+                raise UserError(f"{as_flag(name)} is {value}, but must be at least {low}")
+        given = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+        exclusive = [("prompt", "prompt_file"), ("num_samples", "best_of"), ("new_only", "best_of")]
+        for one, other in exclusive:
+            if {one, other} <= given:
+                raise UserError(f"give {as_flag(one)} or {as_flag(other)}, not both")
 
 
-def continue_prompt(options: SampleOptions) -> None:
-    """Print samples; what the model is asked comes back in front of what it adds."""
+def write_samples(options: SampleOptions) -> None:
+    """Print samples, each after its prompt, and to stderr how fast they were drawn."""
+    prompt = options.prompt
+    if options.prompt_file:
+        file = "/dev/stdin" if options.prompt_file == "-" else options.prompt_file
+        prompt = read_text(file).removesuffix("\n")
+    known = documents_of(options.model) if options.new_only else set()
     device = devices.choose_device(options.device)
     with as_user_error():
         ops = kernels.select(options.kernels, device)
-    model, spec = weights.load(options.model, ops)
-    model.to(device).eval()
-    tokenizer = from_spec(spec)
-    start = gpt.start_tokens(tokenizer) if tokenizer.eot is not None or not options.prompt else []
-    prompt = [*start, *tokenizer.encode(options.prompt).tolist()]
-    tokens = torch.tensor([prompt] * options.num_samples, device=device)
-    steps = model.generate_stream(
-        tokens,
+    model, tokenizer = weights.load(options.model, ops)
+    start = gpt.start_tokens(tokenizer) if tokenizer.eot is not None or not prompt else []
+    ids = [*start, *tokenizer.encode(prompt).tolist()]
+    eot = tokenizer.eot if options.stop or options.new_only else None
+    samples = max(options.num_samples, options.best_of)
+    steps = model.to(device).generate_stream(
+        torch.tensor([ids] * samples, device=device),
         options.max_new_tokens,
         options.temperature,
         options.top_k,
         options.top_p,
         torch.Generator(device).manual_seed(options.seed),
+        eot,
         options.cache,
     )
+    decoder = StreamDecoder(tokenizer) if samples == 1 and not options.new_only else None
+    drawn = []  # per step: a (token, log-probability) for each sample
     began = time.perf_counter()
-    if options.new_only:
-        new = new_documents(options.model, torch.stack(list(steps), dim=1).tolist(), options.prompt)
-        print(*new, sep="\n")
-        print(f"{len(new)} of {options.num_samples} are not in the training text", file=sys.stderr)
-    elif options.num_samples > 1:
-        for sample_ids in torch.stack(list(steps), dim=1).tolist():
-            print(options.prompt + tokenizer.decode(sample_ids), "-" * 80, sep="\n")
-    else:
-        print(options.prompt, end="", flush=True)
-        decoder = StreamDecoder(tokenizer)
-        for token in steps:
-            print(decoder.feed(token.item()), end="", flush=True)
+    if decoder:
+        print(prompt, end="", flush=True)
+    for tokens, log_probabilities in steps:
+        drawn.append(list(zip(tokens.tolist(), log_probabilities.tolist(), strict=True)))
+        if decoder and tokens.item() != eot:
+            print(decoder.feed(tokens.item()), end="", flush=True)
+    seconds = time.perf_counter() - began
+
+    texts, means, n_tokens = [], [], 0
+    for sample in zip(*drawn, strict=True):
+        tokens, log_probabilities = zip(*sample, strict=True)
+        length = tokens.index(eot) + 1 if eot in tokens else len(tokens)
+        n_tokens += length
+        means.append(sum(log_probabilities[:length]) / length)
+        texts.append(prompt + tokenizer.decode([t for t in tokens[:length] if t != eot]))
+    if decoder:
         print(decoder.flush())
-    rate = options.num_samples * options.max_new_tokens / (time.perf_counter() - began)
-    print(f"{rate:,.1f} tokens/s", file=sys.stderr)
+    elif options.best_of > 1:
+        print(texts[means.index(max(means))])
+    elif options.new_only:
+        texts = [text for text in texts if text and text not in known]
+        print(*texts, sep="\n")
+        print(f"{len(texts)} of {samples} are not in the training text", file=sys.stderr)
+    else:
+        print("".join(f"{text}\n{'-' * 80}\n" for text in texts), end="")
+    print(f"{n_tokens / seconds:,.1f} tokens/s", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    sys.stdout.reconfigure(errors="replace")  # where a terminal lacks a character of the text
+    sys.stdout.reconfigure(errors="replace")  # for terminals that lack a character of the text
     with exit_on_user_error():
         startup.end()
         options = parse_options(lambda: tyro.cli(SampleOptions, args=arguments))
         if options.export:
             weights.export(options.model, options.export)
-            print(f"{options.export} is ready for transformers: GPT2LMHeadModel.from_pretrained({options.export!r})")
+            load = f"GPT2LMHeadModel.from_pretrained({options.export!r})"
+            print(f"{options.export} is ready for transformers: {load}")
         else:
-            continue_prompt(options)
+            write_samples(options)
 
 
 if __name__ == "__main__":

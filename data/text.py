@@ -6,7 +6,6 @@ last tenth of the characters, wherever that cuts. Lines are shuffled first, alwa
 sorted; files keep the order in which they are given. All the text is held in memory at once.
 """
 
-import itertools
 import json
 import random
 import shlex
@@ -22,7 +21,7 @@ from data.files import UserError, run_script
 from data.shards import open_split, summary, write_dataset
 from data.tokenizer import choose, encode_documents, from_spec
 
-MOST_DOCUMENT_TOKENS = 100_000_000  # that new_documents holds in memory, as text
+MOST_DOCUMENT_TOKENS = 100_000_000  # that training_documents holds in memory, as text
 
 
 def prepare(
@@ -103,23 +102,18 @@ def split_documents(documents: list[str]) -> tuple[list[str], list[str]]:
     return [text for text in train if text], [text for text in val if text]
 
 
-def new_documents(run: str | Path, samples: Sequence[Sequence[int]], prompt: str = "") -> list[str]:
-    """The documents that a run wrote and has not read: each sample up to its end-of-text token, behind the prompt.
+def documents_of(run: str | Path) -> set[str]:
+    """
+    Return the documents that a run was trained on; run: its folder or one of its checkpoints.
 
-    run: a run's folder or one of its checkpoints; samples: token ids without the prompt
-    UserError when it is no run, or its training text is not here, has no documents, or is too large to hold in memory.
+    Raise UserError if it is no run, or if its training text is not here, has no documents, or is too large for memory.
     """
     folder = Path(run).parents[1] if Path(run).is_file() else Path(run)
     try:
         data = json.loads((folder / "config.json").read_text(encoding="utf-8"))["data"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{run} is no run of train_gpt2.py, whose training text a sample could be compared with"
-        ) from None
-    known = training_documents(dataset_dir(data))
-    tokenizer = from_spec(open_split(dataset_dir(data), "train").tokenizer_spec)
-    written = (prompt + tokenizer.decode(_until(ids, tokenizer.eot)) for ids in samples)
-    return [document for document in written if document and document not in known]
+        raise UserError(f"{run} is not a run of train_gpt2.py: there is no training text to compare with") from None
+    return training_documents(dataset_dir(data))
 
 
 def training_documents(folder: str | Path) -> set[str]:
@@ -133,11 +127,6 @@ def training_documents(folder: str | Path) -> set[str]:
     tokens = split.read(0, split.n_tokens)
     pieces = np.split(tokens, np.flatnonzero(tokens == tokenizer.eot))
     return {tokenizer.decode(piece[piece != tokenizer.eot]) for piece in pieces if len(piece)}
-
-
-def _until(ids: Sequence[int], eot: int) -> list[int]:
-    """The ids before the first `eot`, all of them where there is none."""
-    return list(itertools.takewhile(lambda token: token != eot, ids))
 
 
 def main() -> None:

@@ -49,8 +49,8 @@ FAMILIES = {  # name on the command line, which is also the file -> its operatio
     "cross_entropy": ("cross_entropy", "linear_cross_entropy"),
 }
 
-
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what every kernel reads and writes
+VOCAB_MULTIPLE = 128  # columns of the logits are padded to it: tensor cores and 128-bit loads want even shapes
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import model as gpt
 import train_gpt2
-from training.run import newest_checkpoint, read_log
+from training.run import Run, newest_checkpoint, read_log
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -85,3 +86,22 @@ def assert_same_run(one, other):
         assert curve(one, name) == curve(other, name), name
     for (name, a), b in zip(weights(one).items(), weights(other).values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def random_model(vocab_size, seed=0, n_embd=16, **shape):
+    """A small GPT whose weights are large enough that it says different things."""
+    torch.manual_seed(seed)
+    shape = {"n_layer": 2, "n_head": 4, "block_size": 24} | shape
+    model = gpt.GPT(gpt.GPTConfig(n_embd=n_embd, vocab_size=vocab_size, **shape)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def save_run(folder, model, tokenizer, **config) -> str:
+    """A run's folder, as train_gpt2.py leaves it, whose only checkpoint holds this model."""
+    checkpoint = {"step": 1, "model": model.state_dict(), "config": vars(model.config), "tokenizer": tokenizer.spec()}
+    with Run(folder, {"max_steps": 1} | config, 0, {}) as run:
+        run.save(checkpoint | {"optimizers": [], "run": {}, "micro_batch": 1}, keep=1)
+    return str(folder)

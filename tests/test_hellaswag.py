@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from hellaswag_questions import QUESTIONS, write_questions
+from runs import random_model, save_run
 
 import model as gpt
 from data.files import UserError
@@ -29,7 +30,6 @@ from training.hellaswag import (
     render,
     summary,
 )
-from training.run import Run
 
 BLOCK_SIZE = 40  # tokens: shorter than some of the twenty questions, longer than others
 
@@ -56,7 +56,7 @@ def folder(theirs, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ours(folder):
-    return model_weights.load(str(folder))[0].eval()
+    return model_weights.load(str(folder))[0]
 
 
 @pytest.fixture(scope="module")
@@ -375,20 +375,8 @@ def test_the_command_scores_a_hugging_face_folder(tmp_path, monkeypatch, capsys,
 
 def test_the_command_scores_a_run_with_its_own_tokenizer(tmp_path, monkeypatch, capsys):
     tokenizer = CharTokenizer.train("abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ", documents=True)
-    config = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 32, "vocab_size": tokenizer.vocab_size}
-    config["dropout"] = 0.9  # which scoring must switch off
-    network = gpt.GPT(gpt.GPTConfig(**config)).eval()
-    for parameter in network.parameters():
-        parameter.data *= 10
-    checkpoint = {
-        "step": 1,
-        "model": network.state_dict(),
-        "optimizers": [],
-        "config": config,
-        "tokenizer": tokenizer.spec(),
-    }
-    with Run(tmp_path / "run", {"max_steps": 1}, 0, {}) as run:
-        run.save({**checkpoint, "run": {}, "micro_batch": 1}, keep=1)
+    network = random_model(tokenizer.vocab_size, block_size=32, dropout=0.9)  # which scoring must switch off
+    save_run(tmp_path / "run", network, tokenizer)
     path = write_questions(tmp_path / "twenty.jsonl")
     capsys.readouterr()
     out, err, status = command(monkeypatch, capsys, "--model", tmp_path / "run", "--input", path, "--device", "cpu")

@@ -8,7 +8,7 @@ import pytest
 
 from data.files import UserError
 from data.shards import open_split
-from data.text import main, new_documents, prepare, read_documents, split_documents, training_documents
+from data.text import documents_of, main, prepare, read_documents, split_documents, training_documents
 from data.tokenizer import CharTokenizer, from_spec
 
 
@@ -137,36 +137,26 @@ def run_on(folder, data):
     return folder / "run"
 
 
-def test_samples_end_with_their_document_and_what_was_read_is_left_out(tmp_path):
+def test_the_documents_of_a_run_are_found_from_its_folder_and_from_a_checkpoint(tmp_path):
     names = ["ada", "bea", "cab", "dee", "eva", "abe", "bab", "ace", "dab", "ebb"]
     prepare(files(tmp_path, "\n".join(names)), tmp_path / "out", lines=True)
-    read = sorted(training_documents(tmp_path / "out"))
-    (held_out,) = set(names) - set(read)
-    tokenizer = from_spec(open_split(tmp_path / "out", "train").tokenizer_spec)
     run = run_on(tmp_path, tmp_path / "out")
-
-    def ids(text):  # "|" stands for the end of a text
-        return [tokenizer.eot if c == "|" else int(tokenizer.encode(c)[0]) for c in text]
-
-    samples = [ids(text) for text in (f"{read[0]}|abba", "abba|a|", held_out, f"{read[1]}e|", "|ada")]
     for place in (run, run / "checkpoints" / "step_000001.pt"):
-        assert new_documents(place, samples) == ["abba", held_out, f"{read[1]}e"]
-    rest = [ids(read[2][1:] + "|"), ids("bb")]
-    assert new_documents(run, rest, prompt=read[2][:1]) == [f"{read[2][0]}bb"]
+        assert len(documents_of(place)) == 9 and documents_of(place) < set(names)
 
 
 def test_what_samples_cannot_be_compared_with_is_named(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="gpt2 is no run of train_gpt2.py"):
-        new_documents("gpt2", [])
+    with pytest.raises(UserError, match="gpt2 is not a run of train_gpt2.py"):
+        documents_of("gpt2")
     prepare(files(tmp_path, "a single text"), tmp_path / "one")
     with pytest.raises(UserError, match="is one text, without documents"):
-        new_documents(run_on(tmp_path, tmp_path / "one"), [])
+        documents_of(run_on(tmp_path, tmp_path / "one"))
     prepare(files(tmp_path, "a\nb\nc"), tmp_path / "lines", lines=True)
     monkeypatch.setattr("data.text.MOST_DOCUMENT_TOKENS", 3)
     with pytest.raises(UserError, match="tokens, too many to compare"):
         training_documents(tmp_path / "lines")
     with pytest.raises(UserError, match="there is no dataset in"):
-        new_documents(run_on(tmp_path / "other", tmp_path / "gone"), [])
+        documents_of(run_on(tmp_path / "other", tmp_path / "gone"))
 
 
 def test_the_command_line(tmp_path, monkeypatch, capsys):

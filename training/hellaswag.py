@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.files import UserError, atomic_write, download, exit_on_user_error, lock, run_script
-from data.tokenizer import CharTokenizer, Tokenizer, from_spec
+from data.tokenizer import CharTokenizer, Tokenizer
 from training import devices, weights
 from training.distributed import Distributed
 from training.run import HELLASWAG_CHANCE, HELLASWAG_GPT2_124M
@@ -282,14 +282,14 @@ def score(
         raise UserError(f"--batch is {batch}, but must be at least 1")
     with exit_on_user_error():
         where = devices.choose_device(device)
-        network, tokenizer_spec = weights.load(model)
+        network, tokenizer = weights.load(model)
         path = prepare_if_missing(input)
-        questions, tokenizer = read_questions(path), from_spec(tokenizer_spec)
+        questions = read_questions(path)
         rendered = render(questions, tokenizer, network.config.block_size)
         if note := left_out(questions, tokenizer):
             print("note:", note, file=sys.stderr)
         try:
-            counts = evaluate(network.to(where).eval(), rendered, batch, where, progress=True)
+            counts = evaluate(network.to(where), rendered, batch, where, progress=True)
         except (RuntimeError, MemoryError) as error:
             if devices.out_of_memory(error):
                 raise UserError(f"out of memory: lower --batch, which is {batch}") from error

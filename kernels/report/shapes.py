@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-VOCAB_MULTIPLE = 128  # to which model.py pads the vocabulary
+from kernels import VOCAB_MULTIPLE
+
 GPU_TOKENS = 65_536  # of a micro-step on one GPU: 524,288 tokens a step over eight of them
 
 
