@@ -65,7 +65,7 @@ def in_an_empty_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def session_folder(tmp_path_factory):
-    """Where fixtures that serve several tests run."""
+    """Give the fixtures that serve several tests an empty folder to run in."""
     yield from in_an_empty_folder(tmp_path_factory)
 
 
