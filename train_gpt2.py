@@ -281,7 +281,8 @@ def set_up(config: Config, ranks: Distributed):
     device = devices.choose_device(config.device, ranks.local_rank)
     dtype = devices.choose_dtype(config.dtype, device)
     with files.as_user_error():
-        ops = kernels.select(config.kernels, device, config.dropout)
+        say = print if ranks.rank == 0 else lambda sentence: None
+        ops = kernels.select(config.kernels, device, config.dropout, config.n_embd, config.n_head, say)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32
     train_split, val_split = (shards.open_split(data.dataset_dir(config.data), name) for name in ("train", "val"))

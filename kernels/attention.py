@@ -60,12 +60,13 @@ Source: Dao, "FlashAttention-2", 2023, https://arxiv.org/abs/2307.08691
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import (
+from kernels.common import (
     architecture,
     autocast_dtype,
     check_tensors,
@@ -77,51 +78,79 @@ from kernels import (
 )
 
 LOG2E = tl.constexpr(math.log2(math.e))
-MAX_HEADS = 65535  # sequences times heads: CUDA's limit on the second dimension of a grid
-STAGES = 2  # blocks of keys or queries in flight: a third costs shared memory, and with it a block at a time
-LAUNCH = {  # kernel -> (bits, BLOCK_D at most) -> GPU -> BLOCK_Q, BLOCK_K, warps where the blocks divide T; where not
+STAGES = 2  # blocks of keys or queries in flight: a third would take the shared memory of a second program
+MAX_HEADS = 65_535  # sequences times heads per launch: CUDA's limit on the second dimension of a grid
+
+
+class Tile(NamedTuple):
+    """What one program works on at a time."""
+
+    queries: int  # BLOCK_Q
+    keys: int  # BLOCK_K
+    warps: int
+
+
+class Launch(NamedTuple):
+    """The tile of a kernel on one GPU. What else was tried, with registers and spills, is in kernels/README.md."""
+
+    even: Tile  # if its blocks divide T: no masks
+    ragged: Tile  # if they do not
+
+
+class Heads(NamedTuple):
+    """What a set of launches is for."""
+
+    bits: int  # of the dtype
+    max_channels: int  # BLOCK_D at most
+
+
+LAUNCH = {  # kernel -> heads -> GPU -> launch
     "forward": {
-        (16, 64): {
-            "sm_80": ((128, 64, 4), (64, 64, 4)),
-            "sm_90": ((128, 64, 8), (128, 64, 8)),
-            "sm_100": ((128, 64, 8), (64, 64, 4)),
-            "sm_120": ((128, 64, 4), (64, 64, 4)),
+        Heads(bits=16, max_channels=64): {
+            "sm_80": Launch(even=Tile(128, 64, 4), ragged=Tile(64, 64, 4)),
+            "sm_90": Launch(even=Tile(128, 64, 8), ragged=Tile(128, 64, 8)),
+            "sm_100": Launch(even=Tile(128, 64, 8), ragged=Tile(64, 64, 4)),
+            "sm_120": Launch(even=Tile(128, 64, 4), ragged=Tile(64, 64, 4)),
         },
-        (16, 128): {"sm_80": ((128, 64, 8), (128, 32, 8))},
-        (32, 128): {"sm_80": ((32, 16, 4), (32, 16, 4))},
+        Heads(bits=16, max_channels=128): {"sm_80": Launch(even=Tile(128, 64, 8), ragged=Tile(128, 32, 8))},
+        Heads(bits=32, max_channels=128): {"sm_80": Launch(even=Tile(32, 16, 4), ragged=Tile(32, 16, 4))},
     },
     "backward_dq": {
-        (16, 64): {
-            "sm_80": ((128, 32, 4), (64, 32, 4)),
-            "sm_90": ((128, 64, 8), (128, 64, 8)),
-            "sm_120": ((128, 32, 4), (64, 32, 4)),
+        Heads(bits=16, max_channels=64): {
+            "sm_80": Launch(even=Tile(128, 32, 4), ragged=Tile(64, 32, 4)),
+            "sm_90": Launch(even=Tile(128, 64, 8), ragged=Tile(128, 64, 8)),
+            "sm_120": Launch(even=Tile(128, 32, 4), ragged=Tile(64, 32, 4)),
         },
-        (16, 128): {"sm_80": ((128, 32, 8), (64, 32, 8))},
-        (32, 128): {"sm_80": ((32, 16, 8), (32, 16, 8))},
+        Heads(bits=16, max_channels=128): {"sm_80": Launch(even=Tile(128, 32, 8), ragged=Tile(64, 32, 8))},
+        Heads(bits=32, max_channels=128): {"sm_80": Launch(even=Tile(32, 16, 8), ragged=Tile(32, 16, 8))},
     },
     "backward_dkdv": {
-        (16, 64): {
-            "sm_80": ((32, 128, 4), (32, 64, 4)),
-            "sm_86": ((64, 128, 8), (32, 64, 4)),
-            "sm_90": ((32, 128, 4), (64, 64, 4)),
-            "sm_100": ((64, 128, 8), (64, 64, 4)),
-            "sm_120": ((64, 128, 8), (32, 64, 4)),
+        Heads(bits=16, max_channels=64): {
+            "sm_80": Launch(even=Tile(32, 128, 4), ragged=Tile(32, 64, 4)),
+            "sm_86": Launch(even=Tile(64, 128, 8), ragged=Tile(32, 64, 4)),
+            "sm_90": Launch(even=Tile(32, 128, 4), ragged=Tile(64, 64, 4)),
+            "sm_100": Launch(even=Tile(64, 128, 8), ragged=Tile(64, 64, 4)),
+            "sm_120": Launch(even=Tile(64, 128, 8), ragged=Tile(32, 64, 4)),
         },
-        (16, 128): {"sm_80": ((32, 128, 8), (32, 64, 8)), "sm_120": ((64, 64, 8), (32, 64, 8))},
-        (32, 128): {"sm_80": ((16, 32, 4), (16, 32, 4))},
+        Heads(bits=16, max_channels=128): {
+            "sm_80": Launch(even=Tile(32, 128, 8), ragged=Tile(32, 64, 8)),
+            "sm_120": Launch(even=Tile(64, 64, 8), ragged=Tile(32, 64, 8)),
+        },
+        Heads(bits=32, max_channels=128): {"sm_80": Launch(even=Tile(16, 32, 4), ragged=Tile(16, 32, 4))},
     },
 }
 
 
 def launch_parameters(kernel: str, T: int, D: int, dtype: torch.dtype, gpu: str) -> dict[str, int]:
-    """For one kernel of LAUNCH: the blocks, whether they divide T, the width of a head in registers, the warps."""
-    BLOCK_D = max(16, triton.next_power_of_2(D))  # 16 is the least that tl.dot takes
+    """Return the constants and options of one kernel of LAUNCH for sequences of T tokens and heads of D channels."""
+    BLOCK_D = max(16, triton.next_power_of_2(D))  # tl.dot takes at least 16
     bits = 8 * dtype.itemsize
-    rows = next(rows for (b, width), rows in LAUNCH[kernel].items() if b == bits and width >= BLOCK_D)
-    whole, parts = for_architecture(rows, gpu)
-    BLOCK_Q, BLOCK_K, num_warps = whole if T % max(whole[:2]) == 0 else parts
-    blocks = {"BLOCK_Q": BLOCK_Q, "BLOCK_K": BLOCK_K, "BLOCK_D": BLOCK_D, "EVEN": T % max(BLOCK_Q, BLOCK_K) == 0}
-    return blocks | {"num_warps": num_warps, "num_stages": STAGES}
+    fits = [heads for heads in LAUNCH[kernel] if heads.bits == bits and heads.max_channels >= BLOCK_D]
+    even, ragged = for_architecture(LAUNCH[kernel][fits[0]], gpu)
+    tile = even if T % max(even.queries, even.keys) == 0 else ragged
+    EVEN = T % max(tile.queries, tile.keys) == 0
+    blocks = {"BLOCK_Q": tile.queries, "BLOCK_K": tile.keys, "BLOCK_D": BLOCK_D, "EVEN": EVEN}
+    return blocks | {"num_warps": tile.warps, "num_stages": STAGES}
 
 
 # ------------------------------------------------------------------------------ PyTorch
@@ -405,13 +434,17 @@ def _backward_outputs(dy, qkv, y, lse, n_head):
 
 
 def _launch(kernel, name: str, tensors: tuple[Tensor, ...], qkv: Tensor, n_head: int) -> None:
+    """Launch a kernel on tensors whose first dimension is the sequence, as few times as MAX_HEADS allows."""
     B, T, D = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3 // n_head
     if qkv.numel() == 0:
         return
     launch = launch_parameters(name, T, D, qkv.dtype, architecture(qkv))
-    rows = launch["BLOCK_K" if name == "backward_dkdv" else "BLOCK_Q"]
+    blocks = triton.cdiv(T, launch["BLOCK_K" if name == "backward_dkdv" else "BLOCK_Q"])
+    sequences = MAX_HEADS // n_head
     with device_guard(qkv):
-        kernel[(triton.cdiv(T, rows), B * n_head)](*tensors, 1 / math.sqrt(D), T, H=n_head, D=D, **launch)
+        for start in range(0, B, sequences):
+            part = [tensor[start : start + sequences] for tensor in tensors]
+            kernel[(blocks, len(part[0]) * n_head)](*part, 1 / math.sqrt(D), T, H=n_head, D=D, **launch)
 
 
 forbid_double_backward(_backward)
@@ -433,32 +466,30 @@ _causal_attention.register_autograd(_gradient, setup_context=_save)
 # ------------------------------------------------------------------------------- public
 
 
+def unsupported(D: int | None, dropout_p: float) -> str:
+    """Return why the kernels cannot do heads of D channels (None: not checked) with this dropout, or "" if they can."""
+    if dropout_p != 0:
+        return f"the attention kernel has no dropout, and dropout is {dropout_p}"
+    if D is not None and not 16 <= D <= 128:
+        return f"the attention kernel takes heads of 16 to 128 channels, and a head has {D}"
+    return ""
+
+
 def causal_attention(qkv: Tensor, n_head: int, dropout_p: float) -> Tensor:
     """
-    softmax(q @ k.T / sqrt(D)) @ v, each query with the keys up to its own; differentiable in qkv.
+    Return softmax(q @ k.T / sqrt(D)) @ v, each query with the keys up to its own; differentiable in qkv.
 
-    qkv:       (B, T, 3C), queries, keys and values side by side; float32, float16 or bfloat16, or the dtype of autocast
-               where it is on; copied if not contiguous
-    n_head:    C = n_head * D, with 16 to 128 channels D a head
-    dropout_p: 0: the kernel has no dropout
-    Returns y: (B, T, C), dtype of qkv or of autocast; sums and softmax are in float32.
-    Raises ValueError for any other dropout_p, head size, shape or dtype.
+    qkv:       (B, T, 3C), queries, keys and values side by side; float32, float16 or bfloat16, cast to autocast's dtype
+               if that is enabled; copied unless contiguous
+    n_head:    H; C = H * D with D from 16 to 128 channels per head
+    dropout_p: 0, since the kernel has no dropout
+    Returns y: (B, T, C), in the dtype of qkv or of autocast; sums and softmax are in float32.
+    Raises ValueError for any other dropout, head size, shape or dtype.
     """
-    if dropout_p != 0:
-        raise ValueError(
-            f"the attention kernel has no dropout, and dropout is {dropout_p}: "
-            "use --dropout 0, or leave attention to PyTorch: --kernels layernorm,gelu,cross_entropy"
-        )
     check_tensors(qkv=qkv)
     if qkv.dim() != 3 or qkv.shape[2] % (3 * n_head) != 0:
         raise ValueError(f"qkv must be (B, T, 3C) with C a multiple of n_head {n_head}, got {tuple(qkv.shape)}")
-    D = qkv.shape[2] // (3 * n_head)
-    if not 16 <= D <= 128:
-        raise ValueError(f"a head has {D} channels: the attention kernel takes 16 to 128")
-    if qkv.shape[0] * n_head > MAX_HEADS:
-        raise ValueError(
-            f"{qkv.shape[0]} sequences of {n_head} heads: the attention kernel takes {MAX_HEADS} heads in all: "
-            "lower --micro-batch"
-        )
+    if reason := unsupported(qkv.shape[2] // (3 * n_head), dropout_p):
+        raise ValueError(f"{reason}: leave attention to PyTorch with --kernels layernorm,gelu,cross_entropy")
     y, _ = _causal_attention(qkv.to(autocast_dtype(qkv)).contiguous(), n_head)
     return y

@@ -48,7 +48,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import (
+from kernels.common import (
     architecture,
     autocast_dtype,
     check_tensors,

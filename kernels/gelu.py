@@ -40,7 +40,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import architecture, check_tensors, device_guard, for_architecture, forbid_double_backward, tl, triton
+from kernels.common import (
+    architecture,
+    check_tensors,
+    device_guard,
+    for_architecture,
+    forbid_double_backward,
+    tl,
+    triton,
+)
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LINEAR = tl.constexpr(2 * math.sqrt(2 / math.pi))  # 2u = LINEAR * z + CUBIC * z^3

@@ -48,7 +48,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import (
+from kernels.common import (
     architecture,
     autocast_dtype,
     check_tensors,
@@ -306,6 +306,11 @@ _add_layer_norm.register_autograd(_add_gradient, setup_context=_add_save)
 # ------------------------------------------------------------------------------- public
 
 
+def unsupported(C: int) -> str:
+    """Return why the kernels cannot do rows of C elements, or "" if they can."""
+    return "" if 1 <= C <= MAX_C else f"the layer norm kernel takes rows of 1 to {MAX_C} elements, and a row has {C}"
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """
     Layer norm of x over its last dimension; differentiable in x, weight and bias.
@@ -341,7 +346,7 @@ def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, ep
 def _check(weight: Tensor, bias: Tensor, x: Tensor, **others: Tensor) -> None:
     check_tensors(x=x, weight=weight, bias=bias, **others)
     C = x.shape[-1]
-    if not 1 <= C <= MAX_C:
-        raise ValueError(f"x has {C} columns: the layer norm kernel takes 1 to {MAX_C}")
+    if reason := unsupported(C):
+        raise ValueError(reason)
     if weight.shape != (C,) or bias.shape != (C,):
         raise ValueError(f"weight and bias must be ({C},), got {tuple(weight.shape)} and {tuple(bias.shape)}")

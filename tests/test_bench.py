@@ -46,7 +46,7 @@ def test_without_a_gpu_one_line_says_so_and_names_the_report(capsys):
         (["--device", "cpu", "--preset", "gpt3"], "error: --preset gpt3: use one of laptop"),
         (["--device", "cpu", "--repeats", "0"], "error: --repeats is 0, but must be at least 1"),
         (["--device", "abacus"], "error: --device abacus cannot be used"),
-        (["--steps", "many"], "error: argument --steps: invalid int value: 'many'"),
+        (["--device", "cpu", "--dtype", "int8"], "error: --dtype int8: use auto, float32 or bfloat16"),
     ],
 )
 def test_a_wrong_option_is_one_line_and_exit_status_2(words, message, capsys):
@@ -157,12 +157,12 @@ def test_a_package_that_cannot_be_imported_is_left_out_with_a_word(other_package
     (other_packages / "flash_attn/__init__.py").write_text("raise ImportError('undefined symbol')", encoding="utf-8")
     assert list(bench.versions("causal_attention", compiled=False, triton=True)) == ["triton", "torch"]
     shown = capsys.readouterr().err
-    assert shown == "flash_attn is left out, it cannot be imported: ImportError: undefined symbol\n"
+    assert shown == "flash_attn cannot be imported and is left out: ImportError: undefined symbol\n"
 
 
 def test_the_share_of_the_roofline_counts_the_matrix_products_inside_an_operation():
     shape, gpu = PRESETS["gpt2-124m"], GPUS["A100"]
-    kernel = {"operation": "linear_gelu", "touched": 1e9, "flops": 0, "arithmetic": 0}
+    kernel = {"operation": "linear_gelu", "unique_bytes": 1e9, "flops": 0, "arithmetic": 0}
     least = bench.needed("linear_gelu", shape, [kernel], gpu)
     product = 2 * shape.N * shape.C * 4 * shape.C
     assert least["flops"] == 3 * product
@@ -206,10 +206,10 @@ def test_a_training_run_that_stops_is_an_error_with_its_own_words(tmp_path):
     assert done.stderr.startswith("error: train_gpt2.py laptop --kernels none stopped:") and "nowhere" in done.stderr
 
 
-def test_tables_show_shares_in_percent_and_big_numbers_whole():
-    assert [bench.shown("mfu", 0.5), bench.shown("ms", 1.25), bench.shown("tokens", 12345.6)] == [
+def test_tables_show_fractions_in_percent_and_big_numbers_whole():
+    assert [bench.format_cell("mfu", 0.5), bench.format_cell("ms", 1.25), bench.format_cell("tokens", 12345.6)] == [
         "50.0%",
         "1.250",
         "12,346",
     ]
-    assert bench.shown("mfu", None) == "" and report.table("t", ["a", "b"], [["x", 1]]).splitlines()[-1] == "x  1"
+    assert bench.format_cell("mfu", None) == "" and report.table("t", ["a", "b"], [["x", 1]]).splitlines()[-1] == "x  1"

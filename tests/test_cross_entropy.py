@@ -7,7 +7,7 @@ import torch
 from accuracy import DEVICE, before_a_wall, check_all, far_rows, new_memory_is_nan, plain_memory, results
 
 from kernels import cross_entropy as ce
-from kernels import emulate_gpu
+from kernels.common import emulate_gpu
 from kernels.cross_entropy import (
     IGNORE,
     check_targets,

@@ -10,8 +10,8 @@ import pytest
 import torch
 from accuracy import DEVICE
 
-import kernels
-from kernels import FAMILIES, Ops, architecture, emulate_gpu, families, for_architecture, select
+from kernels import FAMILIES, Ops, common, families, select
+from kernels.common import architecture, emulate_gpu, for_architecture
 
 
 def test_every_subset_of_families_is_triton_there_and_pytorch_elsewhere():
@@ -34,6 +34,31 @@ def test_names_are_all_none_or_a_list_in_any_order():
             families(wrong)
 
 
+@pytest.mark.parametrize(
+    ("shape", "family", "reason"),
+    [
+        ({"n_embd": 768, "n_head": 4}, "attention", "takes heads of 16 to 128 channels, and a head has 192"),
+        ({"n_embd": 32, "n_head": 4}, "attention", "and a head has 8"),
+        ({"dropout": 0.2, "n_embd": 64, "n_head": 2}, "attention", "has no dropout, and dropout is 0.2"),
+        ({"n_embd": 8200, "n_head": 82}, "layernorm", "takes rows of 1 to 8192 elements, and a row has 8200"),
+    ],
+)
+def test_auto_leaves_what_a_kernel_cannot_do_to_pytorch_and_says_so_once_while_a_name_is_refused(shape, family, reason):
+    said = []
+    ops = select("auto", "cuda", **shape, say=said.append)
+    for name in FAMILIES:
+        for operation in FAMILIES[name]:
+            assert getattr(ops, operation).__name__ == (f"{operation}_torch" if name == family else operation)
+    (sentence,) = said
+    assert sentence.startswith(f"--kernels auto leaves {family} to PyTorch: ") and reason in sentence
+    others = ",".join(name for name in FAMILIES if name != family)
+    for named in ("all", family):
+        with pytest.raises(ValueError, match=f"{reason}: leave {family} to PyTorch with --kernels {others}"):
+            select(named, "cuda", **shape)
+    assert select(others, "cuda", **shape) == ops and select("auto", "cpu", **shape, say=said.append) == select("none")
+    assert len(said) == 1
+
+
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", code]
     environment = {"PATH": "", "PYTHONPATH": os.environ["PYTHONPATH"], **environment}
@@ -41,11 +66,36 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_without_a_gpu_or_the_interpreter_the_way_out_is_named():
-    code = "import kernels; print(kernels.available(kernels.torch.device('cpu'))); kernels.select('gelu', 'cpu')"
+    code = "import kernels; print(kernels.unavailable(kernels.torch.device('cpu'))); kernels.select('gelu', 'cpu')"
     done = run(code)
-    assert "(False, 'they need a GPU and this run is on cpu')" in done.stdout
+    assert "they need a GPU and this run is on cpu" in done.stdout
     assert "use --kernels none to train, or set TRITON_INTERPRET=1 to study the kernels on a CPU" in done.stderr
     assert run(code, TRITON_INTERPRET="1").returncode == 0
+
+
+def test_a_kernel_called_without_a_gpu_or_the_interpreter_says_what_it_needs():
+    code = """
+import torch
+from kernels import attention, cross_entropy, gelu, layernorm
+x, ones, targets = torch.ones(4, 32), torch.ones(32), torch.arange(4)
+for call in (
+    lambda: layernorm.layer_norm(x, ones, ones, 1e-5),
+    lambda: layernorm.add_layer_norm(x, x, ones, ones, 1e-5),
+    lambda: gelu.linear_gelu(x, x, torch.ones(4)),
+    lambda: attention.causal_attention(torch.ones(1, 4, 96), 2, 0.0),
+    lambda: cross_entropy.cross_entropy(x, targets, 32),
+    lambda: cross_entropy.linear_cross_entropy(x, x, targets, 4),
+):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+"""
+    sentence = (
+        "Triton kernels cannot run on this tensor: they need a GPU and this run is on cpu; set TRITON_INTERPRET=1"
+    )
+    said = run(code).stdout.splitlines()
+    assert len(said) == 6 and all(line.startswith(sentence) for line in said)
 
 
 def test_without_the_package_triton_pytorch_does_the_work():
@@ -61,7 +111,7 @@ assert ops.linear_gelu(ops.layer_norm(y, w, b, 1e-5), torch.ones(128, 32), torch
 assert ops.causal_attention(torch.randn(2, 3, 96), 2, 0.0).shape == (2, 3, 32)
 loss = ops.linear_cross_entropy(torch.randn(4, 32), torch.randn(9, 32), torch.arange(4), 7)
 assert loss.isfinite() and ops.cross_entropy(torch.randn(4, 9), torch.arange(4), 7).isfinite()
-assert kernels.available(torch.device("cuda")) == (False, "the package triton is not installed")
+assert kernels.unavailable(torch.device("cuda")) == "the package triton is not installed"
 try:
     kernels.select("all", "cuda")
 except ValueError as error:
@@ -146,12 +196,12 @@ def test_a_gpu_answers_for_itself(monkeypatch):
     properties = [types.SimpleNamespace(major=12, minor=0, gcnArchName="gfx942:sramecc+:xnack-")] * 2
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties.__getitem__)
     gpu = types.SimpleNamespace(device=torch.device("cuda:0"))
-    kernels._architecture_of_gpu.cache_clear()
+    common._architecture_of_gpu.cache_clear()
     with emulate_gpu("sm_90"):
         assert architecture(gpu) == "sm_120"
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert architecture(types.SimpleNamespace(device=torch.device("cuda:1"))) == "gfx942"
-    kernels._architecture_of_gpu.cache_clear()
+    common._architecture_of_gpu.cache_clear()
 
 
 @pytest.mark.parametrize("names", ["none", *FAMILIES, "all"])

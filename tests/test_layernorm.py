@@ -185,7 +185,7 @@ def test_offsets_pass_two_to_the_31():
         ({"weight": torch.zeros(8, dtype=torch.float64)}, "weight is torch.float64: the kernels take float32"),
         ({"x": torch.zeros(2, 8, dtype=torch.int64)}, "x is torch.int64"),
         ({"bias": torch.zeros(8, device="meta")}, "bias is on meta, x on cpu: move them together"),
-        ({"x": torch.zeros(2, 8193)}, "x has 8193 columns: the layer norm kernel takes 1 to 8192"),
+        ({"x": torch.zeros(2, 8193)}, "takes rows of 1 to 8192 elements, and a row has 8193"),
     ],
 )
 def test_a_wrong_argument_is_named(change, sentence):

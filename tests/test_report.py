@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import train_gpt2
-from kernels import attention, emulate_gpu
+from kernels import attention
+from kernels.common import emulate_gpu
 from kernels.gpus import GPUS, SOURCES
 from kernels.report import __main__ as report
 from kernels.report import roofline
@@ -73,17 +74,19 @@ def test_counted_bytes_are_those_of_a_formula_by_hand(counted, name):
 
 def test_the_minimum_is_each_input_once_and_each_output_once_without_partial_sums(counted):
     N, C, W = SMALL.N, SMALL.C, SMALL.W
-    assert counted["add_layer_norm.forward"]["minimum"] == N * C * 12 + 2 * C * 4 + N * 8
-    assert counted["add_layer_norm.backward"]["minimum"] == N * C * 16 + C * 4 + N * 8
-    assert counted["add_layer_norm.backward"]["touched"] == N * C * 16 + C * 4 + N * 8 + math.ceil(N / 16) * 2 * C * 4
-    assert counted["linear_gelu.backward"]["minimum"] == N * 4 * C * 6 + 4 * C * 4
-    assert counted["linear_cross_entropy.in_place"]["minimum"] == N * W * 4 + N * 8 + N * 4
+    assert counted["add_layer_norm.forward"]["compulsory_bytes"] == N * C * 12 + 2 * C * 4 + N * 8
+    assert counted["add_layer_norm.backward"]["compulsory_bytes"] == N * C * 16 + C * 4 + N * 8
+    assert (
+        counted["add_layer_norm.backward"]["unique_bytes"] == N * C * 16 + C * 4 + N * 8 + math.ceil(N / 16) * 2 * C * 4
+    )
+    assert counted["linear_gelu.backward"]["compulsory_bytes"] == N * 4 * C * 6 + 4 * C * 4
+    assert counted["linear_cross_entropy.in_place"]["compulsory_bytes"] == N * W * 4 + N * 8 + N * 4
 
 
 def test_attention_reads_qkv_writes_y_and_multiplies_the_lower_triangle_of_blocks(counted):
     forward = counted["causal_attention.forward"]
     heads, T, D, N, C = SMALL.B * SMALL.H, SMALL.T, SMALL.C // SMALL.H, SMALL.N, SMALL.C
-    assert forward["minimum"] == N * 3 * C * 2 + N * C * 2 + heads * T * 4  # qkv, y, and lse in float32
+    assert forward["compulsory_bytes"] == N * 3 * C * 2 + N * C * 2 + heads * T * 4  # qkv, y, and lse in float32
     assert forward["stored"] == N * C * 2 + heads * T * 4
     dots = {name: kernel["flops"] for name, kernel in counted.items() if name.startswith("causal_attention")}
     assert dots["causal_attention.forward"] >= 2 * heads * T * T * D  # two products, half of them causal
@@ -132,7 +135,7 @@ def test_each_gpu_gets_the_launches_of_its_own_row():
     launched = {}
     for gpu in MULTIPROCESSORS:
         with emulate_gpu(gpu):
-            launched[gpu] = traffic.launches_of("causal_attention", PRESETS["gpt2-124m"])
+            launched[gpu] = traffic.record_launches("causal_attention", PRESETS["gpt2-124m"])
         names = [launch.kernel.strip("_").removesuffix("_kernel") for launch in launched[gpu]]
         assert names == ["forward", "backward_dq", "backward_dkdv"]
         for name, launch in zip(names, launched[gpu], strict=True):
@@ -149,7 +152,7 @@ def test_the_rule_of_scaling_is_exact_at_other_sizes(operation, change):
 
     shape = dataclasses.replace(SMALL, **change)
     predicted = traffic.scaled(
-        operation, shape, traffic.launches_of(operation, shape), traffic.small_runs(operation, shape)
+        operation, shape, traffic.record_launches(operation, shape), traffic.small_runs(operation, shape)
     )
     for kernel, found in traffic.measure(operation, shape).items():
         assert {name: predicted[kernel][name] for name in traffic.FIGURES} == {
@@ -168,7 +171,7 @@ def test_the_gradient_of_keys_and_values_does_not_spill_where_another_choice_wou
     chosen = {}
     for gpu in ("sm_86", "sm_100", "sm_120"):
         with emulate_gpu(gpu):
-            (_, _, launch) = traffic.launches_of("causal_attention", PRESETS["gpt2-124m"])
+            (_, _, launch) = traffic.record_launches("causal_attention", PRESETS["gpt2-124m"])
         chosen[gpu] = [{"launch": dataclasses.asdict(launch), "sites": {}}]
     for gpu, (found,) in report.compile_all(chosen).items():
         assert (found["spills"], found["stack_bytes"]) == (0, 0), gpu
@@ -265,7 +268,7 @@ def planted(tmp_path_factory):
         sites = {number: 4 * block for number in range(start, start + 8)}
         launch = {"module": "planted", "kernel": name, "constants": {"BLOCK": block}, "options": {"num_warps": 1}}
         launch["arguments"] = {"x_ptr": ["*fp32", True], "y_ptr": ["*fp32", True]}
-        moved = {"loaded": 4 * block, "stored": 4 * block, "touched": 8 * block, "minimum": 8 * block}
+        moved = {"loaded": 4 * block, "stored": 4 * block, "unique_bytes": 8 * block, "compulsory_bytes": 8 * block}
         kernels.append({"name": name, "launch": launch, "sites": sites, "flops": 0, "atomics": 0} | moved)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(folder))
@@ -292,11 +295,16 @@ def test_the_gate_names_only_the_kernel_that_is_wrong(planted):
 def test_the_gate_catches_shared_memory_tensor_cores_and_traffic(planted):
     kernels, code = planted
     (_, scalar, _) = kernels["sm_80"]
-    kernel = {**scalar, "flops": 1, "loaded": 9 * scalar["minimum"], "touched": 2 * scalar["minimum"]}
+    kernel = {
+        **scalar,
+        "flops": 1,
+        "loaded": 9 * scalar["compulsory_bytes"],
+        "unique_bytes": 2 * scalar["compulsory_bytes"],
+    }
     found = {**code["sm_80"][1], "narrowest_bits": 128, "shared_bytes": 164 * 1024}
     broken = report.broken_limits({"sm_80": [kernel]}, {"sm_80": [found]})
     assert len(broken) == 4
-    for words in ("bytes issued", "bytes touched", "shared bytes 167936", "no tensor-core instruction"):
+    for words in ("bytes issued", "unique bytes", "shared bytes 167936", "no tensor-core instruction"):
         assert any(words in line for line in broken)
 
 
@@ -314,7 +322,7 @@ def test_every_ceiling_names_its_source_and_every_source_its_page():
     assert {gpu.source.removesuffix("?") for gpu in GPUS.values()} == set(SOURCES)
     assert all("https://" in source for source in SOURCES.values())
     assert {gpu.architecture for gpu in GPUS.values()} == set(ARCHITECTURES)
-    assert all(not GPUS[typical].source.endswith("?") for typical in roofline.TYPICAL.values())
+    assert all(not GPUS[typical].source.endswith("?") for typical in roofline.REPRESENTATIVE_GPU.values())
 
 
 @pytest.mark.parametrize("preset", ["laptop", "gpt2-124m"])
@@ -393,18 +401,12 @@ def test_the_json_holds_what_was_counted_compiled_and_modelled_and_the_picture_i
     assert (folder / "roofline.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_labels_of_the_picture_are_spread_in_order():
-    places = roofline.spread([0.0, 0.01, 0.02, 1.0], apart=0.1)
-    assert places == sorted(places) and min(b - a for a, b in zip(places, places[1:], strict=False)) > 0.099
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--preset", "gpt3"], "error: --preset gpt3: use one of laptop"),
         (["--shape", "T=none"], "error: --shape T=none: use a letter"),
         (["--arch", "sm_70"], "error: --arch sm_70: use some of sm_80"),
-        (["--chekc"], "error: unrecognized arguments: --chekc"),
     ],
 )
 def test_a_wrong_option_is_one_line_and_exit_status_2(words, message, capsys):
@@ -412,6 +414,13 @@ def test_a_wrong_option_is_one_line_and_exit_status_2(words, message, capsys):
         report.main(words)
     shown = capsys.readouterr().err
     assert stop.value.code == 2 and shown.startswith(message) and shown.count("\n") == 1
+
+
+def test_a_child_that_dies_without_a_word_is_an_error_with_its_exit_status(tmp_path, monkeypatch):
+    (tmp_path / "dies.py").write_text("import os; os._exit(7)", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(ValueError, match="-m dies failed: exit status 7, no message"):
+        report.child("dies", work=[], interpret=False)
 
 
 def test_sizes_change_one_by_one():

@@ -3,19 +3,19 @@ Every kernel on every GPU, without one: machine code, traffic, and the time that
 
     python -m kernels.report                                         all targets, at the shapes of gpt2-124m
     python -m kernels.report --preset gpt2-1558m --shape T=2048 --arch sm_80 sm_90
-    python -m kernels.report --arch sm_80 sm_90 --check              exit status 1 when a limit below is broken
+    python -m kernels.report --arch sm_80 sm_90 --check              exit status 1 if a limit below is broken
     python -m kernels.report --json report.json --plot roofline.png
 
 Three kinds of numbers, and every table says which it holds. Compiled: read from machine code that Triton and ptxas made
-here. Counted: from running the kernels in Triton's interpreter, scaled to the shape. Model: arithmetic on counted bytes
-and on the makers' data sheets. None is a timing; for those there is kernels.bench.
+on this machine. Counted: from running the kernels in Triton's interpreter, scaled to the shape. Model: arithmetic on
+counted bytes and on the makers' data sheets. None is a timing; for those there is kernels.bench.
 
 Two processes do the work, since Triton decides at import whether its kernels are interpreted or compiled:
 kernels.report.traffic with TRITON_INTERPRET, kernels.report.machine_code without it.
 """
 
-import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -25,24 +25,26 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import tyro
+
 from kernels.gpus import GPUS
 from kernels.report import roofline
 from kernels.report.machine_code import ARCHITECTURES, MULTIPROCESSORS
-from kernels.report.shapes import PRESETS, Shape, parse_shape
+from kernels.report.shapes import Shape, parse_shape
 
-LIMITS = {  # of --check, for each kernel and target; AMD code is compiled only, and not held to them
-    "stack_bytes": 0,  # where spilled registers go
+LIMITS = {  # of --check, per kernel and target; AMD code is compiled only, and not held to them
+    "stack_bytes": 0,  # hold spilled registers
     "spills": 0,  # instructions that store or load them
     "local_bytes": 0,
-    "atomics": 0,  # sums in another order every time
+    "atomics": 0,  # would add in another order every time
     "compile_seconds": 30,
 }
 NARROWEST_BITS = 128  # of bulk accesses to global memory: the widest there is
-TOUCHED_OVER_MINIMUM = 1.06  # partial sums, which weigh more where rows are few
-TENSOR_CORE = {"sm_90": "HGMMA"}  # where tl.dot is; elsewhere any tensor-core instruction will do
-ISSUED_OVER_MINIMUM = 1.1  # bytes read again, most of them from a cache; but for these:
-ISSUED_OVER_MINIMUM_OF = {  # attention: at T = 1,024; it grows with T
-    "layer_norm.forward": 2.4,  # weight and bias again for every row: 14 bytes a number instead of 6
+UNIQUE_OVER_COMPULSORY = 1.06  # partial sums, which weigh more if rows are few
+TENSOR_CORE = {"sm_90": "HGMMA"}  # for tl.dot; on other targets any tensor-core instruction will do
+AMPLIFICATION = 1.1  # bytes issued / compulsory bytes: what is read again, most of it from a cache. Except:
+AMPLIFICATION_OF = {  # attention: at T = 1,024; it grows with T
+    "layer_norm.forward": 2.4,  # weight and bias again for every row: 14 bytes per element instead of 6
     "add_layer_norm.forward": 1.7,  # likewise, 20 instead of 12
     "linear_gelu.forward": 1.15,  # the bias again for every 8 rows
     "causal_attention.forward": 2.8,  # a head's keys and values again for every block of its queries
@@ -56,7 +58,7 @@ ISSUED_OVER_MINIMUM_OF = {  # attention: at T = 1,024; it grows with T
 
 
 def child(module: str, *arguments: str, work: object, interpret: bool) -> list | dict:
-    """What `python -m module` prints as JSON, given `work` as JSON, with or without Triton's interpreter."""
+    """Return what `python -m module` prints as JSON, given `work` as JSON, with or without Triton's interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
     paths = (str(Path(__file__).parents[2]), environment.get("PYTHONPATH"))
@@ -66,18 +68,19 @@ def child(module: str, *arguments: str, work: object, interpret: bool) -> list |
         command, input=json.dumps(work), env=environment, capture_output=True, text=True, encoding="utf-8"
     )
     if done.returncode:
-        raise ValueError(f"{' '.join(command[1:])} failed: {done.stderr.strip().splitlines()[-1]}")
+        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}, no message"])[-1]
+        raise ValueError(f"{' '.join(command[1:])} failed: {reason}")
     return json.loads(done.stdout)
 
 
 def count(shape: Shape, architectures: list[str]) -> dict[str, list[dict]]:
-    """By architecture, every kernel: how it is launched there, and its counted traffic. See traffic.report."""
+    """Return, by architecture, how every kernel is launched and its counted traffic. See traffic.report."""
     work = {"shape": dataclasses.asdict(shape), "architectures": architectures}
     return child("kernels.report.traffic", work=work, interpret=True)
 
 
 def compile_all(kernels: dict[str, list[dict]]) -> dict[str, list[dict]]:
-    """By architecture, what machine_code.figures says of every kernel; as many at a time as there are cores."""
+    """Return, by architecture, machine_code.figures of every kernel; as many compile at a time as there are cores."""
 
     def one(architecture: str) -> list[dict]:
         work = [{"launch": kernel["launch"], "sites": kernel["sites"]} for kernel in kernels[architecture]]
@@ -91,7 +94,7 @@ def compile_all(kernels: dict[str, list[dict]]) -> dict[str, list[dict]]:
 
 
 def broken_limits(kernels: dict[str, list[dict]], code: dict[str, list[dict]]) -> list[str]:
-    """One sentence for each limit that is broken: kernel, target, figure."""
+    """Return one sentence per limit that is broken: kernel, target, figure."""
     broken = []
     for architecture in filter(code.__contains__, MULTIPROCESSORS):
         for kernel, found in zip(kernels[architecture], code[architecture], strict=True):
@@ -100,28 +103,29 @@ def broken_limits(kernels: dict[str, list[dict]], code: dict[str, list[dict]]) -
     return broken
 
 
+def amplification(kernel: dict) -> float:
+    return (kernel["loaded"] + kernel["stored"]) / kernel["compulsory_bytes"]
+
+
 def broken_by_traffic(kernel: dict) -> Iterator[str]:
-    issued = (kernel["loaded"] + kernel["stored"]) / kernel["minimum"]
-    allowed = ISSUED_OVER_MINIMUM_OF.get(kernel["name"], ISSUED_OVER_MINIMUM)
-    if issued > allowed:
-        yield f"bytes issued are {issued:.3f} of the minimum, the limit is {allowed}"
-    touched = kernel["touched"] / kernel["minimum"]
-    if touched > TOUCHED_OVER_MINIMUM:
-        yield f"bytes touched are {touched:.3f} of the minimum, the limit is {TOUCHED_OVER_MINIMUM}"
+    allowed = AMPLIFICATION_OF.get(kernel["name"], AMPLIFICATION)
+    if amplification(kernel) > allowed:
+        yield f"bytes issued are {amplification(kernel):.3f} of the compulsory ones, the limit is {allowed}"
+    unique = kernel["unique_bytes"] / kernel["compulsory_bytes"]
+    if unique > UNIQUE_OVER_COMPULSORY:
+        yield f"unique bytes are {unique:.3f} of the compulsory ones, the limit is {UNIQUE_OVER_COMPULSORY}"
     if kernel["atomics"]:
         yield f"{kernel['atomics']} atomic operations, the limit is 0"
 
 
 def broken_by_code(kernel: dict, found: dict, architecture: str) -> Iterator[str]:
-    for figure, limit in LIMITS.items():
+    limits = LIMITS | {"shared_bytes": MULTIPROCESSORS[architecture].shared_bytes_per_program}
+    for figure, limit in limits.items():
         if (found[figure] or 0) > limit:
             yield f"{figure.replace('_', ' ')} {found[figure]}, the limit is {limit}"
-    shared = MULTIPROCESSORS[architecture].shared_bytes_of_program
-    if found["shared_bytes"] > shared:
-        yield f"shared bytes {found['shared_bytes']}, the limit is {shared}"
     if (found["narrowest_bits"] or NARROWEST_BITS) < NARROWEST_BITS:
-        where = f"{kernel['launch']['module']} line {found['narrowest_line']}"
-        yield f"accesses of {found['narrowest_bits']} bits at {where}, the limit is {NARROWEST_BITS}"
+        place = f"{kernel['launch']['module']} line {found['narrowest_line']}"
+        yield f"accesses of {found['narrowest_bits']} bits at {place}, the limit is {NARROWEST_BITS}"
     wanted = TENSOR_CORE.get(architecture, "")
     if kernel["flops"] and not any(name.startswith(wanted) for name in found["tensor_core"]):
         yield f"tl.dot, but no tensor-core instruction {wanted}".rstrip()
@@ -131,58 +135,60 @@ def broken_by_code(kernel: dict, found: dict, architecture: str) -> Iterator[str
 
 
 def table(title: str, header: list[str], rows: list[list]) -> str:
-    """Text columns as wide as they must be; the first to the left, the others to the right."""
+    """Format text columns, each as wide as it must be; the first is aligned left, the others right."""
     cells = [header, *([str(cell) for cell in row] for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    lines = [
-        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(pairs))
-        for pairs in (list(zip(row, widths, strict=True)) for row in cells)
-    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
     return "\n".join(["", title, "", lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def machine_code_table(kernels: list[dict], architecture: str, found: list[dict]) -> str:
     rows = []
     for kernel, f in zip(kernels, found, strict=True):
-        cores = " ".join(f"{n} {name}" for name, n in f["tensor_core"].items())
         narrow = "" if f["narrowest_bits"] in (None, f["widest_bits"]) else f"{f['narrowest_bits']}-"
-        fit = f"{f['programs']} {f['occupancy']:.0%}" if "programs" in f else ""
-        seconds = "cached" if f["compile_seconds"] is None else f"{f['compile_seconds']:.1f}"
-        rows.append([kernel["name"], f["warps"], f["registers"], f"{f['stack_bytes']}+{f['spills']}"])
-        rows[-1] += [f["shared_bytes"], f"{narrow}{f['widest_bits']}", cores, fit, f["instructions"], seconds]
+        rows.append(
+            [
+                kernel["name"],
+                f["warps"],
+                f["registers"],
+                f"{f['stack_bytes']}+{f['spills']}",
+                f["shared_bytes"],
+                f"{narrow}{f['widest_bits']}",
+                " ".join(f"{n} {name}" for name, n in f["tensor_core"].items()),
+                f"{f['programs']} {f['occupancy']:.0%}" if "programs" in f else "",
+                f["instructions"],
+                "cached" if f["compile_seconds"] is None else f"{f['compile_seconds']:.1f}",
+            ]
+        )
     limits = MULTIPROCESSORS.get(architecture)
-    allowed = f", {limits.shared_bytes_of_program:,} bytes of shared memory a program at most" if limits else ""
-    title = f"{architecture}: compiled{allowed}"
+    allowed = f", at most {limits.shared_bytes_per_program:,} bytes of shared memory per program" if limits else ""
     header = ["kernel", "warps", "regs", "spill", "shared", "bits", "tensor cores", "programs", "instr", "s"]
-    return table(title, header, rows)
+    return table(f"{architecture}: compiled{allowed}", header, rows)
 
 
 def traffic_table(kernels: list[dict], architectures: list[str]) -> str:
-    def mb(number):
-        return f"{number / 1e6:,.1f}"
-
-    rows = []
-    for k in kernels:
-        over = (k["loaded"] + k["stored"]) / k["minimum"]
-        row = [
+    megabytes = ("loaded", "stored", "unique_bytes", "compulsory_bytes")
+    rows = [
+        [
             k["name"],
             k["calls"],
             k["launches"],
-            mb(k["loaded"]),
-            mb(k["stored"]),
-            mb(k["touched"]),
-            mb(k["minimum"]),
+            *(f"{k[figure] / 1e6:,.1f}" for figure in megabytes),
+            f"{amplification(k):.2f}",
+            f"{k['flops'] / 1e9:,.1f}",
+            f"{k['arithmetic'] / 1e9:,.1f}",
         ]
-        rows.append([*row, f"{over:.2f}", f"{k['flops'] / 1e9:,.1f}", f"{k['arithmetic'] / 1e9:,.1f}"])
-    title = f"Traffic of one call as launched on {', '.join(architectures)}: counted."
-    title += " MB; over: issued / minimum; 10^9 operations"
-    header = ["kernel", "calls", "launches", "loaded", "stored", "touched", "minimum", "over", "dot", "other"]
+        for k in kernels
+    ]
+    title = f"Traffic per call as launched on {', '.join(architectures)}: counted."
+    title += " MB; ampl: issued / compulsory; 10^9 operations"
+    header = ["kernel", "calls", "launches", "loaded", "stored", "unique", "compulsory", "ampl", "dot", "other"]
     return table(title, header, rows)
 
 
 def traffic_tables(kernels: dict[str, list[dict]]) -> Iterator[str]:
-    """One table for all architectures whose kernels move the same bytes with the same arithmetic."""
-    moved = ("name", "launches", "loaded", "stored", "touched", "minimum", "flops", "arithmetic")
+    """Yield one table for all architectures whose kernels move the same bytes with the same arithmetic."""
+    moved = ("name", "launches", "loaded", "stored", "unique_bytes", "compulsory_bytes", "flops", "arithmetic")
     alike = {}
     for architecture, rows in kernels.items():
         alike.setdefault(str([[row[key] for key in moved] for row in rows]), []).append(architecture)
@@ -191,32 +197,31 @@ def traffic_tables(kernels: dict[str, list[dict]]) -> Iterator[str]:
 
 
 def roofline_table(kernels: dict[str, list[dict]]) -> str:
-    names = [roofline.TYPICAL[architecture] for architecture in kernels]
+    names = [roofline.REPRESENTATIVE_GPU[architecture] for architecture in kernels]
     rows = []
     for same in zip(*kernels.values(), strict=True):
         least = [roofline.kernel_seconds(kernel, GPUS[name]) for kernel, name in zip(same, names, strict=True)]
         rows.append([same[0]["name"], *(f"{1e6 * seconds:,.0f} {bound[0]}" for seconds, bound in least)])
-    title = (
-        "Least microseconds of one call: model, from counted traffic; bound by m(emory), t(ensor cores), a(rithmetic)"
-    )
+    title = "Least microseconds per call: model, from counted traffic; bound by m(emory), t(ensor cores), a(rithmetic)"
     return table(title, ["kernel", *names], rows)
 
 
 def steps(kernels: dict[str, list[dict]], shape: Shape) -> dict[str, dict[str, dict]]:
-    """By GPU and by which families are in Triton: what roofline.step says."""
-    sets = roofline.configurations()
-    named = {roofline.TYPICAL[architecture]: rows for architecture, rows in kernels.items()}
+    """Return roofline.step by GPU and by which families are in Triton."""
+    choices = roofline.configurations().items()
     return {
-        name: {c: roofline.step(rows, shape, GPUS[name], families) for c, families in sets.items()}
-        for name, rows in named.items()
+        (name := roofline.REPRESENTATIVE_GPU[architecture]): {
+            choice: roofline.step(rows, shape, GPUS[name], families) for choice, families in choices
+        }
+        for architecture, rows in kernels.items()
     }
 
 
 def step_table(shape: Shape, name: str, found: dict[str, dict]) -> str:
     columns = [column for column in found["all"] if column != "mfu"]
     rows = [
-        [configuration, *(f"{parts[column]:,.2f}" for column in columns), f"{parts['mfu']:.1%}"]
-        for configuration, parts in found.items()
+        [choice, *(f"{parts[column]:,.2f}" for column in columns), f"{parts['mfu']:.1%}"]
+        for choice, parts in found.items()
     ]
     title = f"A step of {shape.N:,} tokens on one {name}, least milliseconds by what is in Triton: model"
     return table(title, ["Triton", *columns, "MFU"], rows)
@@ -225,64 +230,60 @@ def step_table(shape: Shape, name: str, found: dict[str, dict]) -> str:
 # --------------------------------------------------------------------------- command line
 
 
-def options(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m kernels.report",
-        description="Machine code, traffic and roofline of every kernel, no GPU needed.",
-    )
-    parser.error = lambda message: fail(f"{message} (--help shows every option)")
-    parser.add_argument("--preset", default="gpt2-124m", help=f"shapes to take: {', '.join(PRESETS)}")
-    parser.add_argument(
-        "--shape", nargs="+", default=[], metavar="T=2048", help="sizes other than the preset's: B T C H L V"
-    )
-    parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES), help=f"of {' '.join(ARCHITECTURES)}")
-    parser.add_argument("--check", action="store_true", help="exit with status 1 when a limit is broken")
-    parser.add_argument("--json", metavar="FILE", help="write all figures there")
-    parser.add_argument("--plot", metavar="FILE", help="draw the roofline there")
-    return parser.parse_args(words)
+@dataclasses.dataclass
+class Options:
+    """Report machine code, traffic and roofline of every kernel, without a GPU."""
+
+    preset: str = "gpt2-124m"  # shapes to take, one of the presets of train_gpt2.py
+    shape: tuple[str, ...] = ()  # sizes other than the preset's, such as T=2048: letters B T C H L V
+    arch: tuple[str, ...] = ARCHITECTURES  # targets to compile for
+    check: bool = False  # exit with status 1 if a limit is broken
+    json: Path | None = None  # write all figures to this file
+    plot: Path | None = None  # draw the roofline to this file
 
 
-def fail(message: str) -> None:
-    print("error:", " ".join(message.split()), file=sys.stderr)
-    raise SystemExit(2)
+@contextlib.contextmanager
+def exit_on_error() -> Iterator[None]:
+    """Turn a ValueError or an OSError into one line `error: ...` and exit status 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        message = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error)
+        print("error:", " ".join(message.split()), file=sys.stderr)
+        raise SystemExit(2) from None
 
 
-def run(chosen: argparse.Namespace) -> int:
-    shape = parse_shape(chosen.preset, chosen.shape)
-    unknown = [name for name in chosen.arch if name not in ARCHITECTURES]
+def run(options: Options) -> int:
+    shape = parse_shape(options.preset, options.shape)
+    unknown = [name for name in options.arch if name not in ARCHITECTURES]
     if unknown:
         raise ValueError(f"--arch {unknown[0]}: use some of {' '.join(ARCHITECTURES)}")
     if importlib.util.find_spec("triton") is None:
         raise ValueError("the package triton is not installed: there is nothing to compile with")
-    kernels = count(shape, list(dict.fromkeys(chosen.arch)))
-    code = compile_all(kernels)
-    in_steps = steps(kernels, shape)
-    sizes = " ".join(f"{letter}={number}" for letter, number in dataclasses.asdict(shape).items())
-    print(f"{chosen.preset}: {sizes}, bfloat16 branches, float32 residual stream")
+    kernels = count(shape, list(dict.fromkeys(options.arch)))
+    code, in_steps = compile_all(kernels), steps(kernels, shape)
+    print(f"{options.preset}: {shape}, bfloat16 branches, float32 residual stream")
     for architecture, found in code.items():
         print(machine_code_table(kernels[architecture], architecture, found))
     print(*traffic_tables(kernels), roofline_table(kernels), sep="\n")
     for name, found in in_steps.items():
         print(step_table(shape, name, found))
-    if chosen.json:
-        everything = {"shape": dataclasses.asdict(shape), "counted": kernels, "compiled": code, "model": in_steps}
-        Path(chosen.json).write_text(json.dumps(everything, indent=1), encoding="utf-8")
-    if chosen.plot:
-        roofline.plot(kernels, chosen.plot, f"{chosen.preset}: {sizes}")
-    broken = broken_limits(kernels, code) if chosen.check else []
-    if chosen.check:
-        print("\n".join(["", *broken, f"{len(broken)} limits broken"]))
+    if options.json:
+        figures = {"shape": dataclasses.asdict(shape), "counted": kernels, "compiled": code, "model": in_steps}
+        options.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    if options.plot:
+        roofline.plot(kernels, options.plot, f"{options.preset}: {shape}")
+    if not options.check:
+        return 0
+    broken = broken_limits(kernels, code)
+    print("\n".join(["", *broken, f"{len(broken)} limits broken"]))
     return 1 if broken else 0
 
 
 def main(words: list[str] | None = None) -> None:
-    try:
-        status = run(options(words))
-    except ValueError as error:
-        fail(str(error))
-    except OSError as error:
-        fail(f"{error.strerror}: {error.filename}")
-    raise SystemExit(status)
+    options = tyro.cli(Options, args=words, prog="python -m kernels.report")
+    with exit_on_error():
+        raise SystemExit(run(options))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """
-Kernels compiled ahead of time for a GPU that need not be there, and what their machine code says.
+Compile kernels ahead of time for a GPU that need not be there, and read their machine code.
 
     python -m kernels.report.machine_code sm_80 < kernels.json      in a process without TRITON_INTERPRET; prints JSON
 
-A launch is compiled as traffic.py noted it down, specialised as Triton's launcher would: pointers aligned to 16
-bytes and integers divisible by 16 are marked so, an integer 1 and a None become constants. ptxas, cuobjdump and
-nvdisasm come with the triton package. For AMD the assembly text is read.
+A launch is compiled as traffic.py recorded it, specialized as Triton's launcher would: pointers aligned to 16 bytes and
+integers divisible by 16 are marked so, an integer 1 and a None become constants. ptxas, cuobjdump and nvdisasm come
+with the triton package. For AMD the assembly text is read.
 
-Bulk accesses are those in lines of the kernel where one access spans 16 bytes for each thread of the program or more:
-only there can a thread read and write 128 bits at a time, and only there does it matter.
+Bulk accesses: lines of the kernel in which one access spans at least 16 bytes per thread of the program. Only those can
+move 128 bits per thread at a time, and only for those does it matter.
 
 Occupancy: programs that fit on a multiprocessor at once, limited by warps, registers and shared memory.
 """
@@ -31,20 +31,20 @@ TENSOR_CORE = re.compile(r"^(HMMA|IMMA|DMMA|HGMMA|QGMMA|UTC\w*MMA|OMMA|v_mfma)")
 @dataclasses.dataclass(frozen=True)
 class Multiprocessor:
     """
-    What one holds. Sources: CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability",
-    https://docs.nvidia.com/cuda/cuda-c-programming-guide, and libcudacxx/include/cuda/__device/arch_traits.h of
-    https://github.com/NVIDIA/cccl; they agree.
+    The capacity of one multiprocessor. The sources agree: CUDA C++ Programming Guide, table "Technical Specifications
+    per Compute Capability", https://docs.nvidia.com/cuda/cuda-c-programming-guide, and
+    libcudacxx/include/cuda/__device/arch_traits.h of https://github.com/NVIDIA/cccl.
     """
 
     warps: int
     programs: int
     shared_bytes: int
-    shared_bytes_of_program: int  # the most that one program may ask for
+    shared_bytes_per_program: int  # the most that one program may request
     registers: int = 65_536
-    registers_step: int = 256  # a warp's registers are rounded up to a multiple
-    warps_step: int = 4  # and the warps that registers allow down to one: four schedulers
+    registers_step: int = 256  # a warp's registers are rounded up to a multiple of it
+    warps_step: int = 4  # and the warps that registers allow down to a multiple of it: four schedulers
     shared_step: int = 128
-    shared_reserved: int = 1024  # of each program, for the system, from sm_80 on
+    shared_reserved: int = 1024  # per program, for the system, from sm_80 on
 
 
 KB = 1024
@@ -60,11 +60,11 @@ ARCHITECTURES = (*MULTIPROCESSORS, AMD)
 
 
 def programs_that_fit(limits: Multiprocessor, warps: int, registers: int, shared_bytes: int) -> int:
-    """Programs on one multiprocessor at once. registers: of a thread; shared_bytes: of a program."""
+    """Return how many programs run on one multiprocessor at once. registers: per thread; shared_bytes: per program."""
     fit = [limits.programs, limits.warps // warps]
     if registers:
-        of_warp = round_up(registers * 32, limits.registers_step)
-        fit.append(limits.registers // of_warp // limits.warps_step * limits.warps_step // warps)
+        per_warp = round_up(registers * 32, limits.registers_step)
+        fit.append(limits.registers // per_warp // limits.warps_step * limits.warps_step // warps)
     shared = round_up(shared_bytes + limits.shared_reserved, limits.shared_step)
     if shared:
         fit.append(limits.shared_bytes // shared)
@@ -79,7 +79,7 @@ def round_up(number: int, step: int) -> int:
 
 
 def compile_launch(launch: dict, architecture: str):
-    """Returns Triton's compiled kernel and the seconds it took; None instead of them where its cache had it."""
+    """Return Triton's compiled kernel and the seconds it took, None if it came from Triton's cache."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -111,7 +111,7 @@ def compile_launch(launch: dict, architecture: str):
 
 
 def tool(name: str, *arguments: str) -> str:
-    """What one of NVIDIA's tools inside the triton package prints."""
+    """Return the output of one of NVIDIA's tools inside the triton package."""
     import triton
 
     path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
@@ -122,7 +122,7 @@ def tool(name: str, *arguments: str) -> str:
 
 
 def read_cubin(cubin: bytes) -> tuple[dict, list]:
-    """Registers, stack and local bytes of NVIDIA code; and its instructions as (line of the kernel file, opcode)."""
+    """Return registers, stack and local bytes of NVIDIA code, and its instructions as (line of the kernel, opcode)."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
@@ -139,7 +139,7 @@ def read_cubin(cubin: bytes) -> tuple[dict, list]:
 
 
 def read_amd(assembly: str) -> tuple[dict, list]:
-    """The same of AMD code; there the spills are in the private segment."""
+    """Return the same for AMD code, which spills to the private segment."""
 
     def field(name):
         return int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])
@@ -155,7 +155,7 @@ def read_amd(assembly: str) -> tuple[dict, list]:
 
 
 def width_of_access(opcode: str) -> tuple[int, bool] | None:
-    """Bits that an instruction moves between global memory and a thread, and whether it stores; else None."""
+    """Return the bits that an instruction moves between global memory and a thread, and whether it stores, or None."""
     parts = opcode.split(".")
     if parts[0] in ("LDG", "STG", "LDGSTS"):
         bits = [int(part) for part in parts if part in ("64", "128", "256")]
@@ -169,7 +169,7 @@ def width_of_access(opcode: str) -> tuple[int, bool] | None:
 
 
 def figures(launch: dict, sites: dict[str, int], architecture: str) -> dict:
-    """Compile one launch and read its machine code; sites: line -> bytes that one access there spans."""
+    """Compile one launch and read its machine code. sites: line -> bytes that one access in it spans."""
     compiled, seconds = compile_launch(launch, architecture)
     if architecture == AMD:
         result, instructions = read_amd(compiled.asm["amdgcn"])

@@ -1,22 +1,26 @@
 """
 The least time that counted traffic allows on a GPU, and what a training step adds up to.
 
-A kernel takes at least the longest of: bytes touched / memory bandwidth, tl.dot FLOPs / peak of the tensor cores, other
-arithmetic / float32 peak. Bytes that are read again are taken to come from a cache. A training step adds up, one after
-the other: the kernels (counted); the matrix products, the PyTorch versions of the operations and AdamW (modelled, from
-their published algorithms, run eagerly under bfloat16 autocast, each pass at the ceilings above). Left out: embeddings,
+A kernel takes at least the longest of: unique bytes / memory bandwidth, tl.dot FLOPs / peak of the tensor cores, other
+arithmetic / float32 peak. Bytes that are read again are assumed to come from a cache. A training step is the sum of the
+kernels (counted) and of the matrix products, the PyTorch versions of the operations and AdamW (modeled, from their
+published algorithms, run eagerly under bfloat16 autocast, each pass at the ceilings above). Left out: embeddings,
 communication, launches. Ceilings are those of the data sheets, in kernels.gpus.GPUS: no real kernel reaches them.
 
 Sources: Williams, Waterman and Patterson, "Roofline", 2009, https://doi.org/10.1145/1498765.1498785
          Chowdhery et al., "PaLM", 2022, appendix B, for MFU, https://arxiv.org/abs/2204.02311
 """
 
+from pathlib import Path
+
+import numpy as np
+
 from kernels import FAMILIES
 from kernels.gpus import GPU, GPUS
 from kernels.report.shapes import Shape
 
 FAMILY = {operation: family for family, operations in FAMILIES.items() for operation in operations}
-TYPICAL = {  # architecture -> the GPU whose ceilings stand for it
+REPRESENTATIVE_GPU = {  # architecture -> the GPU whose ceilings stand for it
     "sm_80": "A100",
     "sm_86": "RTX 3090",
     "sm_89": "RTX 4090",
@@ -27,10 +31,10 @@ TYPICAL = {  # architecture -> the GPU whose ceilings stand for it
 }
 
 
-def least_seconds(touched: float, flops: float, gpu: GPU, arithmetic: float = 0) -> tuple[float, str]:
-    """The least time of one pass, and what bounds it: memory, tensor cores or arithmetic."""
+def least_seconds(unique_bytes: float, flops: float, gpu: GPU, arithmetic: float = 0) -> tuple[float, str]:
+    """Return the least time of one pass, and what bounds it: memory, tensor cores or arithmetic."""
     bounds = {
-        "memory": touched / gpu.bandwidth,
+        "memory": unique_bytes / gpu.bandwidth,
         "tensor": flops / gpu.flops,
         "arithmetic": arithmetic / gpu.arithmetic,
     }
@@ -39,8 +43,8 @@ def least_seconds(touched: float, flops: float, gpu: GPU, arithmetic: float = 0)
 
 
 def kernel_seconds(kernel: dict, gpu: GPU) -> tuple[float, str]:
-    """The same for all launches of one counted kernel in one call of its operation."""
-    return least_seconds(kernel["touched"], kernel["flops"], gpu, kernel["arithmetic"])
+    """Return the same for all launches of one counted kernel in one call of its operation."""
+    return least_seconds(kernel["unique_bytes"], kernel["flops"], gpu, kernel["arithmetic"])
 
 
 # --------------------------------------------------------------------------- models
@@ -48,54 +52,41 @@ def kernel_seconds(kernel: dict, gpu: GPU) -> tuple[float, str]:
 
 def matmul_seconds(shape: Shape, gpu: GPU) -> float:
     """Model: the products of a step with weights, forward and both gradients, operands and results in bfloat16."""
-    N, C = shape.N, shape.C
-    seconds = 0.0
-    for n, k, calls in [
-        (3 * C, C, shape.L),
-        (C, C, shape.L),
-        (4 * C, C, shape.L),
-        (C, 4 * C, shape.L),
-        (shape.W, C, 1),
-    ]:
-        seconds += 3 * calls * least_seconds(2 * (N * k + k * n + N * n), 2 * N * k * n, gpu)[0]
-    return seconds
+    N, C, L = shape.N, shape.C, shape.L
+    products = [(3 * C, C, L), (C, C, L), (4 * C, C, L), (C, 4 * C, L), (shape.W, C, 1)]  # (n, k, calls)
+    return sum(
+        3 * calls * least_seconds(2 * (N * k + k * n + N * n), 2 * N * k * n, gpu)[0] for n, k, calls in products
+    )
 
 
 def torch_passes(operation: str, shape: Shape) -> list[tuple[float, float]]:
     """
-    Model: (bytes, FLOPs) of each pass of the PyTorch version of an operation, forward and backward, run eagerly.
+    Model: (bytes, FLOPs) per pass of the PyTorch version of an operation, forward and backward, run eagerly.
 
-    Bytes a number: a float32 read or write is 4, a bfloat16 one 2; an addition reads two terms and writes one.
+    Bytes per element: a float32 read or write is 4, a bfloat16 one 2; an addition reads two terms and writes one.
     """
-    numbers = shape.N * shape.C
+    elements = shape.N * shape.C
     if operation in ("layer_norm", "add_layer_norm"):
-        forward = [8, 6]  # normalise in float32, which autocast asks for; cast for the product
+        forward = [8, 6]  # LayerNorm in float32, as autocast asks for; cast for the product
         backward = [6, 12, 8]  # cast back; dx from dy and x; dweight and dbias from dy and x again
         if operation == "add_layer_norm":
             forward, backward = [10, *forward], [*backward, 12, 6]  # add; add the stream's gradient, cast the branch's
-        return [(each * numbers, 0) for each in forward + backward]
-    if operation == "linear_gelu":
-        return [
-            (each * 4 * numbers, 0) for each in (4, 6, 2)
-        ]  # GELU; its gradient; dbias; the bias rides on the product
+        return [(each * elements, 0) for each in forward + backward]
+    if operation == "linear_gelu":  # GELU forward (bias in the matmul epilogue), GELU backward, bias gradient
+        return [(each * 4 * elements, 0) for each in (4, 6, 2)]
     if operation == "causal_attention":  # FlashAttention-2: half of T x T, 2 products forward, 5 backward
         product = shape.N * shape.T * shape.C
-        delta, main, dq, stack = (
-            4,
-            8 + 4 + 12,
-            6,
-            12,
-        )  # dq is summed in float32 and then rounded; then one dqkv of three
-        return [(8 * numbers, 2 * product), ((delta + main + dq + stack) * numbers, 5 * product)]
+        backward = 4 + (8 + 4 + 12) + 6 + 12  # delta; main; round dq, summed in float32; stack three into dqkv
+        return [(8 * elements, 2 * product), (backward * elements, 5 * product)]
     if operation == "linear_cross_entropy":
-        forward = [6, 8]  # to float32; log_softmax, whose second reading of a row is taken to hit a cache
+        forward = [6, 8]  # to float32; log_softmax, whose second reading of a row is assumed to hit a cache
         backward = [4, 12, 6, 6]  # zeros for nll_loss; log_softmax; to bfloat16; into zeros of the padded width
         return [(each * shape.N * shape.W, 0) for each in forward + backward]
     return []
 
 
 def around_kernels(operation: str, shape: Shape, launches: int) -> float:
-    """Model: bytes that PyTorch moves beside our kernels. linear_cross_entropy: float32 dweight, a sum a chunk."""
+    """Model: bytes that PyTorch moves around our kernels: linear_cross_entropy adds up dweight in float32, by chunk."""
     if operation != "linear_cross_entropy":
         return 0.0
     weight, x = shape.W * shape.C, shape.N * shape.C
@@ -103,18 +94,18 @@ def around_kernels(operation: str, shape: Shape, launches: int) -> float:
 
 
 def parameters(shape: Shape) -> int:
-    """Trained numbers, positions included, vocabulary not padded."""
+    """Return the number of trained parameters, positions included, vocabulary not padded."""
     C = shape.C
     return shape.L * (12 * C * C + 13 * C) + (shape.V + shape.T) * C + 2 * C
 
 
 def adamw_seconds(shape: Shape, gpu: GPU) -> float:
-    """Model: 28 bytes a parameter for AdamW, 8 for the norm of the gradient and its clipping, 6 for a bfloat16 copy."""
+    """Model: bytes per parameter: 28 for AdamW, 8 for the gradient norm and clipping, 6 for a bfloat16 copy."""
     return least_seconds(42 * parameters(shape), 0, gpu)[0]
 
 
 def flops_per_token(shape: Shape) -> int:
-    """Of training, as model.py counts them for MFU."""
+    """Return training FLOPs per token, as model.py counts them for MFU."""
     return 6 * (parameters(shape) - shape.T * shape.C) + 12 * shape.L * shape.C * shape.T
 
 
@@ -122,25 +113,24 @@ def flops_per_token(shape: Shape) -> int:
 
 
 def step(kernels: list[dict], shape: Shape, gpu: GPU, triton: set[str]) -> dict[str, float]:
-    """Milliseconds of a step's parts with these families in Triton and the others in PyTorch; their total; MFU."""
-    parts = (
-        {"matmuls": matmul_seconds(shape, gpu)} | dict.fromkeys(FAMILIES, 0.0) | {"adamw": adamw_seconds(shape, gpu)}
-    )
+    """Return the milliseconds of a step by part, with these families in Triton and the others in PyTorch; and MFU."""
+    parts = {"matmuls": matmul_seconds(shape, gpu)}
+    parts |= dict.fromkeys(FAMILIES, 0.0) | {"adamw": adamw_seconds(shape, gpu)}
     for operation in dict.fromkeys(kernel["operation"] for kernel in kernels):
         own = [kernel for kernel in kernels if kernel["operation"] == operation]
         if FAMILY[operation] in triton:
             seconds = sum(kernel_seconds(kernel, gpu)[0] for kernel in own)
             seconds += around_kernels(operation, shape, max(kernel["launches"] for kernel in own)) / gpu.bandwidth
         else:
-            seconds = sum(least_seconds(touched, flops, gpu)[0] for touched, flops in torch_passes(operation, shape))
+            seconds = sum(least_seconds(moved, flops, gpu)[0] for moved, flops in torch_passes(operation, shape))
         parts[FAMILY[operation]] += own[0]["calls"] * seconds
-    total = sum(parts.values())
-    milliseconds = {name: 1e3 * seconds for name, seconds in (parts | {"total": total}).items()}
-    return milliseconds | {"mfu": flops_per_token(shape) * shape.N / total / gpu.flops}
+    parts["total"] = sum(parts.values())
+    mfu = flops_per_token(shape) * shape.N / parts["total"] / gpu.flops
+    return {name: 1e3 * seconds for name, seconds in parts.items()} | {"mfu": mfu}
 
 
 def configurations() -> dict[str, set[str]]:
-    """All families, none, and each left out."""
+    """Return the choices to compare: all families, none, and each left out."""
     every = set(FAMILIES)
     return {"all": every, "none": set()} | {f"all but {family}": every - {family} for family in FAMILIES}
 
@@ -148,66 +138,54 @@ def configurations() -> dict[str, set[str]]:
 # --------------------------------------------------------------------------- picture
 
 
-def plot(kernels: dict[str, list[dict]], path: str, title: str) -> None:
+def plot(kernels: dict[str, list[dict]], path: Path, title: str) -> None:
     """
-    Operations a byte against operations a second, logarithmic: every kernel as high as its ceilings let it get.
+    Draw operations per byte against operations per second, logarithmic: every kernel at the height of its ceiling.
 
-    kernels: by architecture; drawn are an A100 and an H100, or whichever single GPU there is
+    kernels: by architecture; drawn are an A100 and an H100 if both are there, else the first
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    import numpy as np
 
-    figure, axes = plt.subplots(figsize=(11, 7.5))
+    figure, axes = plt.subplots(figsize=(11, 7))
     drawn = [architecture for architecture in ("sm_80", "sm_90") if architecture in kernels] or list(kernels)[:1]
-    reach = np.logspace(-0.4, 3.4, 200)
-    for architecture, colour in zip(drawn, ("tab:blue", "tab:orange"), strict=False):
-        name, own = TYPICAL[architecture], kernels[architecture]
+    colors = dict(zip(FAMILIES, ("tab:blue", "tab:orange", "tab:green", "tab:red"), strict=True))
+    reach = np.geomspace(0.4, 2500, 200)
+    for architecture, style, marker in zip(drawn, ("-", "--"), ("o", "s"), strict=False):
+        name = REPRESENTATIVE_GPU[architecture]
         gpu = GPUS[name]
         label = f"{name}: {gpu.bandwidth / 1e12:.2f} TB/s, {gpu.flops / 1e12:.0f} TFLOP/s in bf16"
-        axes.loglog(reach, np.minimum(reach * gpu.bandwidth, gpu.flops) / 1e12, color=colour, label=label)
+        roof = np.minimum(reach * gpu.bandwidth, gpu.flops) / 1e12
+        axes.loglog(reach, roof, color="black", linestyle=style, linewidth=1, label=label, zorder=1)
         label = f"{name}: {gpu.arithmetic / 1e12:.1f} TFLOP/s outside the tensor cores"
-        axes.axhline(gpu.arithmetic / 1e12, color=colour, linestyle=":", linewidth=1, label=label)
-        axes.loglog([intensity(kernel) for kernel in own], [rate(kernel, gpu) for kernel in own], "o", color=colour)
-    labelled = sorted(kernels[drawn[0]], key=intensity)
-    places = spread([np.log10(intensity(kernel)) for kernel in labelled], apart=0.085)
-    for kernel, place in zip(labelled, places, strict=True):
-        point, below = (intensity(kernel), rate(kernel, GPUS[TYPICAL[drawn[0]]])), (10**place, 0.5)
-        axes.annotate(
-            kernel["name"], point, below, rotation=90, fontsize=9, ha="center", va="top",
-            arrowprops={"arrowstyle": "-", "color": "gray", "linewidth": 0.6},
-        )  # fmt: skip
-    axes.set(xlabel="operations a byte (counted)", ylabel="TFLOP/s at most (model: data-sheet ceilings)", title=title)
-    axes.set(xlim=(reach[0], reach[-1]), ylim=(0.004, 2000))
-    axes.legend(loc="upper left", fontsize=9)
+        axes.axhline(gpu.arithmetic / 1e12, color="gray", linestyle=style, linewidth=0.7, label=label, zorder=1)
+        for kernel in kernels[architecture]:
+            color = colors[FAMILY[kernel["operation"]]]
+            axes.plot(intensity(kernel), rate(kernel, gpu), marker, color=color, markersize=8, zorder=3)
+    gpu, ordered = GPUS[REPRESENTATIVE_GPU[drawn[0]]], sorted(kernels[drawn[0]], key=intensity)
+    low = [kernel for kernel in ordered if intensity(kernel) < 30]  # bound by memory on every GPU
+    high = [kernel for kernel in ordered if intensity(kernel) >= 30]
+    for group, x, lowest, highest in ((low, 8, 0.05, 3.4), (high, 500, 20, 130)):
+        for kernel, y in zip(group, np.geomspace(lowest, highest, len(group)), strict=True):
+            color = colors[FAMILY[kernel["operation"]]]
+            point = (intensity(kernel), rate(kernel, gpu))
+            arrow = {"arrowstyle": "-", "color": color, "linewidth": 0.7, "shrinkB": 4}
+            axes.annotate(kernel["name"], point, (x, y), va="center", color=color, fontsize=11, arrowprops=arrow)
+    axes.set(xlabel="operations per byte (counted)", ylabel="TFLOP/s at most (model: data-sheet ceilings)", title=title)
+    axes.set(xlim=(0.4, 2500), ylim=(0.03, 2500))
+    axes.legend(loc="upper left")
     axes.grid(which="major", alpha=0.3)
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
 
 
 def intensity(kernel: dict) -> float:
-    return (kernel["flops"] + kernel["arithmetic"]) / kernel["touched"]
+    """Return all operations per byte."""
+    return (kernel["flops"] + kernel["arithmetic"]) / kernel["unique_bytes"]
 
 
 def rate(kernel: dict, gpu: GPU) -> float:
-    """TFLOP/s of all operations together, at the least time."""
+    """Return TFLOP/s of all operations together, at the least time."""
     return (kernel["flops"] + kernel["arithmetic"]) / kernel_seconds(kernel, gpu)[0] / 1e12
-
-
-def spread(places: list[float], apart: float) -> list[float]:
-    """The sorted places, moved so that neighbours are at least `apart`: groups around their own middle."""
-    groups = [[place] for place in places]
-    while True:
-        middles = [sum(group) / len(group) for group in groups]
-        for i in range(len(groups) - 1):
-            if middles[i + 1] - middles[i] < apart * (len(groups[i]) + len(groups[i + 1])) / 2:
-                groups[i : i + 2] = [groups[i] + groups[i + 1]]
-                break
-        else:
-            return [
-                middle + apart * (n - (len(group) - 1) / 2)
-                for middle, group in zip(middles, groups, strict=True)
-                for n in range(len(group))
-            ]

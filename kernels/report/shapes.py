@@ -1,23 +1,24 @@
 """
 What a training step asks of the kernels: sizes, operations, their arguments, and how often each is called.
 
-For kernels.report and kernels.bench, which may not import the training script; a test keeps PRESETS equal to its own.
+kernels/ imports nothing outside itself, so PRESETS repeats the shapes of train_gpt2.py; a test keeps them equal.
 """
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from kernels import VOCAB_MULTIPLE
 
-GPU_TOKENS = 65_536  # of a micro-step on one GPU: 524,288 tokens a step over eight of them
+GPU_TOKENS = 65_536  # per micro-step on one GPU: 524,288 tokens per step over eight of them
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Of a micro-step on one GPU: B sequences, T tokens, C channels, H heads, L layers, V vocabulary."""
+    """The sizes of a micro-step on one GPU: B sequences, T tokens, C channels, H heads, L layers, V vocabulary."""
 
     B: int
     T: int
@@ -28,13 +29,16 @@ class Shape:
 
     @property
     def N(self) -> int:
-        """Tokens, which are the rows of every matrix."""
+        """The number of tokens, which are the rows of every matrix."""
         return self.B * self.T
 
     @property
     def W(self) -> int:
-        """Columns of the logits in memory."""
+        """The width of the logits in memory."""
         return math.ceil(self.V / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    def __str__(self) -> str:
+        return " ".join(f"{letter}={number}" for letter, number in dataclasses.asdict(self).items())
 
 
 def _gpt2(C: int, H: int, L: int) -> Shape:
@@ -51,8 +55,8 @@ PRESETS = {  # the vocabularies of the first two are those of their texts
 }
 
 
-def parse_shape(preset: str, changes: list[str]) -> Shape:
-    """The preset's shape with changes like "T=2048". ValueError for a letter or number that cannot be."""
+def parse_shape(preset: str, changes: Iterable[str]) -> Shape:
+    """Return the preset's shape with changes like "T=2048". Raise ValueError for an unknown letter or a bad number."""
     if preset not in PRESETS:
         raise ValueError(f"--preset {preset}: use one of {', '.join(PRESETS)}")
     sizes = dataclasses.asdict(PRESETS[preset])
@@ -67,22 +71,22 @@ def parse_shape(preset: str, changes: list[str]) -> Shape:
 
 
 def calls_per_step(shape: Shape) -> dict[str, int]:
-    """Of each operation in a micro-step. The stream's last sum has no gradient; it is taken to have one."""
+    """Return the calls per operation in a micro-step. The stream's last sum has no gradient; it is counted as one."""
     return {
         "layer_norm": 1,
         "add_layer_norm": 2 * shape.L,
         "linear_gelu": shape.L,
         "causal_attention": shape.L,
         "linear_cross_entropy": 1,
-        "cross_entropy": 0,  # only where the logits are wanted too
+        "cross_entropy": 0,  # only if the logits are wanted too
     }
 
 
 def arguments(operation: str, shape: Shape, branch: torch.dtype, device: str) -> tuple[list, list[bool]]:
     """
-    The arguments of an operation as in training, and which of its outputs hand back a gradient.
+    Return the arguments of an operation as in training, and which of its outputs receive a gradient.
 
-    branch: dtype of what matrix products return; the residual stream and all parameters are float32
+    branch: dtype of the results of matrix products; the residual stream and all parameters are float32
     """
     B, T, C, H, N = shape.B, shape.T, shape.C, shape.H, shape.N
 

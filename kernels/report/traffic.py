@@ -4,20 +4,19 @@ What the kernels are launched with, and the bytes and FLOPs that each launch mov
     python -m kernels.report.traffic < work.json       in a process with TRITON_INTERPRET=1; prints report() as JSON
 
 Launches: every operation runs as in training, forward and backward under bfloat16 autocast, at the full shape, with the
-launch parameters of each GPU asked about (kernels.emulate_gpu). A torch function returns memory that nobody wrote,
-and a kernel is noted down instead of run: the types and alignment of its arguments, its constants, warps and grid. So
-nothing here repeats what the operators know.
+launch parameters of each GPU (kernels.common.emulate_gpu). Torch functions return uninitialized memory, and a kernel is
+recorded instead of run: the types and alignment of its arguments, its constants, warps and grid. So nothing in this
+file repeats what the operators know.
 
 Traffic: the same operations run for real, at a few rows, in Triton's interpreter, whose loads, stores and dots are
-observed. Per kernel, in bytes: `loaded` and `stored` as issued, lanes under a mask left out; `touched`, each different
-byte counted once for reading and once for writing; `minimum`, that without partial sums (pointers named *_parts_ptr),
-which belong to the algorithm, not to the operation. `flops` are those of tl.dot; `arithmetic` is every other float
-operation, a lane and an operation each, masked lanes too. A loop that runs to a row's end does so at the real length.
+observed. Per kernel, in bytes: `loaded` and `stored` as issued, masked lanes excluded; `unique_bytes`, each different
+byte counted once for reading and once for writing; `compulsory_bytes`, the same without partial sums (pointers named
+*_parts_ptr), which belong to the algorithm, not to the operation. `flops` are those of tl.dot; `arithmetic` is every
+other float operation, once per lane, masked lanes included. A loop to the end of a row runs at the real length.
 
-Rule of scaling: a kernel's figures are a * units + b * programs + c * launches, exactly: what it does for each row (or,
-in attention, each head of a sequence, T and D being the real ones), each program and each launch. Small runs give a, b
-and c; the grid at the full shape, which is known, gives the rest. (Arithmetic alone, which counts lanes under
-a mask, is inexact where rows do not fill the last tile.)
+Scaling: a kernel's figures are exactly a * units + b * programs + c * launches: what it does per row (in attention, per
+head of a sequence, at the real T and D), per program and per launch. Small runs give a, b and c; the known grid at the
+full shape gives the rest. (Only arithmetic, which counts masked lanes, is inexact if rows do not fill the last tile.)
 """
 
 import contextlib
@@ -38,11 +37,12 @@ from torch.utils._pytree import tree_map_only
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, ReduceOps
 
 import kernels
+from kernels.common import emulate_gpu
 from kernels.report.shapes import Shape, arguments, calls_per_step, forward_and_backward
 
-ROWS = (16, 24, 42)  # of the small runs: programs are not proportional to them where a program takes up to 16 rows
+ROWS = (16, 24, 42)  # of the small runs: not proportional to programs, of which some take up to 16 rows
 HEADS = (1, 2)  # of the small runs of attention
-FIGURES = ("loaded", "stored", "touched", "minimum", "flops", "arithmetic", "atomics")
+FIGURES = ("loaded", "stored", "unique_bytes", "compulsory_bytes", "flops", "arithmetic", "atomics")
 POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -54,25 +54,29 @@ POINTERS = {
 
 @dataclasses.dataclass
 class Launch:
-    """One launch of a kernel: all that compiling it needs, and the grid."""
+    """One launch of a kernel: everything that compiling it needs, and the grid."""
 
     module: str
     kernel: str
     arguments: dict  # name -> ["*bf16", aligned to 16 bytes], an int, a float, or None
     constants: dict  # name -> value, of tl.constexpr parameters
     options: dict  # num_warps, num_stages where given
-    programs: int
+    grid: list[int]
+
+    @property
+    def programs(self) -> int:
+        return math.prod(self.grid)
 
 
 # --------------------------------------------------------------------------- launches
 
 
-class Unwritten(TorchDispatchMode):
-    """Torch functions give memory of the right shape and dtype that nobody wrote, so that any size costs nothing."""
+class Uninitialized(TorchDispatchMode):
+    """Replace every op by an uninitialized output of the right shape and dtype, so full-size launches are free."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        with self:  # our operators run, and so do functions made of others: what they call comes back here
+        with self:  # our operators run, and so do composite functions: what they call comes back to this method
             if func.namespace == "gpt2":
                 return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
             if (parts := func.decompose(*args, **kwargs)) is not NotImplemented:
@@ -81,20 +85,20 @@ class Unwritten(TorchDispatchMode):
         if written:
             return kwargs[written[0].name] if written[0].kwarg_only else args[0]
         if any(result.alias_info for result in func._schema.returns) or "empty" in func.__name__:
-            return func(*args, **kwargs)  # views, and memory that is unwritten already
-        args, kwargs = tree_map_only(torch.Tensor, functools.partial(unwritten, device="meta"), (args, kwargs))
+            return func(*args, **kwargs)  # views, and memory that is uninitialized already
+        args, kwargs = tree_map_only(torch.Tensor, functools.partial(uninitialized, device="meta"), (args, kwargs))
         if "device" in kwargs:
             kwargs["device"] = torch.device("meta")
-        return tree_map_only(torch.Tensor, functools.partial(unwritten, device="cpu"), func(*args, **kwargs))
+        return tree_map_only(torch.Tensor, functools.partial(uninitialized, device="cpu"), func(*args, **kwargs))
 
 
-def unwritten(tensor: torch.Tensor, device: str) -> torch.Tensor:
+def uninitialized(tensor: torch.Tensor, device: str) -> torch.Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
 
 
 @contextlib.contextmanager
 def replaced(cls: type, **methods):
-    """Other methods on a class for a while; each gets the one that it replaces, behind self."""
+    """Replace methods of a class; each new one receives the original after self."""
     originals = {name: getattr(cls, name) for name in methods}
     for name, method in methods.items():
         setattr(cls, name, functools.partialmethod(method, originals[name]))
@@ -106,13 +110,13 @@ def replaced(cls: type, **methods):
 
 
 def named_arguments(kernel: InterpretedFunction, args: tuple, keywords: dict) -> dict:
-    """The arguments of a launch by the names in the kernel's definition, without num_warps and its like."""
+    """Return the arguments of a launch by their names in the kernel's definition, without num_warps and the like."""
     signature = inspect.signature(kernel.fn)
     return signature.bind(*args, **{k: v for k, v in keywords.items() if k in signature.parameters}).arguments
 
 
 def describe(kernel: InterpretedFunction, args: tuple, grid: tuple, keywords: dict) -> Launch:
-    """A launch in words that another process can compile."""
+    """Describe a launch so that another process can compile it."""
     bound, parameters = named_arguments(kernel, args, keywords), inspect.signature(kernel.fn).parameters
     constant = {name for name, parameter in parameters.items() if parameter.annotation is tl.constexpr}
     described = {}
@@ -126,18 +130,18 @@ def describe(kernel: InterpretedFunction, args: tuple, grid: tuple, keywords: di
         arguments=described,
         constants={name: value for name, value in bound.items() if name in constant},
         options={name: value for name, value in keywords.items() if name not in parameters},
-        programs=math.prod(grid),
+        grid=list(grid),
     )
 
 
-def launches_of(operation: str, shape: Shape) -> list[Launch]:
-    """Every launch of one operation at this shape, in order, without running any."""
+def record_launches(operation: str, shape: Shape) -> list[Launch]:
+    """Return every launch of one operation at this shape, in order, without running any."""
     launches = []
 
-    def note(kernel, original, *args, grid, warmup, **keywords):
+    def record(kernel, original, *args, grid, warmup, **keywords):
         launches.append(describe(kernel, args, grid, keywords))
 
-    with Unwritten(), replaced(InterpretedFunction, run=note):
+    with Uninitialized(), replaced(InterpretedFunction, run=record):
         run_operation(operation, shape)
     return launches
 
@@ -152,11 +156,11 @@ def run_operation(operation: str, shape: Shape) -> None:
 
 
 class Count:
-    """What one launch moves. The tensors of its arguments each keep two maps: the items read, the items written."""
+    """What one launch moves. Each tensor of its arguments has two maps: the elements read, the elements written."""
 
     def __init__(self, arguments: dict):
         self.figures = dict.fromkeys(FIGURES, 0)
-        self.sites = {}  # line of the kernel file -> the most bytes that one access there spans
+        self.sites = {}  # line of the kernel file -> the most bytes that one access in it spans
         self.tensors = []
         for name, tensor in arguments.items():
             if isinstance(tensor, torch.Tensor) and tensor.numel():
@@ -168,26 +172,26 @@ class Count:
         size = pointers.get_element_ty().primitive_bitwidth // 8
         line = line_of_kernel()
         self.sites[line] = max(self.sites.get(line, 0), pointers.data.size * size)
-        touched = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)]
-        if touched.size == 0:
+        reached = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)]
+        if reached.size == 0:
             return
-        self.figures["stored" if stored else "loaded"] += touched.size * size
+        self.figures["stored" if stored else "loaded"] += reached.size * size
         for _, start, item, maps in self.tensors:
-            if start <= touched[0] < start + item * len(maps[0]):
-                maps[stored][(touched - start) // item] = True
+            if start <= reached[0] < start + item * len(maps[0]):
+                maps[stored][(reached - start) // item] = True
                 return
         raise LookupError(f"line {line} reads or writes outside every argument")
 
     def totals(self) -> dict[str, int]:
         for name, _, item, maps in self.tensors:
-            touched = item * sum(int(used.sum()) for used in maps)
-            self.figures["touched"] += touched
-            self.figures["minimum"] += 0 if "_parts" in name else touched
+            size = item * sum(int(used.sum()) for used in maps)
+            self.figures["unique_bytes"] += size
+            self.figures["compulsory_bytes"] += 0 if "_parts" in name else size
         return self.figures
 
 
 def line_of_kernel() -> int:
-    """Where in a kernel file the running access is written."""
+    """Return the line of the kernel file that makes the running access."""
     frame = sys._getframe(1)
     while Path(frame.f_code.co_filename).stem not in kernels.FAMILIES:
         frame = frame.f_back
@@ -196,7 +200,7 @@ def line_of_kernel() -> int:
 
 @contextlib.contextmanager
 def observing(counts: list[Count]):
-    """What the interpreter does is added to the last of the counts."""
+    """Add what the interpreter does to the last of the counts."""
 
     def load(builder, original, pointers, mask, *rest):
         counts[-1].access(pointers, mask, stored=False)
@@ -231,7 +235,7 @@ def observing(counts: list[Count]):
 
 
 def measure(operation: str, shape: Shape) -> dict[str, dict]:
-    """Run one operation in the interpreter. Returns, by kernel: programs, launches, sites, and FIGURES."""
+    """Run one operation in the interpreter. Return, by kernel: programs, launches, sites, and FIGURES."""
     found, counts = {}, []
 
     def run(kernel, original, *args, grid, warmup, **keywords):
@@ -247,7 +251,7 @@ def measure(operation: str, shape: Shape) -> dict[str, dict]:
             total[name] += value
 
     with replaced(InterpretedFunction, run=run), observing(counts), np.errstate(all="ignore"):
-        run_operation(operation, shape)  # bfloat16 dots give nonsense in the interpreter: counted all the same
+        run_operation(operation, shape)  # bfloat16 dots are wrong in the interpreter, but are counted right
     return found
 
 
@@ -259,7 +263,7 @@ def units(operation: str, shape: Shape) -> int:
 
 
 def small_shapes(operation: str, shape: Shape) -> list[Shape]:
-    """Those to run: the real T, D, C and V, and few rows or heads."""
+    """Return the shapes to run: the real T, D, C and V, and few rows or heads."""
     if operation == "causal_attention":
         return [dataclasses.replace(shape, B=1, H=heads, C=heads * (shape.C // shape.H)) for heads in HEADS]
     if operation == "linear_cross_entropy":  # C belongs to its matrix products, which are PyTorch's
@@ -268,12 +272,12 @@ def small_shapes(operation: str, shape: Shape) -> list[Shape]:
 
 
 def small_runs(operation: str, shape: Shape) -> list[tuple[int, dict]]:
-    """The units of every small run, and what measure() says of it."""
+    """Return the units and the measured traffic of every small run."""
     return [(units(operation, small), measure(operation, small)) for small in small_shapes(operation, shape)]
 
 
 def scaled(operation: str, shape: Shape, launches: list[Launch], runs: list[tuple[int, dict]]) -> dict[str, dict]:
-    """By kernel, FIGURES at this shape and the sites, from the small runs by the rule of scaling."""
+    """Return, by kernel, FIGURES at this shape and the sites, scaled from the small runs."""
     result = {}
     for kernel in runs[0][1]:
         own = [launch for launch in launches if launch.kernel == kernel]
@@ -289,13 +293,13 @@ def scaled(operation: str, shape: Shape, launches: list[Launch], runs: list[tupl
 
 
 def report(shape: Shape, architectures: list[str]) -> dict[str, list[dict]]:
-    """By GPU, each kernel of each operation: name, calls a step, its first launch, how many a call, FIGURES, sites."""
-    result, done = {}, {}  # done: the small runs of an operation whose kernels are launched alike, once for all GPUs
+    """Return, by GPU, each kernel: name, calls per step, first launch, launches per call, FIGURES, sites."""
+    result, done = {}, {}  # done: the small runs, shared by GPUs that launch an operation alike
     for architecture in architectures:
         result[architecture] = []
         for operation, calls in calls_per_step(shape).items():
-            with kernels.emulate_gpu(architecture):
-                launches = launches_of(operation, shape)
+            with emulate_gpu(architecture):
+                launches = record_launches(operation, shape)
                 alike = json.dumps([operation, [[each.kernel, each.constants] for each in launches]])
                 if alike not in done:
                     done[alike] = small_runs(operation, shape)

@@ -1,0 +1,125 @@
+"""What the four kernel files share: Triton or a stand-in, launch parameters per GPU, checks of tensors."""
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Iterator
+from typing import TypeVar
+
+import torch
+
+
+class _Missing:
+    """Stand in for triton and tl while kernel files are imported: every attribute and every call is itself."""
+
+    def __getattr__(self, name):
+        return self
+
+    def __call__(self, *args, **kwargs):
+        return self
+
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError:  # no Triton wheel on macOS and Windows: the kernels are text there, PyTorch does the work
+    triton = tl = _Missing()
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what every kernel reads and writes
+Row = TypeVar("Row")
+_emulated_gpu = contextvars.ContextVar("emulate_gpu", default="sm_80")
+
+
+# ------------------------------------------------------------------------------ devices
+
+
+def unavailable(device: torch.device) -> str:
+    """Return why Triton kernels cannot run on tensors of this device, or "" if they can."""
+    if isinstance(triton, _Missing):
+        return "the package triton is not installed"
+    if device.type == "cuda" or triton.knobs.runtime.interpret:
+        return ""
+    return f"they need a GPU and this run is on {device.type}"
+
+
+def device_guard(x: torch.Tensor) -> torch.accelerator.device_index:
+    """
+    Return a context that makes the GPU of x the current one, on which Triton launches. No effect on a CPU.
+
+    Raises ValueError if Triton cannot run there: every launch happens inside this context.
+    """
+    if reason := unavailable(x.device):
+        raise ValueError(f"Triton kernels cannot run on this tensor: {reason}; set TRITON_INTERPRET=1 to use a CPU")
+    return torch.accelerator.device_index(x.device.index)
+
+
+def architecture(x: torch.Tensor) -> str:
+    """
+    Return the GPU whose launch parameters suit this tensor: "sm_80", "sm_90", "gfx942" and so on.
+
+    A tensor on a GPU gives that GPU. On a CPU, kernels are only interpreted: with the parameters of an A100, or of the
+    GPU that a surrounding emulate_gpu() names.
+    """
+    return _architecture_of_gpu(x.device.index) if x.device.type == "cuda" else _emulated_gpu.get()
+
+
+@functools.cache
+def _architecture_of_gpu(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return properties.gcnArchName.partition(":")[0]  # "gfx942:sramecc+:xnack-"
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@contextlib.contextmanager
+def emulate_gpu(name: str) -> Iterator[None]:
+    """
+    Interpret kernels on a CPU with the launch parameters of this GPU.
+
+    A context rather than an argument of every operation, which would have to pass through the operators, their fake and
+    autograd rules and the model, only for kernels.report and the tests.
+    """
+    before = _emulated_gpu.set(name)
+    try:
+        yield
+    finally:
+        _emulated_gpu.reset(before)
+
+
+def for_architecture(table: dict[str, Row], name: str) -> Row:
+    """
+    Return the row of this GPU, else of the newest older NVIDIA GPU (sm_121: the row of sm_120), else the first row.
+    """
+    if name in table or not name.startswith("sm_"):
+        return table.get(name, next(iter(table.values())))
+    number = int(name.removeprefix("sm_"))
+    older = [row for other, row in table.items() if other.startswith("sm_") and int(other[3:]) < number]
+    return older[-1] if older else next(iter(table.values()))
+
+
+# ------------------------------------------------------------------------------ tensors
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype:
+    """Return the dtype of the next matrix product: autocast's if it is enabled, else that of x."""
+    device_type = x.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+
+
+def check_tensors(**tensors: torch.Tensor) -> None:
+    """Raise ValueError unless all tensors are float32, float16 or bfloat16 and live on one device."""
+    first = next(iter(tensors))
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name} is {tensor.dtype}: the kernels take float32, float16 or bfloat16")
+        if tensor.device != tensors[first].device:
+            raise ValueError(f"{name} is on {tensor.device}, {first} on {tensors[first].device}: move them together")
+
+
+def forbid_double_backward(operator: torch.library.CustomOpDef) -> None:
+    """Make a gradient of this operator, itself a gradient, a RuntimeError that says so."""
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(f"{operator._qualname} has no second derivative: use --kernels none for that")
+
+    operator.register_autograd(refuse)
