@@ -3,13 +3,13 @@ Causal self-attention from the packed projection; forward and backward.
 
 For one head with queries, keys and values q, k, v, each (T, D):
 
-    s = q @ k.T / sqrt(D)                  D channels a head; keys after the query are left out
+    s = q @ k.T / sqrt(D)                  D channels per head; keys after the query are left out
     y = softmax(s) @ v
-    lse = log(sum(exp(s)))                 of each row
+    lse = log(sum(exp(s)))                 per row
 
-The forward walks along the keys in blocks. It keeps, of each row, the largest s so far, the sum of exp(s - largest) and
-the sum of exp(s - largest) * v, and rescales both when a larger s comes along; no (T, T) tensor ever exists.
-Given dy = dL/dy, with p = exp(s - lse) computed anew:
+The forward walks along the keys in blocks. Per row it keeps the largest s so far, the sum of exp(s - largest) and the
+sum of exp(s - largest) * v, and rescales both sums when a larger s comes along; no (T, T) tensor ever exists.
+Given dy = dL/dy, with p = exp(s - lse) recomputed:
 
     dv    = p.T @ dy
     dp    = dy @ v.T
@@ -18,43 +18,14 @@ Given dy = dL/dy, with p = exp(s - lse) computed anew:
     dq    = ds @ k / sqrt(D)
     dk    = ds.T @ q / sqrt(D)
 
-Two kernels: one sums dq over the keys and writes delta, one sums dk and dv over the queries. That is seven matrix
-products where one kernel with atomic additions would need five, and the same bits every time. Blocks above the diagonal
-are skipped; only those on it are masked. q, k and v are read out of the packed projection, and their gradients written
-into a packed one: nothing is transposed, copied or concatenated.
+Two kernels: one sums dq over the keys and writes delta, one sums dk and dv over the queries. That takes seven matrix
+products instead of the five of one kernel with atomic additions, and gives the same bits every time. Blocks above the
+diagonal are skipped; only those on it are masked. q, k and v are read from the packed projection, and their gradients
+written to a packed one: nothing is transposed, copied or concatenated.
 
 Saved: qkv, y and lse.
-Bytes at least, numbers a token: forward 3C in and C out; dq 5C in and C out; dk and dv 4C in and 2C out. What is read
-again, k and v by each block of queries and q and dy by each block of keys, comes mostly from the L2 cache.
-
-Compiled, not timed, in bfloat16; blocks of queries x keys, warps. Of each GPU: registers, bytes of spill, programs at a
-time on a multiprocessor, and a thread's instructions for a score (a query with a key) in the inner loop; * is kept. The
-code of sm_89 is that of sm_86. Kept is what does not spill and asks for the fewest instructions and bytes, unless twice
-the warps fit for a tenth more; bytes: a block of 128 keys asks for q and dy half as often as one of 64. T = 1,000 needs
-masks, T = 1,024 does not.
-
-    kernel, D, T           blocks         sm_80          sm_86          sm_90          sm_100         sm_120
-    forward, 64, 1024      128 x 64, 4    242 0 2  9.6*  254 0 2  9.6*  213 0 2  8.5   254 32 2 7.2   250 0 2  9.4*
-                           128 x 64, 8                   166 0 1 10.4   127 0 2  9.3*  127 0 2  9.3*  154 0 1 10.3
-                            64 x 64, 4    166 0 3 10.7   163 0 3 10.7   120 0 4  9.7   117 0 4  9.7   154 0 3 10.8
-    forward, 64, 1000       64 x 64, 4    165 0 3 10.7*  158 0 3 10.6*  120 0 4  9.5   117 0 4  9.8*  154 0 3 10.8*
-                           128 x 64, 8                                   92 0 2  9.5*  134 0 1  9.3
-    dq, 64, 1024           128 x 32, 4    245 0 2  9.8*  246 0 2  9.8*  180 0 2  9.6                  246 0 2  9.6*
-                           128 x 64, 8                   237 0 1 10.3   123 0 2  8.4*  120 0 2  7.9*  232 0 1 10.2
-                            64 x 64, 4                   248 0 2 10.8   123 0 4  8.6    90 0 3  8.4   250 0 2 10.7
-    dq, 64, 1000            64 x 32, 4    167 0 3 11.4*  167 0 3 11.4*                                164 0 3 11.2*
-                           128 x 64, 8                                  128 0 2  8.4*  124 0 2  7.9*
-    dk, dv, 64, 1024        32 x 128, 4   255 0 2 13.4*  255 8 2 13.3   253 0 2 10.3*                 255 80 2 12.6
-                            64 x 128, 8                  252 0 1 13.7*  199 0 1 10.0   127 0 2 11.1*  248 0 1 13.4*
-                            64 x 64, 4    255 0 2 14.4   255 0 2 14.4   190 0 2 10.0   130 0 3 11.9   248 0 2 13.8
-    dk, dv, 64, 1000        32 x 64, 4    179 0 2 16.4*  183 0 2 16.4*  142 0 3 13.1    94 0 5 16.8   188 0 2 15.9*
-                            64 x 64, 4                   255 0 2 15.6   207 0 2 10.6*  168 0 3 12.7*  255 48 2 14.6
-    forward, 128, 1024     128 x 64, 8    236 0 1 15.3*  230 0 1 15.3*  166 0 1 11.5*  144 0 1 11.1*  230 0 1 14.7*
-    dq, 128, 1024          128 x 32, 8    232 0 1 16.6*  228 0 1 16.6*  148 0 1 14.4*  120 0 2 13.8*  216 0 1 16.2*
-    dk, dv, 128, 1024       32 x 128, 8   255 0 1 23.0*  255 0 1 22.9*  215 0 1 15.8*  124 0 2 17.9*  255 40 1 21.6
-                            64 x 64, 8                                                                174 0 1 24.2*
-
-In float32, forward at D = 64: 32 x 16 blocks take 80, 114, 71, 78 and 80 registers; 64 x 32 spill 104 bytes on sm_80.
+Elements moved per token, at least: forward 3C in and C out; dq 5C in and C out; dk and dv 4C in and 2C out. What is
+read again, k and v per block of queries and q and dy per block of keys, comes mostly from the L2 cache.
 
 Source: Dao, "FlashAttention-2", 2023, https://arxiv.org/abs/2307.08691
 """
@@ -176,7 +147,7 @@ def _written_out(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
 
 
 def causal_attention_reference(qkv: Tensor, n_head: int, dropout_p: float) -> Tensor:
-    """The forward maths above, in the dtype it is given: in float64, the exact answer of the tests. No dropout."""
+    """Compute the forward above in the dtype it is given: in float64, the exact answer of the tests. No dropout."""
     B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     q, k, v = qkv.view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)
     s = q @ k.transpose(-2, -1) / math.sqrt(C // n_head)
@@ -186,14 +157,14 @@ def causal_attention_reference(qkv: Tensor, n_head: int, dropout_p: float) -> Te
 
 # ------------------------------------------------------------------------------ kernels
 #
-# In each, program_id(1) is the sequence b and the head h; from row to row of a head it is 3 * C numbers in qkv, C in y.
+# In each, program_id(1) is the sequence b and the head h; the rows of a head are 3 * C elements apart in qkv, C in y.
 # A tile is addressed as (int64 base of its block) + (offsets that do not change from block to block).
-# "(x < limit) | EVEN" is a constant where no mask is needed, and the compiler drops it: likewise for D == BLOCK_D.
+# "(x < limit) | EVEN" is a constant if no mask is needed, and the compiler drops it; likewise for D == BLOCK_D.
 
 
 @triton.jit
 def _add_keys(q, k, v, causal, largest_log2, total, y, scale_log2):
-    """Running maximum, sum and output of BLOCK_Q queries with a block of keys added; causal: None where all count."""
+    """Add a block of keys to the running maximum, sum and output of BLOCK_Q queries; causal: None if all keys count."""
     qk = tl.dot(q, tl.trans(k), input_precision="ieee")  # s = qk / sqrt(D); scale_log2 brings it into the exponent
     if causal is not None:
         qk = tl.where(causal, qk, -1e30)  # finite: every row has a key in the first block of the diagonal
@@ -218,7 +189,7 @@ def _forward_kernel(
     BLOCK_D: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """One program: BLOCK_Q rows of y and lse, of one head of one sequence."""
+    """One program: BLOCK_Q rows of y and lse, for one head of one sequence."""
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q  # the longest rows first
     b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     queries, keys, channels = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
@@ -259,7 +230,7 @@ def _forward_kernel(
 
 @triton.jit
 def _add_dq(q, dy, k, v, causal, lse_log2, delta, dq, scale_log2):
-    """dq of BLOCK_Q queries with a block of keys added; causal: None where all count."""
+    """Add a block of keys to dq of BLOCK_Q queries; causal: None if all keys count."""
     p = tl.math.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - lse_log2[:, None])
     if causal is not None:
         p = tl.where(causal, p, 0.0)
@@ -274,7 +245,7 @@ def _backward_dq_kernel(
     dy_ptr,  # in  (B, T, H, D)
     lse_ptr,  # in  (B, H, T)
     delta_ptr,  # out (B, H, T) float32
-    dqkv_ptr,  # out (B, T, 3, H, D), its first third
+    dqkv_ptr,  # out (B, T, 3, H, D): the first third
     scale,
     T,
     H: tl.constexpr,
@@ -284,7 +255,7 @@ def _backward_dq_kernel(
     BLOCK_D: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """One program: BLOCK_Q rows of dq and delta, of one head of one sequence."""
+    """One program: BLOCK_Q rows of dq and delta, for one head of one sequence."""
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q  # the longest rows first
     b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     queries, keys, channels = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
@@ -327,7 +298,7 @@ def _backward_dq_kernel(
 
 @triton.jit
 def _add_dkdv(q, dy, k, v, causal, lse_log2, delta, dk, dv, scale_log2):
-    """dk and dv of BLOCK_K keys with a block of queries added; p and ds are transposed, (BLOCK_K, BLOCK_Q)."""
+    """Add a block of queries to dk and dv of BLOCK_K keys; p and ds are transposed, (BLOCK_K, BLOCK_Q)."""
     p = tl.math.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - lse_log2[None, :])
     if causal is not None:
         p = tl.where(causal, p, 0.0)
@@ -342,7 +313,7 @@ def _backward_dkdv_kernel(
     dy_ptr,  # in  (B, T, H, D)
     lse_ptr,  # in  (B, H, T)
     delta_ptr,  # in  (B, H, T)
-    dqkv_ptr,  # out (B, T, 3, H, D), its second and last third
+    dqkv_ptr,  # out (B, T, 3, H, D): the second and last third
     scale,
     T,
     H: tl.constexpr,
@@ -352,7 +323,7 @@ def _backward_dkdv_kernel(
     BLOCK_D: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """One program: BLOCK_K rows of dk and dv, of one head of one sequence."""
+    """One program: BLOCK_K rows of dk and dv, for one head of one sequence."""
     start = tl.program_id(0) * BLOCK_K  # the first key, and the first query that sees it
     b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     queries, keys, channels = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
@@ -423,7 +394,7 @@ def _causal_attention_outputs(qkv, n_head):
 @torch.library.custom_op("gpt2::causal_attention_backward", mutates_args=())
 def _backward(dy: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, n_head: int) -> Tensor:
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
-    _launch(_backward_dq_kernel, "backward_dq", (qkv, y, dy, lse, delta, dqkv), qkv, n_head)  # first: it makes delta
+    _launch(_backward_dq_kernel, "backward_dq", (qkv, y, dy, lse, delta, dqkv), qkv, n_head)  # first: it writes delta
     _launch(_backward_dkdv_kernel, "backward_dkdv", (qkv, dy, lse, delta, dqkv), qkv, n_head)
     return dqkv
 
@@ -451,7 +422,7 @@ forbid_double_backward(_backward)
 
 
 def _save(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # lse has no gradient: no zeros for it
+    ctx.set_materialize_grads(False)  # lse has no gradient: allocate no zeros for it
     qkv, ctx.n_head = inputs
     ctx.save_for_backward(qkv, *output)
 

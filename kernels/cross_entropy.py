@@ -1,7 +1,7 @@
 """
-Cross-entropy of a softmax over the vocabulary, alone or together with the output head; forward and backward.
+Cross-entropy of a softmax over the vocabulary, alone or fused with the output head; forward and backward.
 
-For one row of logits and its target t, over the V real columns (padded ones beyond V are left out):
+For one row of logits and its target t, over the V real columns (padded ones after V are left out):
 
     lse  = log(sum(exp(logits))) = largest + log(sum(exp(logits - largest)))
     loss = lse - logits[t]                 mean over the rows, in nats per token; target -100 leaves a row out
@@ -12,32 +12,17 @@ Given the gradient of the mean, with n rows counted:
 
 The two terms of lse are kept apart throughout: at logits of 1e4 their sum would lose the digits that matter.
 
-`cross_entropy` saves its logits and two numbers a row, and writes a fresh dlogits: the logits are the caller's, and
-nothing of ours overwrites a tensor it did not make. Forward reads each logit once; backward reads it once and writes
-once.
+`cross_entropy` saves its logits and two statistics per row, and writes a new dlogits: the logits belong to the caller
+and are never overwritten. The forward reads each logit once; the backward reads it once and writes once.
 
-`linear_cross_entropy` makes its own logits, so it may: for a chunk of tokens at a time it multiplies x by the weight,
-turns the logits into (dlogits * n / dloss) in place, adds dweight up in float32 and keeps dx; then the chunk is gone.
-All of it happens in the forward, when a gradient will be wanted at all. What is saved is dx and dweight; the backward
-only multiplies them by dloss / n. A logit is read twice and written once; the second read, 100 KB after the first, is
-meant to come from the L2 cache, two rows at a time on a multiprocessor. No row fits its registers beside a second one.
+`linear_cross_entropy` makes its own logits, so it may overwrite them: per chunk of tokens it multiplies x by the
+weight, turns the logits into (dlogits * n / dloss) in place, adds to dweight in float32 and stores dx; then it reuses
+the chunk. All of it happens in the forward, if a gradient is wanted at all. Saved are dx and dweight; the backward only
+multiplies them by dloss / n. A logit is read twice and written once; the second read, 100 KB after the first, should
+come from the L2 cache, with two rows at a time per multiprocessor. A row does not fit in registers beside a second one.
 
-Compiled, not timed: sm_80 (sm_90 is within 2 %), bfloat16, V = 50,257 padded to 50,304, 32 warps unless said. Registers
-a thread, rows at a time on a multiprocessor, instructions a logit; none spills:
-
-    kernel                                          registers   rows   instructions
-    in place, blocks of 8,192 columns                      32      2           17.6   kept
-    in place, blocks of 4,096, 16 warps                    40      3           15.3   three quarters of the warps
-    in place, blocks of 2,048, 8 warps                     32      8           14.0   87 MB of rows, the L2 cache has 40
-    the same three on sm_89                        64, 63, 40  1, 2, 6   17.6, 15.3, 14.0   the second is kept
-    the same three on sm_120                       64, 62, 47  1, 2, 5   16.0, 13.8, 12.3   likewise
-    forward / backward, the same blocks               32 / 31      2     11.4 / 9.2   kept
-    in place, the scale as a factor, not 1                 32      2           18.9
-    in place, V unpadded (50,257 columns)                  43      1           17.7   16-bit accesses
-    in place, the row held in registers                    64      1              -   144 bytes of spill
-
-A mask at 50,257 would split every access into 16-bit ones: the masks stop at the padded width, the columns beyond V are
-set aside in registers. Logits that are not padded to a multiple of 16 columns work, slowly, 16 bits at a time.
+Masks stop at the padded width, and the columns past V are replaced in registers: a mask at 50,257 would split every
+access into 16-bit ones. Logits that are not padded to a multiple of 16 columns work, slowly, 16 bits at a time.
 
 Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018, https://arxiv.org/abs/1805.02867
 """
@@ -47,6 +32,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.common import (
     architecture,
@@ -59,19 +45,18 @@ from kernels.common import (
     triton,
 )
 
-IGNORE = -100  # a target with this value adds nothing to the loss: PyTorch's own default
-CHUNK_BYTES = 2**14  # of a column of logits: 8,192 tokens in 16 bits, 4,096 in 32; 824 MB a chunk for GPT-2
-VECTOR = tl.constexpr(8)  # neighbouring logits share a running maximum: one 128-bit access in 16 bits
+IGNORE = -100  # a target with this value adds nothing to the loss: PyTorch's default
+CHUNK_BYTES = 2**14  # per column of logits: 8,192 tokens in 16 bits, 4,096 in 32; 824 MB per chunk for GPT-2
+VECTOR = tl.constexpr(8)  # neighboring logits share a running maximum: one 128-bit access in 16 bits
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
 IGNORE_TARGET = tl.constexpr(IGNORE)
-
-
-BLOCK = {"sm_80": 8192, "sm_86": 4096, "sm_90": 8192, "sm_120": 4096}  # GPU -> columns at a time: two rows fit at once
+# GPU -> columns at a time, so that two rows fit on a multiprocessor. What else was tried is in kernels/README.md
+BLOCK = {"sm_80": 8192, "sm_86": 4096, "sm_90": 8192, "sm_120": 4096}
 
 
 def launch_parameters(width: int, gpu: str) -> dict[str, int]:
-    """For all three kernels: a block of columns at a time, 8 numbers a thread."""
+    """Return, for all three kernels, the block of columns and its warps: 8 elements per thread."""
     block = min(for_architecture(BLOCK, gpu), max(VECTOR.value, triton.next_power_of_2(width)))
     return {"BLOCK": block, "num_warps": max(1, block // 256)}
 
@@ -90,7 +75,7 @@ def linear_cross_entropy_torch(x: Tensor, weight: Tensor, targets: Tensor, vocab
 
 
 def cross_entropy_reference(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """The forward maths above, in the dtype it is given: in float64, the exact answer of the tests."""
+    """Compute the forward above in the dtype it is given: in float64, the exact answer of the tests."""
     counted = targets != IGNORE
     logits, targets = logits[counted, :vocab_size], targets[counted]
     largest = logits.amax(dim=1, keepdim=True)
@@ -103,13 +88,13 @@ def cross_entropy_reference(logits: Tensor, targets: Tensor, vocab_size: int) ->
 
 @triton.jit
 def _row_statistics(row_ptr, V: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Of one row (WIDTH,): the largest of its V logits, and sum(exp(logits - largest))."""
+    """Return the largest of the V logits of one row (WIDTH,), and sum(exp(logits - largest))."""
     FULL: tl.constexpr = V // BLOCK * BLOCK  # blocks up to here need no mask
     cols = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     largest = tl.full((BLOCK // VECTOR,), -1e30, dtype=tl.float32)  # finite: largest - largest must be 0
     total = tl.zeros((BLOCK // VECTOR,), dtype=tl.float32)
     for start in range(0, FULL, BLOCK):
-        # evict_last: the gradient, if it follows, reads this row again
+        # evict_last: the gradient, if it is computed, reads this row again
         logits = tl.load(row_ptr + start + cols, eviction_policy="evict_last").to(tl.float32)
         largest, total = _add_block(logits, largest, total)
     for start in range(FULL, WIDTH, BLOCK):
@@ -122,7 +107,7 @@ def _row_statistics(row_ptr, V: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.con
 
 @triton.jit
 def _add_block(logits, largest, total):
-    """The running maximum and sum of each vector with one more block in them."""
+    """Add one more block to the running maximum and sum of each vector."""
     new_largest = tl.maximum(largest, tl.max(logits, axis=1))
     added = tl.sum(tl.math.exp2((logits - new_largest[:, None]) * LOG2E), axis=1)
     return new_largest, total * tl.math.exp2((largest - new_largest) * LOG2E) + added
@@ -130,7 +115,7 @@ def _add_block(logits, largest, total):
 
 @triton.jit
 def _row_loss(row_ptr, target, largest, total, V: tl.constexpr):
-    """The loss of one row: 0 where it is left out, nan for a target out of range, which must not be read."""
+    """Return the loss of one row: 0 if it is left out, nan for a target out of range, which must not be read."""
     in_range = (target >= 0) & (target < V)
     at_target = tl.load(row_ptr + tl.where(in_range, target, 0)).to(tl.float32)
     loss = (largest - at_target) + tl.math.log2(total) * LN2
@@ -141,11 +126,11 @@ def _row_loss(row_ptr, target, largest, total, V: tl.constexpr):
 def _write_gradient(
     row_ptr, drow_ptr, target, largest, total, scale, V: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """drow = scale * (softmax(row) - [column is target]), 0 past V; drow may be row itself."""
+    """Write drow = scale * (softmax(row) - [column is target]), 0 past V; drow may be row itself."""
     FULL: tl.constexpr = V // BLOCK * BLOCK
     in_range = (target >= 0) & (target < V)
     column = tl.where(in_range, target, 0)
-    # exp2(-inf) = 0: a row left out; nan shows that a target was out of range
+    # exp2(-inf) = 0: a row left out; nan marks a target out of range
     log2_total = tl.where(in_range, tl.math.log2(total), tl.where(target == IGNORE_TARGET, float("inf"), float("nan")))
     at_target = tl.math.exp2((tl.load(row_ptr + column).to(tl.float32) - largest) * LOG2E - log2_total)
     at_target = tl.where(in_range, at_target - 1.0, at_target) * scale
@@ -162,7 +147,7 @@ def _write_gradient(
         softmax = tl.where(start + cols < V, softmax, 0.0)
         tl.store(drow_ptr + start + cols, softmax * scale, mask=start + cols < WIDTH)
 
-    tl.debug_barrier()  # the blocks are written: now the one number that differs, instead of a test for each logit
+    tl.debug_barrier()  # the blocks are written: now the one element that differs, instead of a test per logit
     tl.store(drow_ptr + column, at_target)
 
 
@@ -194,7 +179,7 @@ def _backward_kernel(
     targets_ptr,  # in  (N,) int64
     largest_ptr,  # in  (N,)
     total_ptr,  # in  (N,)
-    scale_ptr,  # in  one number: dloss / n
+    scale_ptr,  # in  (1,): dloss / n
     dlogits_ptr,  # out (N, WIDTH), contiguous
     row_stride,
     V: tl.constexpr,
@@ -218,7 +203,7 @@ def _in_place_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: the loss of one row, and its gradient over the logits."""
+    """One program: the loss of one row, and its gradient, which replaces the logits."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * WIDTH
     target = tl.load(targets_ptr + row)
@@ -232,7 +217,7 @@ def _in_place_kernel(
 
 @torch.library.custom_op("gpt2::cross_entropy", mutates_args=())
 def _cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss, n, and the statistics of the rows."""
+    """Return the loss, n, and the two statistics of each row."""
     _, _, largest, total = _cross_entropy_outputs(logits, targets, vocab_size)
     losses = torch.empty_like(largest)
     N, width = logits.shape
@@ -254,7 +239,7 @@ def _cross_entropy_outputs(logits, targets, vocab_size):
 
 
 def _rows_counted(targets: Tensor) -> Tensor:
-    """n, which stays on the device; at least 1, so that no row at all gives a loss of 0, not nan."""
+    """Return n, which stays on the device; at least 1, so that a batch with no rows has a loss of 0, not nan."""
     return (targets != IGNORE).sum().clamp(min=1).float()
 
 
@@ -282,7 +267,7 @@ forbid_double_backward(_backward)
 
 
 def _save(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # of the four outputs only loss is used: no zeros for the others
+    ctx.set_materialize_grads(False)  # only the loss is used further: allocate no zeros for the other outputs
     logits, targets, ctx.vocab_size = inputs
     ctx.save_for_backward(logits, targets, *output[1:])
 
@@ -299,7 +284,7 @@ _cross_entropy.register_autograd(_gradient, setup_context=_save)
 def _linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss, n, and the gradients of the sum of the losses: dx, and dweight in float32; empty if not wanted."""
+    """Return the loss, n, and the gradients of the summed losses, dx and float32 dweight; empty unless wanted."""
     _, _, dx, dweight = _linear_cross_entropy_outputs(x, weight, targets, vocab_size, with_gradient)
     N, width = x.shape[0], weight.shape[0]
     chunk = CHUNK_BYTES // x.element_size()
@@ -334,10 +319,10 @@ def _linear_cross_entropy_outputs(x, weight, targets, vocab_size, with_gradient)
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
     """
-    total = a @ b, plus total where it is to be kept; added up in float32 whatever the dtype of a and b.
+    Set total = a @ b, plus total if it is to be kept; added up in float32 whatever the dtype of a and b.
 
-    NVIDIA's GPUs multiply 16-bit numbers straight into float32: aten::addmm.dtype_out has no kernel for a CPU, takes a
-    total in float32 from PyTorch 2.10 on, and is left alone on AMD's GPUs, where it is not promised.
+    On NVIDIA's GPUs, 16-bit operands are multiplied straight into float32. aten::addmm.dtype_out has no CPU kernel,
+    takes a float32 total from PyTorch 2.10 on, and is not promised on AMD's GPUs, so it is not used there.
     """
     beta = 1 if keep else 0
     if a.is_cuda and not torch.version.hip and a.dtype != torch.float32:
@@ -352,6 +337,7 @@ def _linear_save(ctx, inputs, output):
     ctx.save_for_backward(*output[1:])
 
 
+@once_differentiable
 def _linear_gradient(ctx, dloss, _dn, _ddx, _ddweight):
     n, dx, dweight = ctx.saved_tensors
     scale = (dloss / n).view(1)  # not a scalar, which would be rounded to the dtype of dx first
@@ -366,12 +352,12 @@ _linear_cross_entropy.register_autograd(_linear_gradient, setup_context=_linear_
 
 def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
     """
-    Mean cross-entropy of the first vocab_size columns; differentiable in logits, which stay as they are.
+    Return the mean cross-entropy of the first vocab_size columns; differentiable in logits, which are not changed.
 
-    logits:  (N, W), W >= vocab_size, float32, float16 or bfloat16; copied unless the numbers of a row are adjacent
+    logits:  (N, W), W >= vocab_size, float32, float16 or bfloat16; copied unless the elements of a row are adjacent
     targets: (N,) int64; -100 leaves a row out
-    Returns a float32 scalar in nats per token; 0, with gradients of 0, where no row counts (PyTorch: nan).
-    A target out of range makes the loss and the gradient of its row nan; see check_targets.
+    Returns a float32 scalar in nats per token; 0, with gradients of 0, if no row counts (PyTorch: nan).
+    A target out of range makes the loss and the gradient of its row nan.
     Raises ValueError for other dtypes and shapes, and for mixed devices.
     """
     check_tensors(logits=logits)
@@ -384,13 +370,13 @@ def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
     """
-    cross_entropy(x @ weight.T, targets, vocab_size) in chunks of tokens; differentiable in x and weight.
+    Return cross_entropy(x @ weight.T, targets, vocab_size), computed in chunks of tokens; differentiable in x, weight.
 
-    x:       (N, C), float32, float16 or bfloat16; under autocast its dtype is that of the product
+    x:       (N, C), float32, float16 or bfloat16; cast to autocast's dtype if that is enabled
     weight:  (W, C), W >= vocab_size, any of these dtypes; rows past vocab_size get a gradient of 0
     targets: (N,) int64; -100 leaves a row out
-    Returns a float32 scalar in nats per token; 0, with gradients of 0, where no row counts.
-    The gradients are made in the forward, unless torch.no_grad() or the tensors say that nobody wants them.
+    Returns a float32 scalar in nats per token; 0, with gradients of 0, if no row counts.
+    The gradients are computed in the forward, unless torch.no_grad() or the tensors ask for none.
     Raises ValueError for other dtypes and shapes, and for mixed devices.
     """
     check_tensors(x=x, weight=weight)
@@ -403,24 +389,13 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size:
     return loss
 
 
-def check_targets(targets: Tensor, vocab_size: int) -> None:
-    """ValueError naming the first target outside 0 ... vocab_size - 1. It waits for the device: not for every step."""
-    wrong = ((targets < 0) | (targets >= vocab_size)) & (targets != IGNORE)
-    if wrong.any():
-        position = int(wrong.flatten().nonzero()[0])
-        raise ValueError(
-            f"target {int(targets.flatten()[position])} at position {position} is out of range: "
-            f"use 0 to {vocab_size - 1}, or {IGNORE} to leave it out"
-        )
-
-
 def _check(name: str, rows: Tensor, width: int, targets: Tensor, vocab_size: int) -> None:
     if rows.dim() != 2 or targets.shape != rows.shape[:1]:
         raise ValueError(
-            f"{name} must be two-dimensional with a target a row, "
+            f"{name} must be two-dimensional with one target per row, "
             f"got {tuple(rows.shape)} and targets {tuple(targets.shape)}"
         )
     if targets.dtype != torch.int64 or targets.device != rows.device:
         raise ValueError(f"targets must be int64 on {rows.device}, got {targets.dtype} on {targets.device}")
     if not 1 <= vocab_size <= width:
-        raise ValueError(f"vocab_size is {vocab_size}: use 1 to {width}, the columns there are")
+        raise ValueError(f"vocab_size is {vocab_size}: use 1 to {width}, the number of columns")

@@ -5,31 +5,19 @@ The first half of a GPT-2 feed-forward layer: matrix product, bias, GELU in its 
     u = sqrt(2 / pi) * (z + 0.044715 * z^3)
     y = 0.5 * z * (1 + tanh(u))  =  z * sigmoid(2u)  =  z / (1 + exp(-2u))
 
-The last form needs one exponential and one division, and keeps its digits where tanh(u) is nearly -1.
+The last form needs one exponential and one division, and keeps its digits when tanh(u) is nearly -1.
 Given dy = dL/dy, with s = sigmoid(2u):
 
     dz    = dy * (s + z * s * (1 - s) * d(2u)/dz)         d(2u)/dz = 2 * sqrt(2 / pi) * (1 + 3 * 0.044715 * z^2)
     dbias = sum over rows of dz
     dx, dweight = dz @ weight, dz.T @ x
 
-The three matrix products are PyTorch's. Between them, one kernel a direction: forward it adds the bias and applies the
-function; backward it gives dz and the sums for dbias in one pass over the data.
+The three matrix products are PyTorch's. Between them, one kernel per direction: the forward adds the bias and applies
+the function; the backward computes dz and the sums for dbias in one pass over the data.
 
 Saved: x, weight, bias and x @ weight.T; the backward adds the bias again.
-Bytes, z and y in bfloat16: forward 4 a number (read, write), backward 6 (two reads, a write), as few as can be; the
-bias is read once for every ROWS rows, and the partial sums for dbias add at most a quarter of a byte.
-
-Compiled, not timed: sm_80 (the others are within 4 registers, 46 forward on sm_86 and sm_120 aside), bfloat16, 3,072
-columns. Registers a thread, instructions a number (back: those of its loop), bytes of shared memory. No spill:
-
-    kernel, tile, warps                            registers   instructions   shared
-    forward, 8 x 512, 4                                   32           15.4     2048   kept
-    forward, 8 x 512, 4, as z * (1 / (1 + e))             44           16.2     2048
-    forward, 2 x 1024, 4                                  31           16.5     4096   reads the bias 4 times as often
-    forward, 16 x 128, 4                                  31           16.7      512   bias in accesses of 32 bits
-    backward, 2 x 1024, 4                                 64           24.5     4096   kept
-    backward, 16 x 128, 4                                 64           24.4     2048   bias and sums likewise
-    backward, 4 x 512, 4                                  80           26.2     4096
+Bytes per element, z and y in bfloat16: forward 4 (read, write), backward 6 (two reads, a write), which is the minimum.
+The bias is read again for every ROWS rows; the partial sums for dbias add at most a quarter of a byte.
 
 Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016, https://arxiv.org/abs/1606.08415
 """
@@ -53,13 +41,14 @@ from kernels.common import (
 LOG2E = tl.constexpr(math.log2(math.e))
 LINEAR = tl.constexpr(2 * math.sqrt(2 / math.pi))  # 2u = LINEAR * z + CUBIC * z^3
 CUBIC = tl.constexpr(2 * math.sqrt(2 / math.pi) * 0.044715)
-ROW_PROGRAMS = {  # GPU -> of the backward, each at least 16 rows: with three blocks of columns, 8 on a multiprocessor
-    "sm_80": 8 * 108 // 3,  # of an A100, an H100, a B200, an RTX 5090
+MIN_ROWS = 16  # a backward program takes at least this many rows, so that its partial dbias is small beside them
+ROW_PROGRAMS = {  # GPU -> backward programs per block of columns: with GPT-2's three blocks, 8 per multiprocessor
+    "sm_80": 8 * 108 // 3,  # multiprocessors of an A100, an H100, a B200, an RTX 5090
     "sm_90": 8 * 132 // 3,
     "sm_100": 8 * 148 // 3,
     "sm_120": 8 * 170 // 3,
 }
-LAUNCH = {  # tiles of 2,048 or 4,096 numbers, 16 or 32 a thread
+LAUNCH = {  # tiles of 4,096 and 2,048 elements: 32 and 16 per thread. What else was tried is in kernels/README.md
     "forward": {"ROWS": 8, "COLS": 512, "num_warps": 4},
     "backward": {"ROWS": 2, "COLS": 1024, "num_warps": 4},
 }
@@ -73,7 +62,7 @@ def linear_gelu_torch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The forward maths above, in the dtype it is given: in float64, the exact answer of the tests."""
+    """Compute the forward above in the dtype it is given: in float64, the exact answer of the tests."""
     z = x @ weight.T + bias
     u = math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)
     return 0.5 * z * (1 + torch.tanh(u))
@@ -84,7 +73,7 @@ def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 @triton.jit
 def _forward_kernel(z_ptr, bias_ptr, y_ptr, N, W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """One program: a tile (ROWS, COLS) of y (N, W) from z (N, W), still without its bias (W,)."""
+    """One program: a tile (ROWS, COLS) of y (N, W) from z (N, W), to which it adds the bias (W,)."""
     first_row = tl.program_id(0).to(tl.int64) * ROWS  # int64: first_row * W passes 2^31 for large batches
     rows = tl.arange(0, ROWS)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
@@ -109,7 +98,7 @@ def _backward_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """One program: of COLS columns of dz, every P-th tile of ROWS rows, P row programs, and the sum over those rows."""
+    """One program of P per block of columns: every P-th tile (ROWS, COLS) of dz, and the sum over those rows."""
     program = tl.program_id(0).to(tl.int64)  # makes first_row, too, an int64
     rows = tl.arange(0, ROWS)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
@@ -121,7 +110,7 @@ def _backward_kernel(
         start = first_row * W
         inside = (rows[:, None] < N - first_row) & (cols[None, :] < W)
         z = tl.load(z_ptr + start + tile, mask=inside, other=0.0).to(tl.float32) + bias[None, :]
-        dy = tl.load(dy_ptr + start + tile, mask=inside, other=0.0).to(tl.float32)  # 0 outside, and so is dz in the sum
+        dy = tl.load(dy_ptr + start + tile, mask=inside, other=0.0).to(tl.float32)  # 0 outside, and so is dz
 
         z2 = z * z
         s = 1.0 / (1.0 + tl.math.exp2(z * (-LOG2E * LINEAR - LOG2E * CUBIC * z2)))
@@ -157,7 +146,7 @@ def _backward(dy: Tensor, z: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     dz, dbias = _backward_outputs(dy, z, bias)
     N, W = z.shape
     launch = LAUNCH["backward"]
-    row_programs = min(triton.cdiv(N, 16), for_architecture(ROW_PROGRAMS, architecture(z)))
+    row_programs = min(triton.cdiv(N, MIN_ROWS), for_architecture(ROW_PROGRAMS, architecture(z)))
     dbias_parts = z.new_empty(row_programs, W, dtype=torch.float32)
     if z.numel() > 0:
         with device_guard(z):
@@ -190,12 +179,12 @@ _bias_gelu.register_autograd(_gradient, setup_context=_save)
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
-    gelu_tanh(x @ weight.T + bias); differentiable in x, weight and bias.
+    Return gelu_tanh(x @ weight.T + bias); differentiable in x, weight and bias.
 
     x:      (..., C), float32, float16 or bfloat16
-    weight: (W, C), W = 4C in GPT-2, the dtype of x unless autocast is on
+    weight: (W, C), W = 4C in GPT-2, in the dtype of x unless autocast is enabled
     bias:   (W,), any of these dtypes; added in float32
-    Returns y: (..., W), in the dtype of the matrix product: that of autocast where it is on, else that of x.
+    Returns y: (..., W), in the dtype of the matrix product: autocast's if that is enabled, else that of x.
     Raises ValueError for other dtypes and shapes, and for mixed devices.
     """
     check_tensors(x=x, weight=weight, bias=bias)

@@ -1,7 +1,7 @@
 """
-Layer normalisation over the last dimension, alone or behind the residual addition; forward and backward.
+Layer normalization over the last dimension, alone or fused with the residual addition; forward and backward.
 
-For one row x of C numbers, with gain w and offset b:
+For one row x of C elements, with gain w and offset b:
 
     mean = sum(x) / C
     rstd = 1 / sqrt(sum((x - mean)^2) / C + eps)          reciprocal standard deviation
@@ -14,35 +14,17 @@ Given dy = dL/dy, and writing dxhat = w * dy and avg() for the average over the 
     dw = sum over rows of dy * xhat
     db = sum over rows of dy
 
-With the residual, summed = residual + x takes the place of x above, is a second output, and its own gradient
-joins in: dresidual = dx + dsummed, the same numbers for both terms of the sum.
+With the residual, summed = residual + x replaces x above and is a second output, whose own gradient is added:
+dresidual = dx + dsummed, which is the gradient of both terms of the sum.
 
-Saved: x (or summed), mean and rstd, two numbers a row; the backward rebuilds xhat from them.
-Bytes: each input is read once and each output written once. Under autocast (x, y bfloat16; the stream float32) a number
-costs 6 bytes alone and 12 with the residual; back, 10 alone and 16 with it. The partial sums of dw and db add at most
-8 / ROWS bytes.
-
-Compiled, not timed, float32 stream, bfloat16 branch. Registers a thread, bytes of spill, instructions a number (in the
-backward those of its loop), barriers in the program; sm_80 unless named, the others are within 30 registers and 7 %:
-
-    kernel, C, warps a row           registers   spill   instructions   barriers
-    forward, 768, 1                         72       0           15.1          0   kept (alone: 64, 10.0)
-    forward, 1280, 1                        86       0              -          0   kept; 2 warps spill 8 bytes on sm_90
-    backward, 768, 1                       186       0           19.6          0   kept (alone: 148, 18.8)
-    backward, 768, 2                       128       0           27.6         18
-    backward, 1024, 1                      217       0           18.1          0   kept
-    backward, 1024, 2                      140       0           19.1         18   kept on sm_120
-    backward, 1280, 2                      223       0           24.8         30   kept
-    backward, 1280, 4                      128       0           33.5         18   twice the warps, no more rows
-    backward, 1600, 1                      255     376           24.1          0
-    backward, 1600, 2                      254       0           21.9         30   kept
-    backward, 1600, 2, sm_120              255      56           23.8         30
-    backward, 1600, 4, sm_120              150       0           26.2         18   kept
-    backward, 1999, 2                       32    2816           77.6         22
-    backward, 1999, 8                      119       0           36.8         10   kept; odd C above 4,096 still spill
+Saved: x (or summed), and mean and rstd per row; the backward recomputes xhat from them.
+Bytes per element under autocast (x, y bfloat16; stream float32), each input read once and each output written once:
+forward 6 (12 with the residual), backward 10 (16). The partial sums of dw and db add at most 8 / ROWS.
 
 Source: Ba, Kiros and Hinton, "Layer Normalization", 2016, https://arxiv.org/abs/1607.06450
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -59,34 +41,37 @@ from kernels.common import (
     triton,
 )
 
-MAX_C = 8192  # past this a row no longer fits into the registers of eight warps
-ROWS = 16  # a backward program takes at least this many rows, so that its partial dw and db stay small beside them
-LAUNCH = {  # GPU -> of the backward: numbers that a warp takes at most, and warps in flight, 8 on a multiprocessor
-    "sm_80": (1024, 8 * 108),  # of an A100, an H100, a B200, an RTX 5090: fixed for a GPU, so that bits are too
-    "sm_90": (1024, 8 * 132),
-    "sm_100": (1024, 8 * 148),
-    "sm_120": (768, 8 * 170),
+MAX_C = 8192  # a longer row does not fit into the registers of eight warps
+ROWS = 16  # a backward program takes at least this many rows, so that its partial dw and db are small beside them
+FORWARD_ELEMENTS = 1280  # at most, per warp: 40 per thread, so that GPT-2's rows up to there need no barrier
+
+
+class Launch(NamedTuple):
+    """The backward on one GPU: fixed per GPU, so that bits are too. What else was tried is in kernels/README.md."""
+
+    elements_per_warp: int  # at most; the row is held beside the sums for dw and db
+    warps: int  # in flight, 8 per multiprocessor
+
+
+LAUNCH = {  # GPU -> launch; multiprocessors of an A100, an H100, a B200, an RTX 5090
+    "sm_80": Launch(elements_per_warp=1024, warps=8 * 108),
+    "sm_90": Launch(elements_per_warp=1024, warps=8 * 132),
+    "sm_100": Launch(elements_per_warp=1024, warps=8 * 148),
+    "sm_120": Launch(elements_per_warp=768, warps=8 * 170),
 }
 
 
-def launch_parameters(C: int) -> dict[str, int]:
-    """
-    Of the forward: a row in one block, and a warp for 1,280 numbers, 40 a thread, so that GPT-2's rows up to there need
-    no barrier; only 8 a thread where rows are not aligned to 16 bytes.
-    """
-    return {"BLOCK_C": triton.next_power_of_2(C), "num_warps": _warps(C, 1280)}
+def launch_parameters(C: int, elements_per_warp: int = FORWARD_ELEMENTS) -> dict[str, int]:
+    """Return a block that holds a row, and its warps: 8 elements per thread if rows are not aligned to 16 bytes."""
+    num_warps = triton.next_power_of_2(triton.cdiv(C, elements_per_warp if C % 8 == 0 else 256))
+    return {"BLOCK_C": triton.next_power_of_2(C), "num_warps": num_warps}
 
 
 def backward_launch_parameters(N: int, C: int, gpu: str) -> tuple[int, dict[str, int]]:
-    """Of the backward, which holds sums beside a row: how many programs share the rows, and the same."""
-    elements_per_warp, warps_in_flight = for_architecture(LAUNCH, gpu)
-    num_warps = _warps(C, elements_per_warp)
-    programs = min(triton.cdiv(N, ROWS), max(1, warps_in_flight // num_warps))
-    return programs, {"BLOCK_C": triton.next_power_of_2(C), "num_warps": num_warps}
-
-
-def _warps(C: int, elements_per_warp: int) -> int:
-    return triton.next_power_of_2(triton.cdiv(C, elements_per_warp if C % 8 == 0 else 256))
+    """Return how many programs share the N rows, and their block and warps."""
+    elements_per_warp, warps = for_architecture(LAUNCH, gpu)
+    launch = launch_parameters(C, elements_per_warp)
+    return min(triton.cdiv(N, ROWS), max(1, warps // launch["num_warps"])), launch
 
 
 # ------------------------------------------------------------------------------ PyTorch
@@ -106,10 +91,10 @@ def add_layer_norm_torch(
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """The forward maths above, in the dtype it is given: in float64, the exact answer of the tests."""
-    centred = x - x.mean(dim=-1, keepdim=True)
-    rstd = (centred.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
-    return weight * (centred * rstd) + bias
+    """Compute the forward above in the dtype it is given: in float64, the exact answer of the tests."""
+    centered = x - x.mean(dim=-1, keepdim=True)
+    rstd = (centered.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+    return weight * (centered * rstd) + bias
 
 
 # ------------------------------------------------------------------------------ kernels
@@ -138,14 +123,14 @@ def _forward_kernel(
         x += tl.load(residual_ptr + row * C + cols, mask=mask, other=0.0).to(tl.float32)
         summed = x.to(summed_ptr.dtype.element_ty)
         tl.store(summed_ptr + row * C + cols, summed, mask=mask)
-        x = summed.to(tl.float32)  # as rounded: what the backward will read
+        x = summed.to(tl.float32)  # the rounded sum, which the backward will read
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
 
     mean = tl.sum(x, axis=0) / C
-    centred = tl.where(mask, x - mean, 0.0)  # columns past C must not enter the variance
-    rstd = tl.rsqrt(tl.sum(centred * centred, axis=0) / C + eps)
-    y = weight * (centred * rstd) + bias
+    centered = tl.where(mask, x - mean, 0.0)  # columns past C must not enter the variance
+    rstd = tl.rsqrt(tl.sum(centered * centered, axis=0) / C + eps)
+    y = weight * (centered * rstd) + bias
 
     tl.store(y_ptr + row * C + cols, y, mask=mask)
     tl.store(mean_ptr + row, mean)
@@ -161,14 +146,14 @@ def _backward_kernel(
     mean_ptr,  # in  (N,)
     rstd_ptr,  # in  (N,)
     dx_ptr,  # out (N, C)
-    dx_narrow_ptr,  # out (N, C) in the dtype of the other term of the sum, or None
+    dx_narrow_ptr,  # out (N, C) in the dtype of x, if that is narrower than summed's; or None
     dweight_parts_ptr,  # out (programs, C) float32
     dbias_parts_ptr,  # out (programs, C) float32
     N,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program of P: rows p, p + P, p + 2P, ... of dx, and what they add to dw and db."""
+    """One program of P: rows p, p + P, p + 2P, ... of dx, and their sums for dw and db."""
     program = tl.program_id(0).to(tl.int64)  # makes row, too, an int64
     cols = tl.arange(0, BLOCK_C)
     mask = cols < C
@@ -183,7 +168,7 @@ def _backward_kernel(
         rstd = tl.load(rstd_ptr + row)
 
         xhat = (x - mean) * rstd
-        dxhat = weight * dy  # 0 past C, and so in both sums
+        dxhat = weight * dy  # 0 past C, also in both sums
         avg_dxhat = tl.sum(dxhat, axis=0) / C
         avg_dxhat_xhat = tl.sum(dxhat * xhat, axis=0) / C
         dx = rstd * (dxhat - avg_dxhat - xhat * avg_dxhat_xhat)
@@ -244,7 +229,7 @@ def _launch_forward(x, residual, weight, bias, summed, y, mean, rstd, eps):
 def _backward(
     dy: Tensor, dsummed: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, dtype: torch.dtype
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """dx in the dtype of x and, where `dtype` is another, in that one too; dweight; dbias."""
+    """Return dx in the dtype of x and, if `dtype` is another, in that one too; dweight; dbias."""
     dx, dweight, dbias = _backward_outputs(dy, dsummed, x, weight, mean, rstd, dtype)
     N, C = mean.numel(), x.shape[-1]
     programs, launch = backward_launch_parameters(N, C, architecture(x))
@@ -271,7 +256,7 @@ forbid_double_backward(_backward)
 
 
 def _save(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # mean and rstd have no gradient: no zeros for them
+    ctx.set_materialize_grads(False)  # mean and rstd have no gradient: allocate no zeros for them
     x, weight = inputs[:2]
     _, mean, rstd = output
     ctx.save_for_backward(x, weight, mean, rstd)
@@ -284,7 +269,7 @@ def _gradient(ctx, dy, _dmean, _drstd):
 
 
 def _add_save(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # behind the last layer norm nobody uses summed: no zeros to write and read
+    ctx.set_materialize_grads(False)  # nothing uses summed after the last layer norm: no zeros to write and read
     x, _, weight = inputs[:3]
     _, summed, mean, rstd = output
     ctx.x_dtype = x.dtype
@@ -313,11 +298,11 @@ def unsupported(C: int) -> str:
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """
-    Layer norm of x over its last dimension; differentiable in x, weight and bias.
+    Normalize x over its last dimension; differentiable in x, weight and bias.
 
-    x:            (..., C), float32, float16 or bfloat16; copied if not contiguous
+    x:            (..., C), float32, float16 or bfloat16; copied unless contiguous
     weight, bias: (C,), any of these dtypes
-    Returns y: (..., C), in the dtype of autocast where it is on, else that of x; every sum is taken in float32.
+    Returns y: (..., C), in autocast's dtype if that is enabled, else in that of x; every sum is in float32.
     Raises ValueError for other dtypes and shapes, mixed devices, or C above 8,192.
     """
     _check(weight=weight, bias=bias, x=x)
@@ -327,12 +312,12 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """
-    The residual addition and the layer norm of its sum in one pass; differentiable in all four tensors.
+    Fused residual add + LayerNorm: one pass over memory; differentiable in all four tensors.
 
-    x, residual:  (..., C), float32, float16 or bfloat16, not necessarily the same; copied if not contiguous
+    x, residual:  (..., C), float32, float16 or bfloat16, not necessarily the same; copied unless contiguous
     weight, bias: (C,), any of these dtypes
-    Returns y: (..., C), in the dtype of autocast where it is on, else that of residual;
-            residual + x: (..., C), dtype of residual.
+    Returns y: (..., C), in autocast's dtype if that is enabled, else in that of residual;
+            residual + x: (..., C), in the dtype of residual.
     Raises ValueError for other dtypes and shapes, mixed devices, or C above 8,192.
     """
     _check(weight=weight, bias=bias, x=x, residual=residual)

@@ -10,7 +10,6 @@ from kernels import cross_entropy as ce
 from kernels.common import emulate_gpu
 from kernels.cross_entropy import (
     IGNORE,
-    check_targets,
     cross_entropy,
     cross_entropy_reference,
     cross_entropy_torch,
@@ -166,9 +165,6 @@ def test_a_target_out_of_range_is_nan_and_nothing_is_read_or_written_there(targe
     assert found["dlogits"][[0, 1, 3]].isfinite().all()
     tensors = make_linear(4, 16, 65, 128, torch.float32)
     assert linear_cross_entropy(**tensors, targets=targets, vocab_size=65).isnan()
-    with pytest.raises(ValueError, match=f"target {target} at position 2 is out of range: use 0 to 64, or -100"):
-        check_targets(targets, 65)
-    check_targets(make_targets(8, 65).view(2, 4), 65)
 
 
 def test_the_upstream_gradient_scales_float16_before_it_is_rounded():
@@ -293,21 +289,15 @@ def test_reference_is_pytorch_in_float64_and_differentiable():
     assert torch.autograd.gradcheck(lambda logits: cross_entropy_reference(logits, targets.cpu(), 7), logits)
 
 
-def test_the_same_input_gives_the_same_bits():
-    tensors, targets = make_linear(70, 16, 300, 384, torch.bfloat16), make_targets(70, 300)
-    runs = [results(linear_cross_entropy, tensors, UPSTREAM, targets=targets, vocab_size=300) for _ in range(2)]
-    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
-
-
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
         ({"x": torch.zeros(3, 9)}, r"x must be \(N, C\) and weight \(W, C\), got \(3, 9\) and \(16, 8\)"),
         ({"x": torch.zeros(1, 3, 8)}, r"x must be \(N, C\)"),
-        ({"targets": torch.zeros(4, dtype=torch.int64)}, r"with a target a row, got \(3, 8\) and targets \(4,\)"),
+        ({"targets": torch.zeros(4, dtype=torch.int64)}, r"with one target per row, got \(3, 8\) and targets \(4,\)"),
         ({"targets": torch.zeros(3, dtype=torch.int32)}, "targets must be int64 on cpu, got torch.int32 on cpu"),
         ({"targets": torch.zeros(3, dtype=torch.int64, device="meta")}, "got torch.int64 on meta"),
-        ({"vocab_size": 17}, "vocab_size is 17: use 1 to 16, the columns there are"),
+        ({"vocab_size": 17}, "vocab_size is 17: use 1 to 16, the number of columns"),
         ({"vocab_size": 0}, "vocab_size is 0"),
         ({"weight": torch.zeros(16, 8, dtype=torch.float64)}, "weight is torch.float64: the kernels take float32"),
     ],
@@ -321,15 +311,8 @@ def test_a_wrong_argument_is_named(change, sentence):
     }
     with pytest.raises(ValueError, match=sentence):
         linear_cross_entropy(**right | change)
-    with pytest.raises(ValueError, match="logits must be two-dimensional with a target a row"):
+    with pytest.raises(ValueError, match="logits must be two-dimensional with one target per row"):
         cross_entropy(torch.zeros(1, 3, 8), right["targets"], 8)
-
-
-def test_a_second_derivative_is_refused():
-    logits, targets = make_logits(3, 8, torch.float32), make_targets(3, 8)
-    (dlogits,) = torch.autograd.grad(cross_entropy(logits, targets, 8).square(), logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="gpt2::cross_entropy_backward has no second derivative"):
-        dlogits.sum().backward()
 
 
 def test_the_operators_are_registered_soundly():
@@ -341,20 +324,3 @@ def test_the_operators_are_registered_soundly():
     torch.library.opcheck(ce._linear_cross_entropy, (tensors["x"], tensors["weight"], targets, 20, True))
     detached = [tensor.detach() for tensor in tensors.values()]
     torch.library.opcheck(ce._linear_cross_entropy, (*detached, targets, 20, False))
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-def test_it_compiles_as_one_graph_with_the_same_bits(autocast):
-    tensors, targets = make_linear(5, 16, 65, 128, torch.float32), make_targets(5, 65)
-    for function, inputs in (
-        (linear_cross_entropy, tensors),
-        (cross_entropy, {"logits": make_logits(5, 128, torch.float32)}),
-    ):
-        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
-            eager, traced = (results(f, inputs, UPSTREAM, targets=targets, vocab_size=65) for f in (function, compiled))
-        assert all(torch.equal(eager[name], traced[name]) for name in eager)
-        with torch.no_grad():
-            assert torch.equal(
-                compiled(**inputs, targets=targets, vocab_size=65), function(**inputs, targets=targets, vocab_size=65)
-            )

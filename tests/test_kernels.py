@@ -12,6 +12,10 @@ from accuracy import DEVICE
 
 from kernels import FAMILIES, Ops, common, families, select
 from kernels.common import architecture, emulate_gpu, for_architecture
+from kernels.report.shapes import Shape, arguments
+
+OPERATIONS = [operation for operations in FAMILIES.values() for operation in operations]
+SMALL = Shape(B=2, T=5, C=32, H=2, L=1, V=65)
 
 
 def test_every_subset_of_families_is_triton_there_and_pytorch_elsewhere():
@@ -135,7 +139,7 @@ assert dict(os.environ) == before and not torch.cuda.is_initialized() and not to
 
 
 def block(x, parameters, ops: Ops, n_head: int):
-    """One transformer block, as the model calls the operations; the layer norm of the next one ends it."""
+    """One transformer block, as the model calls the operations."""
     linear, p = torch.nn.functional.linear, parameters
     y = ops.layer_norm(x, p["ln_1"], p["bias"], 1e-5)
     y = linear(ops.causal_attention(linear(y, p["c_attn"]), n_head, 0.0), p["attn_c_proj"])
@@ -144,31 +148,50 @@ def block(x, parameters, ops: Ops, n_head: int):
     return y, x
 
 
-def block_loss(x, parameters, targets, ops: Ops, n_head: int):
-    y, x = block(x, parameters, ops, n_head)
-    y, _ = ops.add_layer_norm(y, x, parameters["ln_2"], parameters["bias"], 1e-5)
-    return ops.linear_cross_entropy(y.flatten(0, 1), parameters["wte"], targets, 65)
+def outputs_and_gradients(function, given, differentiable, dtype):
+    """Every output, and the gradient of every tensor, as in training under autocast; float32 without it."""
+    with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+        outputs = function(*given)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    used = [output for output, wanted in zip(outputs, differentiable, strict=True) if wanted]
+    leaves = [a for a in given if isinstance(a, torch.Tensor) and a.requires_grad]
+    return [*outputs, *torch.autograd.grad(used, leaves, [output.detach().cos() for output in used])]
 
 
-def make_block(B, T, C):
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"ln_1": (C,), "ln_2": (C,), "bias": (C,), "fc_bias": (4 * C,), "c_attn": (3 * C, C), "wte": (128, C)}
-    shapes |= {"attn_c_proj": (C, C), "c_fc": (4 * C, C), "mlp_c_proj": (C, 4 * C)}
-    parameters = {name: torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for name, shape in shapes.items()}
-    parameters = {name: tensor.to(DEVICE).requires_grad_() for name, tensor in parameters.items()}
-    x = torch.randn(B, T, C, generator=generator).to(DEVICE).requires_grad_()
-    return x, parameters, torch.randint(0, 65, (B * T,), generator=generator).to(DEVICE)
+def all_equal(a, b):
+    return all(torch.equal(*pair) for pair in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("names", [*FAMILIES, "all"])
-def test_in_a_block_the_kernels_agree_with_pytorch(names):
-    x, parameters, targets = make_block(2, 9, 32)
-    found = []
-    for choice in (names, "none"):
-        loss = block_loss(x, parameters, targets, select(choice, DEVICE), 2)
-        found.append([loss, *torch.autograd.grad(loss, [x, *parameters.values()])])
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_same_input_gives_the_same_bits(operation):
+    given = arguments(operation, Shape(B=1, T=150, C=64, H=2, L=1, V=300), torch.float16, DEVICE)
+    first, second = (
+        outputs_and_gradients(getattr(select("all", DEVICE), operation), *given, torch.float16) for _ in range(2)
+    )
+    assert all_equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_it_compiles_as_one_graph_with_the_same_bits(operation, dtype):
+    given, differentiable = arguments(operation, SMALL, dtype, DEVICE)
+    function = getattr(select("all", DEVICE), operation)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    eager, traced = (outputs_and_gradients(f, given, differentiable, dtype) for f in (function, compiled))
+    assert all_equal(eager, traced)
+    with torch.no_grad(), torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+        eager, traced = function(*given), compiled(*given)
+    assert all_equal(*(found if isinstance(found, tuple) else (found,) for found in (eager, traced)))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_second_derivative_is_refused(operation):
+    given, _ = arguments(operation, SMALL, torch.float32, DEVICE)
+    outputs = getattr(select("all", DEVICE), operation)(*given)
+    output = outputs[0] if isinstance(outputs, tuple) else outputs
+    (gradient,) = torch.autograd.grad(output.square().sum(), given[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="gpt2::.* has no second derivative: use --kernels none|trying to differentiate twice"):
+        gradient.sum().backward()
 
 
 def test_launch_parameters_are_those_of_a_gpu_or_of_the_newest_before_it():
@@ -204,21 +227,12 @@ def test_a_gpu_answers_for_itself(monkeypatch):
     common._architecture_of_gpu.cache_clear()
 
 
-@pytest.mark.parametrize("names", ["none", *FAMILIES, "all"])
-def test_a_block_with_its_head_compiles_as_one_graph(names):
-    x, parameters, targets = make_block(2, 9, 32)
-    ops = select(names, DEVICE)
-    compiled = torch.compile(block_loss, fullgraph=True, backend="aot_eager")
-    losses = [function(x, parameters, targets, ops, 2) for function in (block_loss, compiled)]
-    gradients = [torch.autograd.grad(loss, parameters.values()) for loss in losses]
-    torch.testing.assert_close(losses[0], losses[1])
-    torch.testing.assert_close(gradients[0], gradients[1])
-
-
 def saved_bytes(names, dtype, T, C=128):
     """The bytes that autograd keeps for the backward of a block, parameters and casts of them aside."""
-    x, parameters, _ = make_block(1, T, C)
-    kept = {}
+    shapes = {"ln_1": (C,), "ln_2": (C,), "bias": (C,), "fc_bias": (4 * C,), "c_attn": (3 * C, C)}
+    shapes |= {"attn_c_proj": (C, C), "c_fc": (4 * C, C), "mlp_c_proj": (C, 4 * C)}
+    parameters = {name: torch.randn(shape, device=DEVICE, requires_grad=True) for name, shape in shapes.items()}
+    x, kept = torch.randn(1, T, C, device=DEVICE, requires_grad=True), {}
 
     def keep(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address comes twice
@@ -232,9 +246,9 @@ def saved_bytes(names, dtype, T, C=128):
 
 def test_a_block_keeps_no_more_for_its_backward_than_the_operations_need():
     """
-    A token and channel: the stream twice, in 4 bytes; in 2, two normalised rows, q, k and v, y, z four and gelu(z) four
-    times: 36, and a few numbers a row. PyTorch's fused operations keep the same; in bfloat16 on a CPU its attention
-    keeps (T, T) tensors besides.
+    Bytes per token and channel: the stream twice, in 4 bytes; in 2, two normalized rows, q, k and v, y, z four and
+    gelu(z) four times: 36, and a few numbers per row. PyTorch's fused operations keep the same; in bfloat16 on a CPU
+    its attention also keeps (T, T) tensors.
     """
     T = 500
     ours = saved_bytes("all", torch.bfloat16, T)

@@ -16,7 +16,7 @@ from kernels import attention
 from kernels.common import emulate_gpu
 from kernels.gpus import GPUS, SOURCES
 from kernels.report import __main__ as report
-from kernels.report import roofline
+from kernels.report import roofline, traffic
 from kernels.report.machine_code import (
     ARCHITECTURES,
     MULTIPROCESSORS,
@@ -120,8 +120,6 @@ def attention_by_hand(heads: int, T: int, D: int, forward: int, dq: int, dkdv: i
     [("sm_80", 256, (128, 128, 128)), ("sm_80", 150, (64, 64, 64)), ("sm_90", 150, (128, 128, 64))],
 )
 def test_counted_bytes_of_attention_are_those_of_a_formula_by_hand(gpu, T, blocks):
-    from kernels.report import traffic
-
     with emulate_gpu(gpu):
         found = traffic.measure("causal_attention", Shape(B=1, T=T, C=64, H=2, L=1, V=10))
     moved = {kernel: (figures["loaded"], figures["stored"]) for kernel, figures in found.items()}
@@ -130,8 +128,6 @@ def test_counted_bytes_of_attention_are_those_of_a_formula_by_hand(gpu, T, block
 
 @INTERPRETED
 def test_each_gpu_gets_the_launches_of_its_own_row():
-    from kernels.report import traffic
-
     launched = {}
     for gpu in MULTIPROCESSORS:
         with emulate_gpu(gpu):
@@ -148,8 +144,6 @@ def test_each_gpu_gets_the_launches_of_its_own_row():
 @pytest.mark.parametrize("change", [{"B": 1, "T": 58}, {"B": 3, "T": 32}], ids=["58 rows", "96 rows"])
 @pytest.mark.parametrize("operation", list(calls_per_step(SMALL)))
 def test_the_rule_of_scaling_is_exact_at_other_sizes(operation, change):
-    from kernels.report import traffic
-
     shape = dataclasses.replace(SMALL, **change)
     predicted = traffic.scaled(
         operation, shape, traffic.record_launches(operation, shape), traffic.small_runs(operation, shape)
@@ -166,8 +160,6 @@ def test_the_rule_of_scaling_is_exact_at_other_sizes(operation, change):
 @INTERPRETED
 def test_the_gradient_of_keys_and_values_does_not_spill_where_another_choice_would():
     """The kernel closest to its 255 registers; sm_80 and sm_90 are in the gate, sm_89 compiles to the code of sm_86."""
-    from kernels.report import traffic
-
     chosen = {}
     for gpu in ("sm_86", "sm_100", "sm_120"):
         with emulate_gpu(gpu):
@@ -194,19 +186,17 @@ VOLTA = Multiprocessor(64, 32, 96 * 1024, 96 * 1024, shared_reserved=0)
         # Boehm, "How to Optimize a CUDA Matmul Kernel", 2022, on an A6000 with what ptxas says of its kernel 3
         # https://siboehm.com/articles/22/CUDA-MMM
         (MULTIPROCESSORS["sm_86"], 1024, 37, 8192, 1, 67),
+        (MULTIPROCESSORS["sm_80"], 128, 64, 163 * 1024, 1, 6),  # by shared memory
+        (MULTIPROCESSORS["sm_80"], 128, 64, 48 * 1024, 3, 19),  # 49 with what is reserved
+        (MULTIPROCESSORS["sm_80"], 32, 16, 0, 32, 50),  # by the number of programs
+        (MULTIPROCESSORS["sm_80"], 128, 255, 0, 2, 13),  # by registers
     ],
 )
-def test_occupancy_is_that_of_published_cases(limits, threads, registers, shared_bytes, programs, percent):
+def test_occupancy_is_that_of_published_cases_and_of_each_limit(
+    limits, threads, registers, shared_bytes, programs, percent
+):
     fit = programs_that_fit(limits, threads // 32, registers, shared_bytes)
     assert fit == programs and math.floor(100 * fit * threads / 32 / limits.warps + 0.5) == percent
-
-
-def test_occupancy_is_limited_by_shared_memory_and_by_programs_too():
-    a100 = MULTIPROCESSORS["sm_80"]
-    assert programs_that_fit(a100, warps=4, registers=64, shared_bytes=163 * 1024) == 1
-    assert programs_that_fit(a100, warps=4, registers=64, shared_bytes=48 * 1024) == 3  # 49 with what is reserved
-    assert programs_that_fit(a100, warps=1, registers=16, shared_bytes=0) == 32
-    assert programs_that_fit(a100, warps=4, registers=255, shared_bytes=0) == 2
 
 
 @pytest.mark.parametrize(
@@ -275,21 +265,17 @@ def planted(tmp_path_factory):
         return {"sm_80": kernels}, report.compile_all({"sm_80": kernels})
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
+def test_the_gate_catches_a_planted_regression_and_names_kernel_target_and_figure(planted):
+    broken = report.broken_limits(*planted)
+    for name, words in (
         ("spilling", "spills"),
         ("spilling", "stack bytes"),
         ("scalar_stores", "accesses of 32 bits"),
         ("adding", "atomics"),
-    ],
-)
-def test_the_gate_catches_a_planted_regression_and_names_kernel_target_and_figure(planted, name, words):
-    assert any(line.startswith(f"{name} on sm_80:") and words in line for line in report.broken_limits(*planted))
-
-
-def test_the_gate_names_only_the_kernel_that_is_wrong(planted):
-    assert not any("spill" in line for line in report.broken_limits(*planted) if not line.startswith("spilling"))
+    ):
+        caught = [line.partition(" ")[0] for line in broken if words in line]
+        assert caught == [name], words
+    assert all(" on sm_80: " in line for line in broken)
 
 
 def test_the_gate_catches_shared_memory_tensor_cores_and_traffic(planted):
@@ -360,45 +346,21 @@ def test_a_family_left_out_changes_its_own_part_of_the_step_alone(counted):
 # ------------------------------------------------------------------------------------------------------- command line
 
 
-def run(*words, folder):
-    command = [sys.executable, "-m", "kernels.report", *words]
+def test_the_command_passes_the_gate_at_gpt2_124m_prints_tables_and_writes_figures_and_a_picture(tmp_path):
+    command = [sys.executable, "-m", "kernels.report", "--arch", "sm_80", "--check"]
+    command += ["--json", "report.json", "--plot", "roofline.png"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("report")
-    options = ["--arch", "sm_80", "--check", "--json", "report.json", "--plot", "roofline.png"]
-    return folder, run(*options, folder=folder)
-
-
-def test_the_gate_passes_at_gpt2_124m_on_an_a100(whole):
-    _, done = whole
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("0 limits broken\n")
-
-
-def test_the_tables_fit_a_terminal_and_say_what_kind_of_number_they_hold(whole):
-    _, done = whole
     assert max(map(len, done.stdout.splitlines())) <= 120
-    for words in (
-        "sm_80: compiled",
-        "launched on sm_80: counted",
-        "model, from counted traffic",
-        "in Triton: model",
-    ):
+    for words in ("sm_80: compiled", "launched on sm_80: counted", "model, from counted traffic", "in Triton: model"):
         assert words in done.stdout
-
-
-def test_the_json_holds_what_was_counted_compiled_and_modelled_and_the_picture_is_one(whole):
-    folder, _ = whole
-    everything = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    everything = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert set(everything) == {"shape", "counted", "compiled", "model"}
-    families = {kernel["operation"] for kernel in everything["counted"]["sm_80"]}
-    assert families == set(calls_per_step(SMALL))
+    assert {kernel["operation"] for kernel in everything["counted"]["sm_80"]} == set(calls_per_step(SMALL))
     assert len(everything["compiled"]["sm_80"]) == len(everything["counted"]["sm_80"])
-    assert (folder / "roofline.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

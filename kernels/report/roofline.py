@@ -152,13 +152,13 @@ def plot(kernels: dict[str, list[dict]], path: Path, title: str) -> None:
     figure, axes = plt.subplots(figsize=(11, 7))
     drawn = [architecture for architecture in ("sm_80", "sm_90") if architecture in kernels] or list(kernels)[:1]
     colors = dict(zip(FAMILIES, ("tab:blue", "tab:orange", "tab:green", "tab:red"), strict=True))
-    reach = np.geomspace(0.4, 2500, 200)
+    reach = np.geomspace(0.4, 1500, 200)
     for architecture, style, marker in zip(drawn, ("-", "--"), ("o", "s"), strict=False):
         name = REPRESENTATIVE_GPU[architecture]
         gpu = GPUS[name]
         label = f"{name}: {gpu.bandwidth / 1e12:.2f} TB/s, {gpu.flops / 1e12:.0f} TFLOP/s in bf16"
         roof = np.minimum(reach * gpu.bandwidth, gpu.flops) / 1e12
-        axes.loglog(reach, roof, color="black", linestyle=style, linewidth=1, label=label, zorder=1)
+        axes.loglog(reach, roof, style, marker=marker, markevery=[], color="black", linewidth=1, label=label, zorder=1)
         label = f"{name}: {gpu.arithmetic / 1e12:.1f} TFLOP/s outside the tensor cores"
         axes.axhline(gpu.arithmetic / 1e12, color="gray", linestyle=style, linewidth=0.7, label=label, zorder=1)
         for kernel in kernels[architecture]:
@@ -167,14 +167,16 @@ def plot(kernels: dict[str, list[dict]], path: Path, title: str) -> None:
     gpu, ordered = GPUS[REPRESENTATIVE_GPU[drawn[0]]], sorted(kernels[drawn[0]], key=intensity)
     low = [kernel for kernel in ordered if intensity(kernel) < 30]  # bound by memory on every GPU
     high = [kernel for kernel in ordered if intensity(kernel) >= 30]
-    for group, x, lowest, highest in ((low, 8, 0.05, 3.4), (high, 500, 20, 130)):
-        for kernel, y in zip(group, np.geomspace(lowest, highest, len(group)), strict=True):
+    for group, x, heights, side in ((low, 8, (0.05, 3.4), "left"), (high, 270, (13, 5.5), "right")):
+        for kernel, y in zip(group, np.geomspace(*heights, len(group)), strict=True):
             color = colors[FAMILY[kernel["operation"]]]
+            line = {"arrowstyle": "-", "color": color, "linewidth": 0.7, "relpos": (0 if side == "left" else 1, 0.5)}
             point = (intensity(kernel), rate(kernel, gpu))
-            arrow = {"arrowstyle": "-", "color": color, "linewidth": 0.7, "shrinkB": 4}
-            axes.annotate(kernel["name"], point, (x, y), va="center", color=color, fontsize=11, arrowprops=arrow)
+            axes.annotate(
+                kernel["name"], point, (x, y), ha=side, va="center", color=color, fontsize=11, arrowprops=line
+            )
     axes.set(xlabel="operations per byte (counted)", ylabel="TFLOP/s at most (model: data-sheet ceilings)", title=title)
-    axes.set(xlim=(0.4, 2500), ylim=(0.03, 2500))
+    axes.set(xlim=(0.4, 1500), ylim=(0.03, 2500))
     axes.legend(loc="upper left")
     axes.grid(which="major", alpha=0.3)
     figure.savefig(path, dpi=120, bbox_inches="tight")
