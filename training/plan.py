@@ -41,7 +41,7 @@ import math
 
 import torch
 
-from kernels import FAMILIES, families
+from kernels import FAMILIES, families, unsupported
 from kernels.cross_entropy import CHUNK_BYTES
 from kernels.gpus import GPU, GPUS
 from model import GPT
@@ -84,7 +84,7 @@ class Plan:
         c = self.config
         if c.kernels != "auto":
             return families(c.kernels)
-        return tuple(name for name in FAMILIES if name != "attention" or not c.dropout)
+        return tuple(name for name in FAMILIES if name not in unsupported(c.n_embd, c.n_head, c.dropout))
 
     @property
     def element_bytes(self) -> int:
