@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
+import transformers
 from torch.nn import functional as F
 
 import kernels
 import model as gpt
 from data.files import UserError
 from training import devices
-from training import weights as model_weights
 from training.weights import transpose_conv1d
 
 SMALL = gpt.GPTConfig(n_layer=2, n_head=4, n_embd=32, block_size=24, vocab_size=150)  # 106 columns of padding
@@ -31,42 +31,26 @@ def random_tokens(*shape):
     return torch.randint(0, SMALL.vocab_size, shape)
 
 
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory):
-    """transformers' GPT-2 with random weights, and the folder it was saved in."""
-    import transformers
+def test_logits_loss_and_every_gradient_are_those_of_transformers(model):
+    def theirs(name, tensor):
+        return transpose_conv1d(name, tensor)[: 150 if "wte" in name else None]
 
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        vocab_size=150, n_positions=24, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
-    )
-    judge = transformers.GPT2LMHeadModel(config)
-    with torch.no_grad():
-        for parameter in judge.parameters():
-            parameter += 0.2 * torch.randn_like(parameter)
-    folder = tmp_path_factory.mktemp("judge")
-    judge.save_pretrained(folder)
-    return judge, folder
-
-
-def test_logits_loss_and_every_gradient_are_those_of_transformers(theirs):
-    judge, folder = theirs
-    ours = model_weights.from_hugging_face(str(folder))
+    config = dict(vocab_size=150, n_positions=24, n_embd=32, n_layer=2, n_head=4)
+    judge = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config)).eval()
+    weights = {name: theirs(name, tensor) for name, tensor in model.state_dict().items()}
+    judge.load_state_dict(weights | {"lm_head.weight": weights["transformer.wte.weight"]})
     tokens, targets = random_tokens(3, 20), random_tokens(3, 20)
 
     their_logits = judge(tokens).logits
     their_loss = F.cross_entropy(their_logits.flatten(0, 1), targets.flatten())
     their_loss.backward()
-    loss = ours(tokens, targets)
+    loss = model(tokens, targets)
     loss.backward()
 
-    torch.testing.assert_close(ours(tokens), their_logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(tokens), their_logits, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(loss, their_loss, rtol=1e-5, atol=1e-5)
-    their_gradients = {name: transpose_conv1d(name, p.grad) for name, p in judge.named_parameters()}
-    assert set(their_gradients) == {name for name, _ in ours.named_parameters()}
-    for name, parameter in ours.named_parameters():
-        gradient = parameter.grad[:150] if "wte" in name else parameter.grad
-        torch.testing.assert_close(gradient, their_gradients[name], rtol=1e-5, atol=1e-5)
+    gradients = {name: theirs(name, parameter.grad) for name, parameter in model.named_parameters()}
+    torch.testing.assert_close(gradients, {name: p.grad for name, p in judge.named_parameters()}, rtol=1e-5, atol=1e-5)
 
 
 def test_initialization_is_gpt2s():

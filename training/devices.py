@@ -62,13 +62,13 @@ def out_of_memory(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def explain_out_of_memory() -> Iterator[None]:
-    """UserError, with what to do about it, where memory runs out or torch.compile fails within."""
+def explain_out_of_memory(hint: str = "lower --micro-batch, or take a smaller model") -> Iterator[None]:
+    """Raise UserError with what to do about it if memory runs out, or if torch.compile fails."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if out_of_memory(error):
-            raise UserError("out of memory: lower --micro-batch, or take a smaller model") from error
+            raise UserError(f"out of memory: {hint}") from error
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             reason = str(error).strip().partition("\n")[0][:200]
             raise UserError(f"torch.compile failed ({reason}): use --no-compile, or install a C++ compiler") from error

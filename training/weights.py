@@ -118,19 +118,16 @@ def from_hugging_face(name: str, ops: kernels.Ops | None = None) -> GPT:
     folder = Path(name)
     if name in RELEASES and not folder.is_dir():
         weights = _read_tensors(_download(name))
-        (vocab_size, n_embd), block_size = weights[WTE].shape, len(weights[WPE])
-        n_layer = sum(key.endswith("ln_1.weight") for key in weights)
-        shape = dict(n_layer=n_layer, n_head=n_embd // HEAD_SIZE, n_embd=n_embd)
-        shape |= dict(block_size=block_size, vocab_size=vocab_size)
+        (V, C), T, L = weights[WTE].shape, len(weights[WPE]), sum("ln_1.weight" in key for key in weights)
+        shape = dict(n_layer=L, n_head=C // HEAD_SIZE, n_embd=C, block_size=T, vocab_size=V)
     else:
         shape, single, weights = _read_shape(folder), folder / "model.safetensors", {}
         for path in [single] if single.exists() else sorted(folder.glob("model-*.safetensors")):
             weights |= _read_tensors(path)
-        if not weights and list(folder.glob("pytorch_model*.bin")):
-            way_out = "if you trust it, load it with transformers and save_pretrained writes model.safetensors"
-            raise UserError(f"{folder} holds pytorch_model.bin only, a pickle, which may run any code: {way_out}")
         if not weights:
-            raise _unreadable(single, "no such file")
+            pickled = list(folder.glob("pytorch_model*.bin"))
+            hint = " (transformers can convert pytorch_model.bin, a pickle, which may run any code)" if pickled else ""
+            raise _unreadable(single, f"no such file{hint}")
     head = weights.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, weights.get(WTE, torch.empty(0))):
         raise UserError(f"{name!r} is a variant of GPT-2 that is not supported: its head is not its token embedding")
