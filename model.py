@@ -252,8 +252,7 @@ class GPT(nn.Module):
 
         tokens:      (B, T) int64, T >= 1; the last block_size of them are the context
         temperature: divides the logits; 0 takes the most likely token
-        top_k:       sample among the k most likely tokens
-        top_p:       sample among the fewest tokens whose probabilities reach p
+        top_k, top_p: sample among the k most likely tokens, or the fewest that sum to p
         generator:   source of the randomness; torch's own when None
         stop_token:  ends a sequence, which then repeats it; when all have ended, the stream ends
         use_cache:   keep keys and values, so that a step costs one token; equal but for rounding.
@@ -276,7 +275,7 @@ class GPT(nn.Module):
                 ended |= token == stop_token
             tokens = torch.cat([tokens, token[:, None]], dim=1)
             yield token, logits.float().log_softmax(-1).gather(1, token[:, None])[:, 0]
-            if ended.all():
+            if stop_token is not None and ended.all():
                 return
 
     def generate(self, tokens: Tensor, max_new_tokens: int, **options) -> Tensor:

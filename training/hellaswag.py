@@ -230,10 +230,9 @@ def score(
     batch: int = BATCH,
     device: str = "auto",
 ) -> str:
-    """
-    Score a model on HellaSwag and return a line that sums it up.
+    """Score a model on HellaSwag.
 
-    The validation set is downloaded to datasets/hellaswag if it is not there.
+    Return a line that sums it up. The validation set is downloaded to datasets/hellaswag if it is not there.
 
     Args:
         model: A run's folder, a checkpoint file, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a Hugging Face folder.
