@@ -116,7 +116,7 @@ def test_the_picture_marks_the_minimum_also_when_the_loss_explodes(tmp_path):
 
 
 def test_a_small_gpt_trains_better_at_the_suggestion_than_nine_times_below_or_above(dataset, tmp_path, capsys):
-    options = {"eval_tokens": 4096, "max_steps": 100, "warmup_steps": 10, "eval_every": 0, "sample_every": 0}
+    options = {"eval_tokens": 4096, "batch_tokens": 512, "max_steps": 100, "warmup_steps": 10, "eval_every": 0}
     assert train(dataset, tmp_path / "swept", "--find-lr", **options) == 0
     assert [path.name for path in (tmp_path / "swept").iterdir()] == ["find_lr.png"]
     rate = float(re.search(r"^--lr (\S+): the smoothed loss is lowest", capsys.readouterr().out, re.MULTILINE)[1])
