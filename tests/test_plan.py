@@ -343,6 +343,7 @@ def test_the_command_prints_the_plan_for_as_many_gpus_as_torchrun_starts(capsys,
 def test_auto_leaves_attention_with_dropout_or_small_heads_to_pytorch():
     assert "attention" not in preset("shakespeare-char").families
     assert "attention" in preset("shakespeare-char", dropout=0.0).families
+    assert "attention" not in preset("gpt2-124m", n_head=96).families  # channels per head: 8
     assert preset("gpt2-124m", kernels="none").families == ()
     assert "--kernels layernorm,gelu,cross_entropy\n" in plan.report(train_gpt2.PRESETS["shakespeare-char"][1], 65, 1)
 
