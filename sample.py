@@ -30,7 +30,7 @@ from training import devices, weights
 class SampleOptions:
     """Write text with a trained GPT, or write the GPT in Hugging Face's format."""
 
-    model: Annotated[str, tyro.conf.Positional]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_NAME")]
     """run folder, checkpoint, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or Hugging Face folder"""
     prompt: str = ""
     """text to continue; none: start a document"""
@@ -142,7 +142,8 @@ def main(arguments: list[str] | None = None) -> None:
             load = f"GPT2LMHeadModel.from_pretrained({options.export!r})"
             print(f"{options.export} is ready for transformers: {load}")
         else:
-            write_samples(options)
+            with devices.explain_out_of_memory("draw fewer samples, or take a smaller model"):
+                write_samples(options)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ from torch.nn import functional as F
 
 import kernels
 import model as gpt
-from data.files import UserError
-from training import devices
 from training.weights import transpose_conv1d
 
 SMALL = gpt.GPTConfig(n_layer=2, n_head=4, n_embd=32, block_size=24, vocab_size=150)  # 106 columns of padding
@@ -222,21 +220,3 @@ def test_impossible_shapes_are_named(shape, names):
 def test_too_long_a_sequence_is_named(model):
     with pytest.raises(ValueError, match="25 tokens do not fit a block size of 24"):
         model(random_tokens(1, 25))
-
-
-def test_the_peak_of_a_gpu_is_found_by_its_name():
-    assert devices.named_peak("NVIDIA A100-SXM4-80GB") == 312e12
-    assert devices.named_peak("NVIDIA A10G") == 70e12
-    assert devices.named_peak("NVIDIA H100 PCIe") == 756e12
-    assert devices.named_peak("NVIDIA H100 80GB HBM3") == 989e12
-    assert devices.named_peak("NVIDIA L40S") == 362e12
-    assert devices.named_peak("NVIDIA GeForce GT 710") is None
-
-
-def test_devices_that_are_not_there_are_named():
-    with pytest.raises(UserError, match="--device bogus cannot be used"):
-        devices.choose_device("bogus")
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="--device cuda"):
-            devices.choose_device("cuda")
-    assert devices.choose_dtype("float32", torch.device("cpu")) == torch.float32
