@@ -6,6 +6,7 @@ import functools
 import hashlib
 import io
 import os
+import re
 import secrets
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -117,6 +118,9 @@ def parse_options(command_line: Callable[[], T]) -> T:
     message = sections[0] + [
         line for part in sections[1:] if part[:1] and part[0].startswith("Available") for line in part
     ]
+    similar = [line.split()[0] for part in sections[1:] for line in part if re.match("--[a-z]", line)]
+    if similar and sections[0][0].startswith("Unrecognized"):
+        message.append(f"(perhaps {' or '.join(dict.fromkeys(similar))}?)")
     print("error:", *message, "(--help shows every option)", file=sys.stderr)
     raise SystemExit(2)
 

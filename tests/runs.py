@@ -10,7 +10,8 @@ import torch
 
 import model as gpt
 import train_gpt2
-from training.run import Run, newest_checkpoint, read_log
+from training.checkpoint import newest_checkpoint
+from training.run import Run, read_log
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

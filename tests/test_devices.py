@@ -1,19 +1,26 @@
-"""The hardware at hand: peaks by name, devices that are missing, dtypes."""
+"""The hardware that a run takes: its device, dtype and peak, and the micro-batch that its memory holds."""
 
 import pytest
 import torch
 
 from data.files import UserError
+from kernels.gpus import named_gpu
 from training import devices
+from training.distributed import Distributed
 
 
-def test_the_peak_of_a_gpu_is_found_by_its_name():
-    assert devices.named_peak("NVIDIA A100-SXM4-80GB") == 312e12
-    assert devices.named_peak("NVIDIA A10G") == 70e12
-    assert devices.named_peak("NVIDIA H100 PCIe") == 756e12
-    assert devices.named_peak("NVIDIA H100 80GB HBM3") == 989e12
-    assert devices.named_peak("NVIDIA L40S") == 362e12
-    assert devices.named_peak("NVIDIA GeForce GT 710") is None
+@pytest.mark.parametrize(
+    "name, peak",
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA L40S", 362e12),
+    ],
+)
+def test_the_peak_of_a_gpu_is_found_by_its_name(name, peak):
+    assert named_gpu(name).flops == peak and named_gpu("NVIDIA GeForce GT 710") is None
 
 
 def test_devices_that_are_not_there_are_named():
@@ -23,3 +30,40 @@ def test_devices_that_are_not_there_are_named():
         with pytest.raises(UserError, match="--device cuda"):
             devices.choose_device("cuda")
     assert devices.choose_dtype("float32", torch.device("cpu")) == torch.float32
+
+
+def test_one_gpu_for_all_ranks_is_refused():
+    with pytest.raises(UserError, match="--device cuda:1 would put every rank on one GPU: use --device cuda"):
+        devices.choose_device("cuda:1", Distributed(rank=1, local_rank=1, world_size=2))
+
+
+def refusing(above, error):
+    """An attempt that raises `error` above a size, and the list of what was tried."""
+    tried = []
+
+    def attempt(n):
+        tried.append(n)
+        if n > above:
+            raise error
+
+    return attempt, tried
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("out of memory"), ValueError("98,304 heads are more than 65,535")]
+)
+def test_a_refused_micro_batch_leads_to_the_next_one(error):
+    attempt, tried = refusing(3, error)
+    assert devices.largest_that_fits([12, 6, 4, 3, 2, 1], attempt) == 3 and tried == [12, 6, 4, 3]
+
+
+def test_if_no_micro_batch_runs_memory_is_0_and_any_other_reason_is_raised():
+    assert devices.largest_that_fits([8, 4], refusing(0, torch.OutOfMemoryError("out of memory"))[0]) == 0
+    with pytest.raises(RuntimeError, match="a bug"):
+        devices.largest_that_fits([8, 4], refusing(0, RuntimeError("a bug"))[0])
+
+
+def test_the_peak_memory_of_a_cpu_is_that_of_the_process():
+    before = devices.peak_memory(torch.device("cpu"))
+    held = torch.ones(50_000_000)  # 200 MB
+    assert devices.peak_memory(torch.device("cpu")) >= max(before, 4 * held.numel()) > 50_000_000

@@ -155,9 +155,14 @@ def configured(dataset, tmp_path):
     return lambda **changes: dataclasses.replace(train_gpt2.LAPTOP, **(sizes | steps | options | changes))
 
 
+def set_up(config):
+    data = train_gpt2.open_data(config, Distributed())
+    return train_gpt2.make_trainer(config, data, Distributed()), data.loader
+
+
 def run(config, steps, due=lambda step: True, spoil=lambda model: None):
     """Train for some steps; the trainer and the records of the steps that are due."""
-    trainer, loader, *_ = train_gpt2.set_up(config, Distributed())
+    trainer, loader = set_up(config)
     spoil(trainer.raw_model)
     records, diagnose = [], Diagnostics(trainer.raw_model, trainer.optimizers, trainer.autocast)
     for step in range(1, steps + 1):
@@ -186,7 +191,7 @@ def test_a_diagnosed_run_has_the_same_bits_as_one_that_is_not(configured, dtype)
 
 
 def test_a_step_that_fails_leaves_no_hook_behind(configured):
-    trainer, loader, *_ = train_gpt2.set_up(configured(), Distributed())
+    trainer, loader = set_up(configured())
     with pytest.raises(KeyError), Diagnostics(trainer.raw_model, trainer.optimizers).watching(*loader.batch(0)):
         raise KeyError
     assert not any(o._optimizer_step_pre_hooks or o._optimizer_step_post_hooks for o in trainer.optimizers)
@@ -220,7 +225,7 @@ def test_triton_kernels_are_diagnosed_like_pytorchs():
 
 @pytest.mark.parametrize("every, steps", [(3, [1, 3, 6]), (0, [])])
 def test_the_command_diagnoses_the_first_and_every_nth_step(configured, tmp_path, every, steps):
-    train_gpt2.run(configured(diagnose=every, max_steps=7))
+    train_gpt2.launch(configured(diagnose=every, max_steps=7))
     assert [record["step"] for record in read_log(tmp_path) if "diagnostics" in record] == steps
     assert (tmp_path / "diagnostics.png").exists() == bool(steps)
 

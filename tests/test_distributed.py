@@ -13,7 +13,7 @@ from hellaswag_questions import write_questions
 from runs import ROOT, assert_same_run, command, curve, finished, torchrun, train, wait_for_step
 
 from data import fineweb, text
-from training.run import newest_checkpoint
+from training.checkpoint import newest_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_prepared_trained_killed_and_restarted_a_run_ends_as_if_it_had_been_left
     process = torchrun(2, arguments, options=("--max-restarts=1",))
     wait_for_step(process, tmp_path / "killed", 7)
     os.kill(children(process.pid)[-1], signal.SIGKILL)
-    assert "another process of the run is gone" in finished(process)
+    assert "lost contact with another rank" in finished(process)
     assert_same_run(tmp_path / "killed", tmp_path / "left-alone")
     for name in ("hellaswag_acc", "hellaswag_acc_norm"):
         assert curve(tmp_path / "killed", name) == curve(tmp_path / "left-alone", name)
@@ -146,7 +146,7 @@ def test_processes_that_see_other_data_say_so_before_the_first_step(tmp_path):
     )
     process = torchrun(2, command("mine", "run", micro_batch=2), str(script))
     _, errors = process.communicate(timeout=120)
-    assert process.returncode != 0 and "the processes see different files for --data" in errors
+    assert process.returncode != 0 and "the ranks see different files in" in errors
     assert not (tmp_path / "0" / "run").exists()
 
 

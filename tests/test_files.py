@@ -4,8 +4,9 @@ import os
 import sys
 
 import pytest
+import tyro
 
-from data.files import UserError, atomic_write, exit_on_user_error, run_script
+from data.files import UserError, atomic_write, exit_on_user_error, parse_options, run_script
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -63,3 +64,15 @@ def test_a_script_takes_its_command_line_from_its_function(capsys, monkeypatch):
         run_script(prepare, "x")
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize("arguments", [["--count", "x"], ["--cuont", "1"], ["surplus"]])
+def test_a_mistake_on_the_command_line_is_one_line_and_status_2(capsys, arguments):
+    def script(count: int = 1):
+        return count
+
+    with pytest.raises(SystemExit) as end:
+        parse_options(lambda: tyro.cli(script, args=arguments))
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and "['" not in error
+    assert arguments[0].removeprefix("--") in error

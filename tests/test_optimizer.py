@@ -13,9 +13,9 @@ import model as gpt
 import train_gpt2
 from data.files import UserError
 from training import optimizer
+from training.checkpoint import newest_checkpoint
 from training.distributed import Distributed
 from training.optimizer import Muon, orthogonalize
-from training.run import newest_checkpoint
 
 
 def matrices(*shapes, seed=0):

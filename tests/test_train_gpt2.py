@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,10 +17,12 @@ from runs import ROOT, assert_same_run, command, curve, start, train, wait_for_s
 
 import train_gpt2
 from data import pydocs, shards, text, tokenizer
-from data.files import UserError, as_flag
+from data.files import as_flag
 from data.loader import Loader
+from model import GPT, GPTConfig
 from training import optimizer
-from training.run import load_checkpoint, newest_checkpoint, read_log
+from training.checkpoint import load_checkpoint, newest_checkpoint
+from training.run import read_log
 
 SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
 
@@ -44,7 +47,7 @@ def test_a_run_leaves_all_its_files_and_learns(dataset, tmp_path, capsys):
         f"step_{step:06d}.pt" for step in (52, 56, 60)
     ]
     printed = capsys.readouterr().out
-    assert "validation loss" in printed and "256 tokens a step" in printed
+    assert "validation loss" in printed and "256 tokens per step" in printed
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(dataset, tmp_path):
@@ -96,7 +99,7 @@ def test_shuffle_changes_the_order_only(dataset, tmp_path):
 def test_presets_are_the_published_ones():
     presets = {name: config for name, (_, config) in train_gpt2.PRESETS.items()}
     c = presets["gpt2-124m"]
-    assert (c.batch_tokens, c.block_size, c.max_steps, c.warmup_steps) == (524_288, 1024, 19_073, 715)
+    assert (c.batch_tokens, c.block_size, c.max_steps, c.warmup_steps) == (524_288, 1024, 18_795, 715)
     assert (c.lr, c.weight_decay, optimizer.BETAS, c.grad_clip) == (6e-4, 0.1, (0.9, 0.95), 1.0)
     c = presets["shakespeare-char"]
     assert (c.n_layer, c.n_head, c.n_embd, c.block_size, c.dropout) == (6, 6, 384, 256, 0.2)
@@ -104,28 +107,15 @@ def test_presets_are_the_published_ones():
     counts = {"124m": 124_439_808, "350m": 354_823_168, "774m": 774_030_080, "1558m": 1_557_611_200}
     for size, count in counts.items():
         with torch.device("meta"):
-            model = train_gpt2.gpt.GPT(presets[f"gpt2-{size}"].shape(50257))
+            model = GPT(presets[f"gpt2-{size}"].shape(50257))
         assert model.parameter_count() == count and model.config.n_embd == 64 * model.config.n_head
-
-
-def test_auto_micro_batch_goes_down_until_memory_holds_it():
-    tried = []
-
-    def attempt(n):
-        tried.append(n)
-        if n > 3:
-            raise torch.OutOfMemoryError("out of memory")
-
-    assert train_gpt2.devices.largest_that_fits([12, 6, 4, 3, 2, 1], attempt) == 3
-    assert tried == [12, 6, 4, 3]
-    assert train_gpt2.devices.largest_that_fits([8, 4], attempt) == 0
 
 
 def test_auto_micro_batch_divides_the_batch_on_a_cpu(dataset, tmp_path, capsys):
     assert train(dataset, tmp_path / "run", batch_tokens=256 * 5, micro_batch="auto", max_steps=2) == 0
-    assert "40 sequences a micro-step" in capsys.readouterr().out
+    assert "40 sequences per micro-step" in capsys.readouterr().out
     assert train(dataset, tmp_path / "big", batch_tokens=20_000 * 32, micro_batch="auto", max_steps=1) == 0
-    assert "500 sequences a micro-step" in capsys.readouterr().out  # 16,000 tokens
+    assert "500 sequences per micro-step" in capsys.readouterr().out  # 16,000 tokens
 
 
 # ------------------------------------------------------------------------------------------------------- interruptions
@@ -198,8 +188,15 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(dataset, tmp_pat
     before.write_bytes(before.read_bytes()[:-100])
     assert train(dataset, out, max_steps=40, dropout=0.1, checkpoint_every=10, keep=5) == 0
     warnings = capsys.readouterr().err
-    assert f"{newest} is damaged" in warnings and f"{before} is damaged" in warnings
+    assert f"{newest} is corrupt" in warnings and f"{before} is corrupt" in warnings
     assert_same_run(straight, out)
+
+
+def test_a_new_run_does_not_start_with_a_checkpoint_that_has_done_its_steps(dataset, tmp_path, capsys):
+    assert train(dataset, tmp_path / "run", max_steps=4) == 0
+    path = tmp_path / "run" / "checkpoints" / "step_000004.pt"
+    message = refused(capsys, dataset, tmp_path / "new", max_steps=4, resume=path)
+    assert "has done 4 steps: --max-steps is 4, but must be above" in message
 
 
 def test_a_finished_run_says_so_and_can_go_on_longer(dataset, tmp_path, capsys):
@@ -236,7 +233,7 @@ def test_checkpoints_that_are_all_damaged_end_the_run_and_keep_its_log(dataset, 
     assert train(dataset, out, max_steps=8) == 0
     for path in (out / "checkpoints").glob("*.pt"):
         path.write_bytes(path.read_bytes() + b"x")
-    assert "--resume never starts afresh" in refused(capsys, dataset, out, max_steps=9)
+    assert "--resume never starts fresh" in refused(capsys, dataset, out, max_steps=9)
     assert len(read_log(out)) == 8
 
 
@@ -309,7 +306,7 @@ def refused(capsys, *args, **options) -> str:
         ({"data": "no/such/folder"}, "there is no dataset in no/such/folder"),
         ({"block_size": 65536, "batch_tokens": 65536, "micro_batch": 1}, "lower --block-size or give more text"),
         ({"resume": "no/such.pt"}, "no/such.pt cannot be read"),
-        ({"init_from": "no/such/model"}, "no weights for 'no/such/model'"),
+        ({"init_from": "no/such/model"}, "--init-from no/such/model: use one of gpt2"),
         ({"init_from": "gpt3"}, "gpt2, gpt2-medium, gpt2-large, gpt2-xl"),
     ],
 )
@@ -318,13 +315,42 @@ def test_a_wrong_option_is_named(dataset, tmp_path, capsys, options, expected):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_unknown_preset_and_no_preset_are_named():
-    for arguments in (["gpt5"], []):
-        for encoding in ("utf-8", "ascii"):  # tyro draws its boxes differently
-            process = start(arguments, env=os.environ | {"PYTHONIOENCODING": encoding})
-            _, error = process.communicate(timeout=60)
-            assert process.returncode == 2 and error.startswith("error: ") and error.count("\n") == 1
-            assert "laptop" in error and "gpt2-1558m" in error and "---" not in error and "\u2500" not in error
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"device": "bogus"},
+        {"resume": "no/such.pt"},
+        {"init_from": "no/such/model"},
+        {"hellaswag_every": 5, "hellaswag_input": "no/such.jsonl"},
+        {"optimizer": "muon", "n_layer": 0},
+        {"kernels": "layernorm,gelo"},
+    ],
+)
+def test_a_wrong_option_is_named_before_any_data_is_prepared(tmp_path, capsys, options):
+    (option, value), *_ = reversed(options.items())
+    message = refused(capsys, "pydocs", tmp_path / "run", **options)
+    assert str(value) in message and ("/" in str(value) or as_flag(option) in message)
+    assert not Path("datasets").exists()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])  # tyro draws its boxes differently
+def test_an_unknown_preset_is_named(encoding):
+    process = start(["gpt5"], env=os.environ | {"PYTHONIOENCODING": encoding})
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert "laptop" in error and "gpt2-1558m" in error and "---" not in error and "\u2500" not in error
+
+
+def test_without_arguments_the_presets_are_shown_with_an_example_each(capsys):
+    with pytest.raises(SystemExit) as end:
+        train_gpt2.main([])
+    shown = capsys.readouterr().err
+    assert end.value.code == 2 and "    python train_gpt2.py laptop\n" in shown
+    assert all(f"train_gpt2.py {name}\n" in shown for name in train_gpt2.PRESETS)
+
+
+def test_an_option_close_to_one_that_exists_is_suggested(dataset, tmp_path, capsys):
+    assert "perhaps --max-steps" in refused(capsys, dataset, tmp_path / "run", max_step=5)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
@@ -406,7 +432,7 @@ def test_a_checkpoint_of_another_shape_is_refused(dataset, tmp_path, capsys):
     assert train(dataset, out, max_steps=1) == 0
     before = (out / "log.jsonl").read_bytes()
     message = refused(capsys, dataset, out, n_layer=3, max_steps=2)
-    assert "--n-layer 2 there, 3 here" in message and "--resume never" in message
+    assert "--n-layer 2 (now 3)" in message and "--resume never" in message
     for name, value in [("optimizer", "adamw"), ("seed", 7), ("batch_tokens", 512), ("block_size", 16)]:
         assert f"{as_flag(name)} " in refused(capsys, dataset, out, max_steps=2, **{name: value})
     other = tmp_path / "other"
@@ -425,7 +451,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(datase
     assert train(dataset, out, max_steps=4) == 0
     good = (out / "checkpoints" / "step_000004.pt").read_bytes()
     message = refused(capsys, dataset, out, max_steps=30, lr=1e15, optimizer="muon", grad_clip=0)
-    assert re.search(r"step \d+ has loss .*(nan|inf).*stay as they are", message)
+    assert re.search(r"step \d+ has loss .*(nan|inf).*checkpoints in .* unchanged", message)
     assert (out / "checkpoints" / "step_000004.pt").read_bytes() == good
     assert newest_checkpoint(out)[1]["step"] < int(re.search(r"step (\d+)", message)[1])
     for tensor in weights(out).values():
@@ -442,7 +468,7 @@ def test_services_that_are_not_installed_are_named(dataset, tmp_path, capsys):
 def test_a_plan_is_printed_and_nothing_is_trained(dataset, tmp_path, capsys):
     assert train(dataset, tmp_path / "run", "--plan") == 0
     printed = capsys.readouterr().out
-    count = train_gpt2.gpt.GPT(train_gpt2.gpt.GPTConfig(2, 2, 32, 32, 104)).parameter_count()
+    count = GPT(GPTConfig(2, 2, 32, 32, 104)).parameter_count()
     assert f"{count:,} parameters" in printed and "H100" in printed
     assert not (tmp_path / "run").exists()
 
@@ -458,29 +484,28 @@ def test_a_sweep_without_a_grid_says_what_it_needs(dataset, tmp_path, capsys):
     assert "--sweep needs an option and its values" in capsys.readouterr().err
 
 
-def test_diagnose_with_shared_weights_is_refused(dataset, tmp_path, capsys):
-    assert "--diagnose needs every weight" in refused(capsys, dataset, tmp_path / "run", diagnose=5, parallel="zero1")
+def test_diagnose_with_sharded_weights_is_refused(dataset, tmp_path, capsys):
+    assert "--diagnose needs all weights" in refused(capsys, dataset, tmp_path / "run", diagnose=5, parallel="zero1")
 
 
-def test_profile_writes_a_trace(dataset, tmp_path):
-    assert train(dataset, tmp_path / "run", "--profile", max_steps=8) == 0
+@pytest.mark.parametrize("max_steps", [3, 8])
+def test_profile_writes_a_trace_of_a_short_run_too(dataset, tmp_path, max_steps):
+    assert train(dataset, tmp_path / "run", "--profile", max_steps=max_steps) == 0
     trace = json.loads((tmp_path / "run" / "trace.json").read_text())
     assert any("aten::" in event.get("name", "") for event in trace["traceEvents"])
 
 
-def test_check_names_a_token_past_the_vocabulary(tmp_path, capsys):
-    """One that appeared after the shards were verified, as a damaged memory or disk would have it."""
-    folder = tmp_path / "dataset"
-    pydocs.prepare(folder)
-    split = shards.open_split(folder, "train")
-    with (folder / "train_000000.npy").open("r+b") as file:
-        file.seek(-2 * 100_000, os.SEEK_END)
-        file.write(b"\xff\xff" * 100_000)
-    loader = Loader(split, 32, 4, seed=1, check=True, shuffle=False)
-    loader.batch(0)
-    with pytest.raises(UserError, match="step 2500 reads token id 65535"):
-        loader.batch(2500)
-    assert train(folder, tmp_path / "run", "--check", max_steps=2) == 2  # found before the first step already
+def test_a_warmup_that_never_ends_is_a_warning(dataset, tmp_path, capsys):
+    for warmup_steps in (1, 2):
+        assert train(dataset, tmp_path / "run", max_steps=2, warmup_steps=warmup_steps, resume="never") == 0
+        warned = "--warmup-steps 2 is not below --max-steps 2: the learning rate never falls" in capsys.readouterr().err
+        assert warned == (warmup_steps == 2)
+
+
+def test_the_dropout_mask_is_a_function_of_seed_step_rank_and_micro_batch(dataset, tmp_path):
+    for micro_batch in (8, 4):
+        assert train(dataset, tmp_path / str(micro_batch), micro_batch=micro_batch, dropout=0.5, max_steps=3) == 0
+    assert curve(tmp_path / "8")[1] != pytest.approx(curve(tmp_path / "4")[1], abs=1e-5)
 
 
 # -------------------------------------------------------------------------------------------------- tiny shakespeare

@@ -1,24 +1,28 @@
-"""The hardware at hand: which device a run takes, which dtype it multiplies fast, and how fast at best."""
+"""The hardware: which device a run takes, the dtype that it multiplies fast, its peak FLOP/s, what its memory holds."""
 
 import contextlib
 import gc
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 
-from data.files import UserError
+from data.files import UserError, as_user_error
 from kernels.gpus import named_gpu
+from training.distributed import Distributed
 
-CPU_TOKENS = 16_384  # at once: more gain a CPU nothing
+CPU_TOKENS = 16_384  # per micro-step: larger batches make a CPU no faster
 
 
-def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device that --device names; auto: this process's GPU, else an Apple GPU, else the CPU."""
+def choose_device(name: str, dist: Distributed = Distributed()) -> torch.device:  # noqa: B008  it is frozen
+    """Return the device that --device names; auto: this rank's GPU, else an Apple GPU, else the CPU."""
+    if name.startswith("cuda:") and dist.world_size > 1:
+        raise UserError(f"--device {name} would put every rank on one GPU: use --device cuda, each rank takes its own")
     if name == "auto":
-        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
-    elif name == "cuda":
-        name = f"cuda:{local_rank}"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{dist.local_rank}"
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda", "mps"):
@@ -33,7 +37,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """float32 or bfloat16; auto takes bfloat16 where the hardware multiplies it, float32 where it is only emulated."""
+    """Return float32 or bfloat16; auto takes bfloat16 if the hardware multiplies it, float32 if it only emulates it."""
     if name == "auto":
         if device.type == "cuda":
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -45,18 +49,24 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s that the GPU's data sheet names, the denominator of MFU; None where the table lacks it."""
-    return named_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    """Return the GPU's dense bf16 FLOP/s by its data sheet, the denominator of MFU; None if the table lacks it."""
+    gpu = named_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return gpu and gpu.flops
 
 
-def named_peak(gpu: str) -> float | None:
-    """The same by a GPU's name, as the driver spells it: "NVIDIA A100-SXM4-80GB"."""
-    found = named_gpu(gpu)
-    return found and found.flops
+def peak_memory(device: torch.device) -> int | None:
+    """Return the most bytes that this process has held on its GPU, or without one in RAM; None if it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type != "cpu" or sys.platform == "win32":
+        return None
+    import resource  # Windows lacks it
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether an exception says that memory ran out, in any of the ways that PyTorch has for it."""
+    """Tell whether an exception says that memory ran out, in any of PyTorch's ways."""
     texts = ("out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
@@ -76,39 +86,57 @@ def explain_out_of_memory(hint: str = "lower --micro-batch, or take a smaller mo
 
 
 def largest_that_fits(candidates: list[int], attempt: Callable[[int], None]) -> int:
-    """The first of the candidates for which attempt() does not run out of memory; 0 when there is none."""
+    """
+    Return the first candidate that attempt() takes, 0 if memory holds none.
+
+    Any refusal leads to the next candidate: memory may run out, and a kernel may be asked for more blocks than a GPU
+    launches. If the last one fails for another reason than memory, that error is raised.
+    """
+    refusal = None
     for n in candidates:
         try:
             attempt(n)
             return n
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-        gc.collect()  # here, not above: while the error is handled it holds on to the attempt's tensors
+        except (RuntimeError, ValueError, MemoryError) as error:
+            refusal = error.with_traceback(None)  # whose frames would keep the attempt's tensors alive
+        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+    if refusal and not out_of_memory(refusal):
+        raise refusal
     return 0
 
 
-def largest_micro_batch(model: nn.Module, block_size: int, most: int, copies: int, autocast: Callable) -> int:
+def choose_micro_batch(config, model: nn.Module, dist: Distributed, autocast: Callable, previous: int | None) -> int:
     """
-    The largest divisor of `most` whose sequences a forward and backward of `model` holds in memory; 0 if not even one.
-    On a CPU the largest of at most CPU_TOKENS.
+    Return --micro-batch; for auto the largest divisor of a rank's sequences that every rank's memory holds.
 
-    copies: of the parameters, held aside meanwhile for the optimizer's state and the like
+    On a CPU, the largest of at most CPU_TOKENS tokens. Collective.
+    config:   the run's options (train_gpt2.Config)
     autocast: gives the context that the model is called in
+    previous: the size of the run that is resumed: kept if it divides, so that results stay bit-identical
     """
-    device, divisors = next(model.parameters()).device, [n for n in range(most, 0, -1) if most % n == 0]
+    if config.micro_batch != "auto":
+        return config.micro_batch
+    sequences, device = config.sequences_per_rank(dist.world_size), next(model.parameters()).device
+    if previous and sequences % previous == 0:
+        return previous
+    divisors = [n for n in range(sequences, 0, -1) if sequences % n == 0]
     if device.type != "cuda":
-        return next((n for n in divisors if n * block_size <= CPU_TOKENS), 1)
+        return next((n for n in divisors if n * config.block_size <= CPU_TOKENS), 1)
+    # held meanwhile: AdamW's two moments, and with several ranks DDP's copy of the gradients; fsdp shards later
+    copies = 2 if dist.world_size == 1 else 3
 
     def attempt(n: int) -> None:
         held = [torch.empty_like(p) for p in model.parameters() for _ in range(copies)]
-        tokens = torch.zeros(n, block_size, dtype=torch.int64, device=device)
+        tokens = torch.zeros(n, config.block_size, dtype=torch.int64, device=device)
         with autocast():
             model(tokens, tokens).backward()
         del held
 
-    found = largest_that_fits(divisors, attempt)
+    with as_user_error():
+        found = -dist.all_reduce_max(-largest_that_fits(divisors, attempt))
     model.zero_grad(set_to_none=True)
+    if found == 0:
+        raise UserError("not one sequence fits in memory: lower --block-size, or with fsdp give --micro-batch 1")
     return found

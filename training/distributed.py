@@ -1,12 +1,12 @@
 """
-Several processes, one run: who they are, what they agree on, and how they share the weights.
+Several processes, one run: ranks, what they agree on, and how they share the weights.
 
-    ddp     every process holds all weights and optimizer state; gradients are averaged during the backward
-    zero1   ddp, but each process holds a share of the optimizer's state (Rajbhandari et al. 2020, arXiv:1910.02054)
-    fsdp    each holds a share of weights, gradients and state; a block's weights are gathered for its turn (FSDP2)
+    ddp     every rank holds all weights and optimizer state; gradients are averaged during the backward
+    zero1   ddp, but each rank holds a shard of the optimizer state (Rajbhandari et al. 2020, arXiv:1910.02054)
+    fsdp    each rank holds a shard of weights, gradients and state; a block's weights are gathered when needed (FSDP2)
 
-torchrun starts the processes and tells each its number in the environment. The three modes give the same losses, and
-write the same checkpoint: whole tensors by name, as a single process has them.
+torchrun starts the processes and passes each its rank in the environment. The three modes give the same losses, and
+write the same checkpoint: full tensors by name, as a single process has them.
 """
 
 import contextlib
@@ -27,14 +27,14 @@ from torch.nn.parallel import DistributedDataParallel
 from data.files import UserError
 
 Mode = Literal["ddp", "zero1", "fsdp"]
-LATECOMERS = timedelta(days=7)  # to wait for a machine that still prepares its data
+JOIN_TIMEOUT = timedelta(days=7)  # to wait for a machine that still prepares its data
 # what gloo and NCCL say when a process is gone
-LOST = ("closed by peer", "reset by peer", "remote process exited", "Broken pipe", "Connection refused")
+PEER_LOST = ("closed by peer", "reset by peer", "remote process exited", "Broken pipe", "Connection refused")
 
 
 @dataclasses.dataclass(frozen=True)
 class Distributed:
-    """This process's number among all and on its machine, how many there are, and how they share the weights."""
+    """The rank of this process, among all and on its machine, how many there are, and how they share the weights."""
 
     rank: int = 0
     local_rank: int = 0
@@ -43,7 +43,7 @@ class Distributed:
 
     @classmethod
     def from_env(cls, mode: Mode) -> "Distributed":
-        """As the environment says; a single process where it says nothing. UserError for a mode that needs several."""
+        """Read torchrun's environment, a single process without it. Raise UserError if the mode needs several."""
         variables = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
         found = cls(*(int(os.environ.get(name, default)) for name, default in variables), mode)
         if found.world_size == 1 and mode != "ddp":
@@ -52,34 +52,32 @@ class Distributed:
 
     @contextlib.contextmanager
     def process_group(self, gpus: bool) -> Iterator[None]:
-        """Waits for the others, however late they are, and forms a group with them: NCCL for GPUs, else gloo.
-
-        UserError when another process is lost meanwhile.
-        """
+        """Join the other ranks, however late they are: NCCL for GPUs, else gloo. UserError if a rank is lost within."""
         if self.world_size == 1:
             yield
             return
+        backend = "nccl" if gpus else "gloo"
         try:
             store, _, _ = next(dist.rendezvous("env://"))
             store = dist.PrefixStore(self._agreed_name(store), store)
-            dist.init_process_group("nccl" if gpus else "gloo", store=store, rank=self.rank, world_size=self.world_size)
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size)
             yield
         except RuntimeError as error:
-            if any(text in str(error) for text in LOST):
-                raise UserError(f"process {self.rank} ends, since another process of the run is gone") from error
+            if any(text in str(error) for text in PEER_LOST):
+                raise UserError(f"rank {self.rank}: lost contact with another rank") from error
             raise
         dist.destroy_process_group()
 
     def _agreed_name(self, store: dist.Store) -> str:
-        """A name for the group, the same on all processes, once all are there.
+        """Return a name for the group, the same on all ranks, once all have joined.
 
-        After a restart torchrun's store still holds what the processes before wrote. So each asks under a name of its
-        own that no earlier one had, and the first answers until all have confirmed.
+        After a restart torchrun's store still holds what the processes before wrote. So each rank asks under a random
+        name that no earlier one had, and rank 0 answers until all have confirmed.
         """
         mine = secrets.token_hex(8)
         store.set(f"asks/{self.rank}", mine)
         if self.rank > 0:
-            store.wait([f"answer/{mine}"], LATECOMERS)
+            store.wait([f"answer/{mine}"], JOIN_TIMEOUT)
             name = store.get(f"answer/{mine}").decode()
             store.set(f"{name}/confirmed/{self.rank}", "")
             return name
@@ -87,7 +85,7 @@ class Distributed:
         while missing:
             rounds += 1
             if rounds % 1200 == 0:  # a minute
-                print(f"still waiting for process(es) {sorted(missing)}", file=sys.stderr, flush=True)
+                print(f"still waiting for rank(s) {sorted(missing)}", file=sys.stderr, flush=True)
             for rank in missing:
                 if store.check([f"asks/{rank}"]):
                     store.set(f"answer/{store.get(f'asks/{rank}').decode()}", mine)
@@ -95,16 +93,16 @@ class Distributed:
             missing = {rank for rank in missing if not store.check([f"{mine}/confirmed/{rank}"])}
         return mine
 
-    # ----------------------------------------------------------------------------------------------- what they agree on
+    # ----------------------------------------------------------------------------------------------------- agreement
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum of the processes' tensors, in place."""
+        """Sum a tensor over the ranks, in place. Collective."""
         if self.world_size > 1:
             dist.all_reduce(value)
         return value
 
     def all_reduce_max(self, number: int) -> int:
-        """The greatest of the processes' numbers."""
+        """Return the largest of the ranks' numbers. Collective."""
         if self.world_size == 1:
             return number
         value = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
@@ -112,13 +110,13 @@ class Distributed:
         return value.item()
 
     def disagree(self, number: int) -> bool:
-        """Whether they have different numbers."""
+        """Tell whether the ranks have different numbers. Collective."""
         return self.all_reduce_max(number) != -self.all_reduce_max(-number)
 
-    # ------------------------------------------------------------------------------------------------------ the weights
+    # --------------------------------------------------------------------------------------------- weights, gradients
 
     def shard(self, model: nn.Module, blocks: list[nn.Module]) -> None:
-        """fsdp: cut the parameters of each block, and then those outside, into a share for each process."""
+        """fsdp: shard the parameters of each block, and then those outside the blocks."""
         if self.mode == "fsdp":
             from torch.distributed.device_mesh import init_device_mesh  # here: they take a second to import
             from torch.distributed.fsdp import fully_shard
@@ -128,15 +126,15 @@ class Distributed:
                 fully_shard(module, mesh=mesh)
 
     def replicate(self, model: nn.Module) -> nn.Module:
-        """ddp and zero1: the model whose backward averages gradients over the processes."""
+        """ddp, zero1: return the model wrapped so that its backward averages gradients over the ranks."""
         if self.mode == "fsdp" or self.world_size == 1:
             return model
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def set_grad_sync(self, model: nn.Module, enabled: bool) -> None:
-        """ddp, zero1: whether the next backward averages over the processes. Before the forward, which reads it too.
+        """ddp, zero1: say whether the next backward averages gradients. Call it before the forward, which reads it too.
 
-        fsdp averages after every backward: until then it would hold whole gradients.
+        fsdp averages after every backward: until then it would hold full gradients.
         """
         if self.mode != "fsdp" and self.world_size > 1:
             model.require_backward_grad_sync = enabled
@@ -149,15 +147,17 @@ class Distributed:
             return ZeroRedundancyOptimizer(groups, optimizer_class=kind, **options)
         return kind(groups, **options)
 
-    # -------------------------------------------------------------------------------------------------------- the state
+    # ---------------------------------------------------------------------------------------------------------- state
 
     def item(self, value: Tensor) -> float:
-        """The number in a tensor, which under fsdp may be spread over the processes. All processes call it."""
+        """Return the number in a tensor, which fsdp may have sharded. Collective."""
         return (value.full_tensor() if self.mode == "fsdp" else value).item()
 
     def gather_full(self, value):
-        """value, a tensor or dicts and lists of them, made whole: under fsdp on the CPU of the first process, and None
-        on the others; else as it is. All call it."""
+        """Gather sharded tensors (in nested dicts and lists) to the CPU of rank 0; None on other ranks.
+
+        No-op unless fsdp. Collective.
+        """
         if isinstance(value, dict):
             return {name: self.gather_full(item) for name, item in value.items()}
         if isinstance(value, list):
@@ -165,33 +165,29 @@ class Distributed:
         if self.mode != "fsdp" or not hasattr(value, "full_tensor"):
             return value
         value = value.full_tensor()
-        return value.cpu() if self.rank == 0 else None  # only the first writes: the others keep nothing
+        return value.cpu() if self.rank == 0 else None  # only rank 0 writes
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict | None:
-        """Its state_dict() as a single process has it, on the first process; all call it."""
+        """Return its full state_dict(), as a single process has it, on rank 0. Collective."""
         if self.mode != "zero1":
             return self.gather_full(optimizer.state_dict())
         optimizer.consolidate_state_dict(to=0)
         return optimizer.state_dict() if self.rank == 0 else None
 
     def load_optimizer_state(self, optimizer: torch.optim.Optimizer, state: dict) -> None:
-        """Take over what `optimizer_state` gave in any mode, but not its options, weight decay say; all call it."""
-        options = [{name: value for name, value in g.items() if name != "params"} for g in optimizer.param_groups]
-        if self.mode == "fsdp":
-            from torch.distributed.tensor import distribute_tensor
+        """Load what `optimizer_state` returned in any mode; keep this optimizer's own options. Collective."""
+        own = [{name: value for name, value in g.items() if name != "params"} for g in optimizer.param_groups]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        def placed(name: str, value, parameter: Tensor):
+            if self.mode == "fsdp" and name != "step":
+                from torch.distributed.tensor import distribute_tensor
 
-            def share(name: str, value: Tensor, like) -> Tensor:
-                return (
-                    value
-                    if name == "step"
-                    else distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
-                )
+                return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+            # a checkpoint's tensors are mapped from its file, and a state that stays on the CPU must outlive it
+            return value.clone() if isinstance(value, Tensor) and parameter.device.type == "cpu" else value
 
-            moments = state["state"].items()
-            moments = {i: {name: share(name, v, parameters[i]) for name, v in held.items()} for i, held in moments}
-            state = {**state, "state": moments}
-        optimizer.load_state_dict(state)
-        for group, own in zip(optimizer.param_groups, options, strict=True):
-            group.update(own)
+        moments = {i: {k: placed(k, v, parameters[i]) for k, v in held.items()} for i, held in state["state"].items()}
+        optimizer.load_state_dict({**state, "state": moments})
+        for group, options in zip(optimizer.param_groups, own, strict=True):
+            group.update(options)

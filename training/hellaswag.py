@@ -32,8 +32,8 @@ from tqdm import tqdm
 from data.files import UserError, atomic_write, download, lock, run_script
 from data.tokenizer import CharTokenizer, Tokenizer
 from training import devices, weights
+from training.curves import HELLASWAG_CHANCE, HELLASWAG_GPT2_124M
 from training.distributed import Distributed
-from training.run import HELLASWAG_CHANCE, HELLASWAG_GPT2_124M
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 # 12,246,618 bytes; the checksum is the one in Hugging Face's datasets/hellaswag/dataset_infos.json.

@@ -30,7 +30,8 @@ import torch
 from data import dataset_dir, prepare_if_missing, shards
 from data.files import UserError, as_flag, atomic_write, lock, parse_options
 from model import GPT
-from training.run import read_log, reference_losses
+from training.curves import reference_losses
+from training.run import read_log
 
 Parse = Callable[[list[str]], object]  # a command line -> train_gpt2.Config
 RESERVED = {"out_dir", "resume", "sweep", "ladder", "plan", "find_lr"}  # a run of a sweep cannot choose these

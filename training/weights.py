@@ -32,7 +32,7 @@ from data.files import UserError, as_flag, as_user_error
 from data.tokenizer import END_OF_TEXT, Tokenizer, from_spec, gpt2
 from data.tokenizer_json import tokenizer_json
 from model import GPT, GPTConfig
-from training.run import load_checkpoint, newest_checkpoint
+from training.checkpoint import load_checkpoint, newest_checkpoint
 
 # fmt: off
 RELEASES = {  # OpenAI's GPT-2s, huggingface.co/openai-community/NAME -> commit, sha256 of its model.safetensors
