@@ -61,11 +61,9 @@ class Config:
     n_head: int = 12  # attention heads per block
     n_embd: int = 768  # channels
     block_size: int = 1024  # tokens per sequence
-    dropout: float = 0.0  # fraction of activations dropped, by seed, step, rank and micro-batch
+    dropout: float = 0.0  # fraction dropped; which ones depends on seed, step, rank, --micro-batch
     batch_tokens: int = 524_288  # tokens per optimizer step, over all ranks and micro-steps
-    micro_batch: int | Literal["auto"] = (
-        "auto"  # sequences at once; auto: what a GPU's memory holds
-    )
+    micro_batch: int | Literal["auto"] = "auto"  # sequences at once; auto: as many as memory holds
     max_steps: int = 18_795  # optimizer steps; 18,795 are one pass over FineWeb-Edu's 10B sample
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: on the blocks' matrices, else AdamW
     lr: float = 6e-4  # peak learning rate
@@ -73,9 +71,7 @@ class Config:
     min_lr: float | None = None  # learning rate of the last step; default: a tenth of --lr
     warmup_steps: int = 715  # steps over which the learning rate rises
     schedule: Literal["cosine", "linear"] = "cosine"  # from --lr to --min-lr; linear: flat at first
-    decay_fraction: float = (
-        0.67  # of the steps, the last ones, over which the linear schedule falls
-    )
+    decay_fraction: float = 0.67  # last fraction of the steps, in which the linear schedule falls
     zero_init: bool = False  # start every block as the identity: both c_proj at 0
     weight_decay: float = 0.1  # of matrices; biases and layer norms never decay
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
@@ -84,20 +80,14 @@ class Config:
     eval_every: int = 250  # steps between validations; 0: only at the end
     eval_tokens: int = 10_485_760  # validation tokens, the same every time; at most all there are
     hellaswag_every: int = 1000  # steps between HellaSwag evaluations, and at the end; 0: never
-    hellaswag_input: str = (
-        ""  # file of questions in its format; default: download its validation set
-    )
+    hellaswag_input: str = ""  # file of questions in its format; default: its validation set
     sample_every: int = 1000  # steps between samples; 0: only at the end
     checkpoint_every: int = 1000  # steps between checkpoints; the last step always writes one
     keep: int = 3  # checkpoints kept, the newest
-    resume: str = (
-        "auto"  # auto: resume --out-dir; never: move it away, start fresh; or a checkpoint
-    )
+    resume: str = "auto"  # auto: if --out-dir has a run; never: move that away; or a checkpoint
     init_from: str = ""  # initial weights: gpt2, ..., gpt2-xl, a run, or a Hugging Face folder
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16"] = (
-        "auto"  # of matrix products; auto: bfloat16 if fast
-    )
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # matrix products; auto: what is fast
     tf32: bool = True  # on a GPU, PyTorch's float32 matrix products in TF32 (10-bit mantissa)
     kernels: str = "auto"  # all, none, or of layernorm,gelu,attention,cross_entropy; auto: on a GPU
     compile: bool = True  # torch.compile the model
@@ -406,10 +396,8 @@ def open_run(trainer: Trainer, data: Data, step: int):
     print(f"{count:.2f}M parameters, vocabulary of {vocab_size:,} tokens")
     dtype = str(trainer.dtype).removeprefix("torch.")
     print(f"{dist.world_size} x {device.type} ({name}), {dtype}")
-    batch = (
-        f"{config.batch_tokens:,} tokens per step, {trainer.micro_batch} sequences per micro-step"
-    )
-    print(f"{batch}; into {config.out_dir}")
+    print(f"{config.batch_tokens:,} tokens per step", end=", ")
+    print(f"{trainer.micro_batch} sequences per micro-step; into {config.out_dir}")
     if config.warmup_steps >= config.max_steps:
         warmup = f"--warmup-steps {config.warmup_steps} is not below --max-steps {config.max_steps}"
         print(f"warning: {warmup}: the learning rate never falls", file=sys.stderr)
@@ -527,11 +515,10 @@ def launch(config: Config) -> int:
 
 def show_plan(config: Config) -> int:
     """--plan: print what a run would take on as many GPUs as torchrun starts processes."""
-    vocab_size = 50257  # FineWeb-Edu's tokens are GPT-2's: nothing to prepare
+    dist, vocab_size = Distributed.from_env(config.parallel), 50257  # GPT-2's, as of FineWeb-Edu
     if config.data not in DATASETS or not config.data.startswith("fineweb"):
         prepare_if_missing(config.data)
         vocab_size = shards.open_split(dataset_dir(config.data), "train").vocab_size
-    dist = Distributed.from_env(config.parallel)
     if dist.rank == 0:
         print(planner.report(config, vocab_size, dist.world_size))
     return 0
