@@ -46,7 +46,7 @@ def draw(records: list[dict], path: Path, title: str, losses: dict[str, float], 
     from matplotlib.figure import Figure  # here: it takes half a second to import
     from matplotlib.ticker import EngFormatter
 
-    tokens, accuracies = _curve(records, "hellaswag_acc_norm")
+    metric, (tokens, accuracies) = EngFormatter(sep=""), _curve(records, "hellaswag_acc_norm")
     figure = Figure(figsize=(9, 9 if accuracies else 5.5), layout="constrained")
     panels = figure.subplots(2 if accuracies else 1, squeeze=False, sharex=True)[:, 0]
     panels[0].set(title=title, ylabel="loss, nats per token")
@@ -56,14 +56,17 @@ def draw(records: list[dict], path: Path, title: str, losses: dict[str, float], 
         panels[1].set(title=f"HellaSwag: {accuracies[-1]:.4f} at the end", ylabel="acc_norm")
         draw_levels(panels[1], {RANDOM: HELLASWAG_CHANCE, **scores})
     for axes in panels:
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 5M and not 5 with a 1e6 in the corner
+        axes.xaxis.set_major_formatter(lambda tokens, _: metric(tokens).replace("G", "B"))  # 5M, 10B
         axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlim(left=0)
     panels[-1].set(xlabel="tokens")
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 def _draw_losses(axes, records: list[dict], references: dict[str, float]) -> None:
     tokens, losses = _curve(records, "loss")
+    top = 1.04 * max([*references.values(), losses[0]])
+    losses = [min(loss, top) for loss in losses]  # one that explodes must not flatten the others
     axes.plot(tokens, losses, color="C0", linewidth=0.7, alpha=0.3)
     axes.plot(tokens, smoothed(losses), color="C0", linewidth=1.8, label="training, smoothed")
     tokens, losses = _curve(records, "val_loss")
@@ -71,22 +74,20 @@ def _draw_losses(axes, records: list[dict], references: dict[str, float]) -> Non
         low = losses.index(min(losses))
         axes.plot(tokens, losses, "o-", color="C1", markersize=3, label="validation")
         axes.plot(tokens[low], losses[low], "o", color="C3", label=f"lowest validation: {losses[low]:.3f}")
-    if references:
-        axes.set_ylim(top=1.04 * max(references.values()))  # a loss that explodes leaves the picture
     draw_levels(axes, references)
-    axes.legend(loc="upper right", frameon=False, fontsize="small")
+    axes.legend(loc="upper right", bbox_to_anchor=(1, 0.94), framealpha=1, edgecolor="white", fontsize="small")
 
 
 def draw_levels(axes, levels: dict[str, float]) -> None:
     """Draw a horizontal line per level, named at its right end; names that would overlap move apart."""
-    low, high = axes.get_ylim()
-    low = min([low, *levels.values()])
-    axes.set_ylim(low, high)
-    place = -math.inf
-    for name, value in sorted(levels.items(), key=lambda level: level[1]):
+    for value in levels.values():
         axes.axhline(value, color="grey", linewidth=0.8, linestyle="--", zorder=0)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high)
+    place = -1.0
+    style = {"xycoords": "axes fraction", "textcoords": "offset points", "color": "dimgrey", "fontsize": "small"}
+    for name, value in sorted(levels.items(), key=lambda level: level[1]):
         place = max(place + 0.045, (value - low) / (high - low))
-        style = {"xycoords": "axes fraction", "textcoords": "offset points", "color": "dimgrey", "fontsize": "small"}
         axes.annotate(f"{name} {value:.4g}", (1, place), xytext=(4, 0), va="center", **style)
 
 
