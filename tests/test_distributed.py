@@ -148,14 +148,3 @@ def test_processes_that_see_other_data_say_so_before_the_first_step(tmp_path):
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0 and "the ranks see different files in" in errors
     assert not (tmp_path / "0" / "run").exists()
-
-
-@pytest.mark.parametrize("options", [{"parallel": "zero1"}, {"parallel": "fsdp", "optimizer": "adamw"}])
-def test_a_mode_that_needs_several_processes_says_so(dataset, tmp_path, capsys, options):
-    assert train(dataset, tmp_path / "run", **options) == 2
-    assert f"--parallel {options['parallel']} shares memory among processes" in capsys.readouterr().err
-
-
-def test_muon_under_fsdp_is_refused(dataset, tmp_path, capsys):
-    assert train(dataset, tmp_path / "run", parallel="fsdp", optimizer="muon") == 2
-    assert "--optimizer muon needs whole matrices" in capsys.readouterr().err
