@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -304,7 +305,8 @@ def test_a_full_disk_is_refused_before_or_leaves_what_can_be_continued(tmp_path)
     """On a file system in memory, in a mount namespace of its own: too small, then full half-way, then large enough."""
     disk, files = tmp_path / "disk", [write_jsonl(tmp_path / "a.jsonl", ["7 1 " * 100_000] * 3)]  # many tokens a byte
     disk.mkdir()
-    ours = f"{sys.executable} -m data.fineweb --input {files[0]} --out {disk} --shard-tokens 100000 --processes 1"
+    python = shlex.quote(sys.executable)
+    ours = f"{python} -m data.fineweb --input {files[0]} --out {disk} --shard-tokens 100000 --processes 1"
     script = f"""
         mount -t tmpfs -o size=64k tmpfs {disk} || exit 99
         {ours}; echo status $?

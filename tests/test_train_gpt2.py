@@ -484,6 +484,7 @@ def test_shakespeare_char_starts_as_it_should(tmp_path):
     assert end.value.code == 0 and losses[1] == pytest.approx(math.log(65), abs=0.15) and losses[4] < losses[1]
 
 
+@pytest.mark.skipif(" " in torch.__file__, reason="PyTorch passes its own path to the C++ compiler without quotes")
 def test_compiled_training_also_validates_samples_and_saves_under_the_plain_names(dataset, tmp_path):
     options = {"max_steps": 3, "n_layer": 1, "eval_every": 1, "sample_every": 1}
     assert train(dataset, tmp_path / "plain", **options) == 0
