@@ -25,6 +25,7 @@ from data.tokenizer import BytePairTokenizer, CharTokenizer, gpt2
 from training import weights as model_weights
 
 TEXT = "Hello, world! It's  twice\n\n   as long.  "
+ABC = CharTokenizer("abc", documents=False)
 
 
 def assert_transformers_agrees(folder, model, tokenizer):
@@ -137,9 +138,8 @@ def test_the_tokenizer_files_of_gpt2_are_openais_byte_for_byte_and_no_others_pas
 
 
 def test_dropout_and_a_model_without_blocks_are_exported_too(tmp_path):
-    tokenizer = CharTokenizer("abc", documents=False)
     model = gpt.GPT(gpt.GPTConfig(0, 1, 8, 12, 3, dropout=0.25)).eval()
-    model_weights.write(tmp_path / "export", model, tokenizer)
+    model_weights.write(tmp_path / "export", model, ABC)
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "export").eval()
     config = theirs.config
     assert config.attn_pdrop == config.embd_pdrop == config.resid_pdrop == 0.25
@@ -148,25 +148,23 @@ def test_dropout_and_a_model_without_blocks_are_exported_too(tmp_path):
 
 
 def test_an_export_never_touches_what_is_there(tmp_path):
-    tokenizer = CharTokenizer("abc", documents=False)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").write_text("work", encoding="utf-8")
     for there in (tmp_path / "full", tmp_path / "full" / "precious"):
         with pytest.raises(UserError, match="exists and is not an empty folder"):
-            model_weights.write(there, random_model(3), tokenizer)
+            model_weights.write(there, random_model(3), ABC)
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
     assert (tmp_path / "full" / "precious").read_text("utf-8") == "work"
     (tmp_path / "empty").mkdir()
-    model_weights.write(tmp_path / "empty", random_model(3), tokenizer)
-    assert model_weights.load(str(tmp_path / "empty"))[1] == tokenizer
+    model_weights.write(tmp_path / "empty", random_model(3), ABC)
+    assert model_weights.load(str(tmp_path / "empty"))[1] == ABC
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="could not be written"):
-        model_weights.write(tmp_path / "file" / "export", random_model(3), tokenizer)
+        model_weights.write(tmp_path / "file" / "export", random_model(3), ABC)
 
 
 def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path):
-    tokenizer = CharTokenizer("abc", documents=False)
-    run = save_run(tmp_path / "run", random_model(3), tokenizer)
+    run = save_run(tmp_path / "run", random_model(3), ABC)
 
     def small_files_only():
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
@@ -185,7 +183,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(safetensors.torch, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        model_weights.write(tmp_path / "export", random_model(3), CharTokenizer("abc", documents=False))
+        model_weights.write(tmp_path / "export", random_model(3), ABC)
     assert not list(tmp_path.iterdir())
 
 
@@ -212,23 +210,19 @@ def test_all_that_transformers_may_write_is_read(judge, tmp_path):
         torch.testing.assert_close(ours(tokens), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_weights_of_half_the_size_become_float32(copy, dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_of_half_the_size_become_float32_and_outlive_their_file(copy, dtype):
     weights = load_file(copy / "model.safetensors")
     save_file({name: tensor.to(dtype) for name, tensor in weights.items()}, copy / "model.safetensors")
     ours = model_weights.from_hugging_face(str(copy)).state_dict()
     assert {tensor.dtype for tensor in ours.values()} == {torch.float32}
-    half = weights["transformer.h.0.mlp.c_fc.weight"].to(dtype).float().t()
-    assert torch.equal(ours["transformer.h.0.mlp.c_fc.weight"], half)
-
-
-def test_weights_outlive_the_file_they_came_from(copy):
-    ours = model_weights.from_hugging_face(str(copy))
-    before = ours.transformer.wpe.weight.clone()
     with (copy / "model.safetensors").open("r+b") as file:  # in place: a mapped file would change under the model
         file.seek(1000)
         file.write(b"\xff" * (Path(file.name).stat().st_size - 1000))
-    assert torch.equal(ours.transformer.wpe.weight, before)
+    half = weights["transformer.h.0.mlp.c_fc.weight"].to(dtype).float().t()
+    assert torch.equal(ours["transformer.h.0.mlp.c_fc.weight"], half)
+    wpe = weights["transformer.wpe.weight"].to(dtype).float()
+    assert torch.equal(ours["transformer.wpe.weight"], wpe)  # copied, not only transposed
 
 
 @pytest.mark.parametrize(
@@ -290,10 +284,23 @@ def test_files_that_are_missing_or_corrupt_are_named(copy):
 
 def test_another_tokenizers_tokens_are_refused(copy):
     assert "has 150 tokens, but its tokenizer, gpt2, has 50257" in refusal(copy)
-    (copy / "tokenizer_spec.json").write_text(json.dumps(CharTokenizer("abc", False).spec()), encoding="utf-8")
+    (copy / "tokenizer_spec.json").write_text(json.dumps(ABC.spec()), encoding="utf-8")
     assert "has 150 tokens, but its tokenizer, char, has 3" in refusal(copy)
     (copy / "tokenizer_spec.json").write_text('{"type": "elvish"}', encoding="utf-8")
     assert "elvish" in refusal(copy)
+
+
+def test_init_from_takes_weights_of_the_same_shape_at_the_same_or_a_shorter_block_size(tmp_path):
+    source = random_model(3)
+    run = save_run(tmp_path / "run", source, ABC)
+    model_weights.init_from(shorter := random_model(3, seed=1, block_size=9), run, ABC.spec())
+    expected = source.state_dict() | {model_weights.WPE: source.transformer.wpe.weight[:9]}
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in shorter.state_dict().items())
+    for shape, said in (({"block_size": 25}, "--block-size 24 (now 25)"), ({"n_layer": 1}, "--n-layer 2 (now 1)")):
+        with pytest.raises(UserError, match=re.escape(f"--init-from {run} has another shape: {said}")):
+            model_weights.init_from(random_model(3, **shape), run, ABC.spec())
+    with pytest.raises(UserError, match="reads other tokens than --data"):
+        model_weights.init_from(shorter, run, gpt2().spec())
 
 
 # ----------------------------------------------------------------------------------------------------------- downloads
