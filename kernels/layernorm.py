@@ -189,40 +189,23 @@ def _backward_kernel(
 
 @torch.library.custom_op("gpt2::layer_norm", mutates_args=())
 def _layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    y, mean, rstd = _layer_norm_outputs(x, weight, bias, eps, dtype)
-    _launch_forward(x, None, weight, bias, None, y, mean, rstd, eps)
-    return y, mean, rstd
-
-
-@_layer_norm.register_fake
-def _layer_norm_outputs(x, weight, bias, eps, dtype):
-    mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    return torch.empty_like(x, dtype=dtype), mean, torch.empty_like(mean)
-
-
-@torch.library.custom_op("gpt2::add_layer_norm", mutates_args=())
-def _add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, summed, mean, rstd = _add_layer_norm_outputs(x, residual, weight, bias, eps, dtype)
-    _launch_forward(x, residual, weight, bias, summed, y, mean, rstd, eps)
+    """Return y, summed, mean and rstd; without a residual, summed is empty."""
+    y, summed, mean, rstd = _layer_norm_outputs(x, residual, weight, bias, eps, dtype)
+    N, C = mean.numel(), x.shape[-1]
+    if N > 0:
+        tensors = (x, residual, weight, bias, None if residual is None else summed, y, mean, rstd)
+        with device_guard(x):
+            _forward_kernel[(N,)](*tensors, eps, C=C, **launch_parameters(C))
     return y, summed, mean, rstd
 
 
-@_add_layer_norm.register_fake
-def _add_layer_norm_outputs(x, residual, weight, bias, eps, dtype):
-    y, mean, rstd = _layer_norm_outputs(x, weight, bias, eps, dtype)
-    return y, torch.empty_like(residual), mean, rstd
-
-
-def _launch_forward(x, residual, weight, bias, summed, y, mean, rstd, eps):
-    N, C = mean.numel(), x.shape[-1]
-    if N == 0:
-        return
-    with device_guard(x):
-        _forward_kernel[(N,)](x, residual, weight, bias, summed, y, mean, rstd, eps, C=C, **launch_parameters(C))
+@_layer_norm.register_fake
+def _layer_norm_outputs(x, residual, weight, bias, eps, dtype):
+    mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    summed = x.new_empty(0) if residual is None else torch.empty_like(residual)
+    return torch.empty_like(x, dtype=dtype), summed, mean, torch.empty_like(mean)
 
 
 @torch.library.custom_op("gpt2::layer_norm_backward", mutates_args=())
@@ -256,36 +239,22 @@ forbid_double_backward(_backward)
 
 
 def _save(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # mean and rstd have no gradient: allocate no zeros for them
-    x, weight = inputs[:2]
-    _, mean, rstd = output
-    ctx.save_for_backward(x, weight, mean, rstd)
-
-
-def _gradient(ctx, dy, _dmean, _drstd):
-    x, weight, mean, rstd = ctx.saved_tensors
-    dx, dweight, dbias = _backward(dy.contiguous(), None, x, weight, mean, rstd, x.dtype)
-    return dx[0], dweight, dbias, None, None
-
-
-def _add_save(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # nothing uses summed after the last layer norm: no zeros to write and read
-    x, _, weight = inputs[:3]
+    x, residual, weight = inputs[:3]
     _, summed, mean, rstd = output
-    ctx.x_dtype = x.dtype
-    ctx.save_for_backward(summed, weight, mean, rstd)
+    ctx.x_dtype, ctx.alone = x.dtype, residual is None
+    ctx.save_for_backward(x if ctx.alone else summed, weight, mean, rstd)
 
 
-def _add_gradient(ctx, dy, dsummed, _dmean, _drstd):
-    summed, weight, mean, rstd = ctx.saved_tensors
-    dy = torch.zeros_like(summed) if dy is None else dy.contiguous()
-    dsummed = None if dsummed is None else dsummed.contiguous()
-    dx, dweight, dbias = _backward(dy, dsummed, summed, weight, mean, rstd, ctx.x_dtype)
-    return dx[-1], dx[0], dweight, dbias, None, None
+def _gradient(ctx, dy, dsummed, _dmean, _drstd):
+    x, weight, mean, rstd = ctx.saved_tensors
+    dy = torch.zeros_like(x) if dy is None else dy.contiguous()
+    dsummed = None if dsummed is None or ctx.alone else dsummed.contiguous()
+    dx, dweight, dbias = _backward(dy, dsummed, x, weight, mean, rstd, ctx.x_dtype)
+    return dx[-1], None if ctx.alone else dx[0], dweight, dbias, None, None
 
 
 _layer_norm.register_autograd(_gradient, setup_context=_save)
-_add_layer_norm.register_autograd(_add_gradient, setup_context=_add_save)
 
 
 # ------------------------------------------------------------------------------- public
@@ -306,8 +275,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     Raises ValueError for other dtypes and shapes, mixed devices, or C above 8,192.
     """
     _check(weight=weight, bias=bias, x=x)
-    y, _, _ = _layer_norm(x.contiguous(), weight.contiguous(), bias.contiguous(), eps, autocast_dtype(x))
-    return y
+    return _layer_norm(x.contiguous(), None, weight.contiguous(), bias.contiguous(), eps, autocast_dtype(x))[0]
 
 
 def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -324,7 +292,7 @@ def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, ep
     if x.shape != residual.shape:
         raise ValueError(f"x and residual must have one shape, got {tuple(x.shape)} and {tuple(residual.shape)}")
     tensors = (x.contiguous(), residual.contiguous(), weight.contiguous(), bias.contiguous())
-    y, summed, _, _ = _add_layer_norm(*tensors, eps, autocast_dtype(residual))
+    y, summed, _, _ = _layer_norm(*tensors, eps, autocast_dtype(residual))
     return y, summed
 
 

@@ -191,8 +191,8 @@ def test_a_wrong_argument_is_named(change, sentence):
 def test_the_operators_are_registered_soundly():
     tensors, dy, dsummed = inputs((3, 40), torch.bfloat16, residual_dtype=torch.float32)
     x, residual, weight, bias = tensors.values()
-    torch.library.opcheck(layernorm._layer_norm, (x, weight, bias, EPS, torch.float32))
-    torch.library.opcheck(layernorm._add_layer_norm, (x, residual, weight, bias, EPS, torch.bfloat16))
+    torch.library.opcheck(layernorm._layer_norm, (x, None, weight, bias, EPS, torch.float32))
+    torch.library.opcheck(layernorm._layer_norm, (x, residual, weight, bias, EPS, torch.bfloat16))
     stats = torch.ones(3, device=DEVICE)
     for second, dtype in ((None, torch.float32), (dsummed, torch.bfloat16)):
         arguments = (dy, second, residual.detach(), weight.detach(), stats, stats, dtype)
