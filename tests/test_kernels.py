@@ -10,7 +10,7 @@ import pytest
 import torch
 from accuracy import DEVICE
 
-from kernels import FAMILIES, Ops, common, families, select
+from kernels import FAMILIES, common, families, select
 from kernels.common import architecture, emulate_gpu, for_architecture
 from kernels.report.shapes import Shape, arguments
 
@@ -138,16 +138,6 @@ assert dict(os.environ) == before and not torch.cuda.is_initialized() and not to
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
-def block(x, parameters, ops: Ops, n_head: int):
-    """One transformer block, as the model calls the operations."""
-    linear, p = torch.nn.functional.linear, parameters
-    y = ops.layer_norm(x, p["ln_1"], p["bias"], 1e-5)
-    y = linear(ops.causal_attention(linear(y, p["c_attn"]), n_head, 0.0), p["attn_c_proj"])
-    y, x = ops.add_layer_norm(y, x, p["ln_2"], p["bias"], 1e-5)
-    y = linear(ops.linear_gelu(y, p["c_fc"], p["fc_bias"]), p["mlp_c_proj"])
-    return y, x
-
-
 def outputs_and_gradients(function, given, differentiable, dtype):
     """Every output, and the gradient of every tensor, as in training under autocast; float32 without it."""
     with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
@@ -225,34 +215,3 @@ def test_a_gpu_answers_for_itself(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert architecture(types.SimpleNamespace(device=torch.device("cuda:1"))) == "gfx942"
     common._architecture_of_gpu.cache_clear()
-
-
-def saved_bytes(names, dtype, T, C=128):
-    """The bytes that autograd keeps for the backward of a block, parameters and casts of them aside."""
-    shapes = {"ln_1": (C,), "ln_2": (C,), "bias": (C,), "fc_bias": (4 * C,), "c_attn": (3 * C, C)}
-    shapes |= {"attn_c_proj": (C, C), "c_fc": (4 * C, C), "mlp_c_proj": (C, 4 * C)}
-    parameters = {name: torch.randn(shape, device=DEVICE, requires_grad=True) for name, shape in shapes.items()}
-    x, kept = torch.randn(1, T, C, device=DEVICE, requires_grad=True), {}
-
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address comes twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast(DEVICE, dtype):
-        block(x, parameters, select(names, DEVICE), n_head=2)
-    sizes = {parameter.numel() for parameter in parameters.values()}
-    return sum(t.untyped_storage().nbytes() for t in kept.values() if t.numel() not in sizes)
-
-
-def test_a_block_keeps_no_more_for_its_backward_than_the_operations_need():
-    """
-    Bytes per token and channel: the stream twice, in 4 bytes; in 2, two normalized rows, q, k and v, y, z four and
-    gelu(z) four times: 36, and a few numbers per row. PyTorch's fused operations keep the same; in bfloat16 on a CPU
-    its attention also keeps (T, T) tensors.
-    """
-    T = 500
-    ours = saved_bytes("all", torch.bfloat16, T)
-    assert 36 <= ours / (T * 128) < 36.5
-    if DEVICE == "cpu":
-        assert ours <= saved_bytes("none", torch.float16, T)
-        assert ours < 0.75 * saved_bytes("none", torch.bfloat16, T)

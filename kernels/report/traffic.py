@@ -61,11 +61,7 @@ class Launch:
     arguments: dict  # name -> ["*bf16", aligned to 16 bytes], an int, a float, or None
     constants: dict  # name -> value, of tl.constexpr parameters
     options: dict  # num_warps, num_stages where given
-    grid: list[int]
-
-    @property
-    def programs(self) -> int:
-        return math.prod(self.grid)
+    programs: int
 
 
 # --------------------------------------------------------------------------- launches
@@ -130,7 +126,7 @@ def describe(kernel: InterpretedFunction, args: tuple, grid: tuple, keywords: di
         arguments=described,
         constants={name: value for name, value in bound.items() if name in constant},
         options={name: value for name, value in keywords.items() if name not in parameters},
-        grid=list(grid),
+        programs=math.prod(grid),
     )
 
 
