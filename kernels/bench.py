@@ -227,32 +227,10 @@ def useful_choices(triton: bool) -> list[str]:
     return ["all", "none", *families, *(",".join(f for f in families if f != left) for left in families)]
 
 
-PEAK = """
-import os, runpy, sys
-sys.argv = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-except SystemExit as stop:
-    if stop.code:
-        raise
-finally:
-    import torch
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        peak = torch.cuda.max_memory_allocated()
-    elif os.name == "posix":
-        import resource
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    else:
-        peak = 0
-    print("peak bytes", peak)
-"""
-
-
 def train(choice: str, compiled: bool, options: Options, rest: list[str], device: str, folder: Path) -> dict:
     """Run train_gpt2.py once. Return the choice, tokens_per_s, mfu, peak_gb and the loss of the last step."""
     script = Path(__file__).parents[1] / "train_gpt2.py"
-    command = [sys.executable, "-c", PEAK, str(script), options.preset, "--kernels", choice, "--out-dir", str(folder)]
+    command = [sys.executable, str(script), options.preset, "--kernels", choice, "--out-dir", str(folder)]
     command += ["--max-steps", str(options.steps), "--compile" if compiled else "--no-compile", "--device", device]
     command += ["--resume", "never", "--eval-every", "0", "--sample-every", "0", "--hellaswag-every", "0"]
     command += ["--eval-tokens", "65536", *rest]  # a run always ends with a validation
@@ -270,7 +248,7 @@ def train(choice: str, compiled: bool, options: Options, rest: list[str], device
         "compile": compiled,
         "tokens_per_s": statistics.median(record["tokens_per_s"] for record in settled),
         "mfu": statistics.median(mfu) if mfu else None,
-        "peak_gb": int(done.stdout.split()[-1]) / 1e9,
+        "peak_gb": max(record["memory_gb"] or 0.0 for record in steps),
         "last_loss": steps[-1]["loss"],
     }
 

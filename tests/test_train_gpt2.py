@@ -295,7 +295,7 @@ def refused(capsys, *args, **options) -> str:
         ({"diagnose": 5, "parallel": "zero1"}, "--diagnose needs all weights on one rank"),
         ({"parallel": "zero1"}, "--parallel zero1 shares memory among processes"),
         ({"parallel": "fsdp", "optimizer": "adamw"}, "--parallel fsdp shares memory among processes"),
-        ({"max_step": 5}, "perhaps --max-steps"),
+        ({"max_step": 5}, "(?i)perhaps.*--max-steps"),
         ({"resume": "no/such.pt"}, "no/such.pt cannot be read"),
         ({"init_from": "no/such/model"}, "--init-from no/such/model: use one of gpt2"),
         ({"init_from": "gpt3"}, "gpt2, gpt2-medium, gpt2-large, gpt2-xl"),

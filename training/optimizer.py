@@ -72,7 +72,7 @@ def parameter_groups(parameters: Iterable[Tensor], weight_decay: float, lr_ratio
     ]
 
 
-def make_optimizers(model: nn.Module, config, ranks: Distributed, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, config, dist: Distributed, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
     """
     Return AdamW for every parameter; with --optimizer muon, Muon for the blocks' matrices and AdamW for the rest.
 
@@ -84,7 +84,7 @@ def make_optimizers(model: nn.Module, config, ranks: Distributed, dtype: torch.d
     adamw = {"lr": config.lr, "betas": BETAS, "fused": device.type in ("cpu", "cuda")}
     if config.optimizer == "adamw":
         groups = parameter_groups(model.parameters(), config.weight_decay)
-        return [ranks.optimizer(torch.optim.AdamW, groups, **adamw)]
+        return [dist.optimizer(torch.optim.AdamW, groups, **adamw)]
     matrices = {name: p for name, p in model.transformer.h.named_parameters() if p.dim() == 2}
     if not matrices:
         raise UserError("--optimizer muon needs blocks, whose matrices it trains: use --n-layer 1 or more, or adamw")
@@ -96,8 +96,8 @@ def make_optimizers(model: nn.Module, config, ranks: Distributed, dtype: torch.d
         {"params": [p for name, p in matrices.items() if not name.endswith("c_attn.weight")], "lr_ratio": 1.0},
     ]
     fast = dtype if dtype == devices.choose_dtype("auto", device) else torch.float32
-    muon = ranks.optimizer(functools.partial(Muon, dtype=fast), hidden, lr=config.lr, weight_decay=config.weight_decay)
-    return [muon, ranks.optimizer(torch.optim.AdamW, rest, **adamw)]
+    muon = dist.optimizer(functools.partial(Muon, dtype=fast), hidden, lr=config.lr, weight_decay=config.weight_decay)
+    return [muon, dist.optimizer(torch.optim.AdamW, rest, **adamw)]
 
 
 # ---------------------------------------------------------------------------------------------------------------- Muon
