@@ -175,11 +175,11 @@ def lines_with(pattern, paths):
 
 def test_spelling_is_american():
     words = [path for path in [*SOURCES, *READMES] if path != Path(__file__)]
-    assert len(found := lines_with(BRITISH, words)) <= 9, "\n".join(found)
+    assert len(found := lines_with(BRITISH, words)) <= 3, "\n".join(found)
 
 
 def test_where_is_kept_for_places():
-    assert len(found := lines_with(r"\bwhere\b", PRODUCT)) <= 93, "\n".join(found)
+    assert len(found := lines_with(r"\bwhere\b", PRODUCT)) <= 63, "\n".join(found)
 
 
 def test_docstrings_open_with_a_verb_or_a_noun():

@@ -12,19 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from hellaswag_questions import write_questions
-from runs import ROOT, assert_same_run, command, curve, start, train, wait_for_step, weights
+from runs import assert_same_run, command, curve, start, train, wait_for_step, weights
 
 import train_gpt2
 from data import pydocs, shards, text, tokenizer
 from data.files import as_flag
-from data.loader import Loader
 from model import GPT, GPTConfig
 from training import optimizer
 from training.checkpoint import load_checkpoint, newest_checkpoint
 from training.run import read_log
-
-SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
-
 
 # -------------------------------------------------------------------------------------------------------- a whole run
 
@@ -452,36 +448,12 @@ def test_the_dropout_mask_is_a_function_of_seed_step_rank_and_micro_batch(datase
     assert curve(tmp_path / "8")[1] != pytest.approx(curve(tmp_path / "4")[1], abs=1e-5)
 
 
-# -------------------------------------------------------------------------------------------------- tiny shakespeare
-
-
-@pytest.mark.skipif(not SHAKESPEARE.exists(), reason="tiny shakespeare is not here")
-def test_shakespeare_char_starts_as_it_should(tmp_path):
-    from data import shakespeare
-
-    shakespeare.prepare(folder=tmp_path / "data", input=SHAKESPEARE)
-    split = shards.open_split(tmp_path / "data", "train")
-    assert (split.vocab_size, split.n_tokens) == (65, 1_003_854)
-    inputs, targets = Loader(split, 256, 64, seed=1337).batch(0)
-    assert inputs.shape == (64, 256) and torch.equal(inputs[:, 1:], targets[:, :-1])
-    words = tokenizer.from_spec(split.tokenizer_spec).decode(inputs[0].tolist())
-    assert words in SHAKESPEARE.read_text()
-    arguments = ["shakespeare-char", "--data", str(tmp_path / "data"), "--out-dir", str(tmp_path / "run")]
-    arguments += [
-        "--max-steps",
-        "4",
-        "--batch-tokens",
-        "2048",
-        "--eval-tokens",
-        "2048",
-        "--no-compile",
-        "--dropout",
-        "0",
-    ]
+def test_the_character_preset_starts_at_guessing_and_learns_at_its_own_size(dataset, tmp_path):
+    options = ["--max-steps", "4", "--batch-tokens", "512", "--eval-tokens", "512", "--no-compile", "--dropout", "0"]
     with pytest.raises(SystemExit) as end:
-        train_gpt2.main(arguments)
+        train_gpt2.main(["shakespeare-char", "--data", str(dataset), "--out-dir", str(tmp_path / "run"), *options])
     losses = curve(tmp_path / "run")
-    assert end.value.code == 0 and losses[1] == pytest.approx(math.log(65), abs=0.15) and losses[4] < losses[1]
+    assert end.value.code == 0 and losses[1] == pytest.approx(math.log(104), abs=0.15) and losses[4] < losses[1]
 
 
 @pytest.mark.skipif(" " in torch.__file__, reason="PyTorch passes its own path to the C++ compiler without quotes")

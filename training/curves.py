@@ -81,11 +81,11 @@ def _draw_losses(axes, records: list[dict], references: dict[str, float]) -> Non
 def draw_levels(axes, levels: dict[str, float]) -> None:
     """Draw a horizontal line per level, named at its right end; names that would overlap move apart."""
     for value in levels.values():
-        axes.axhline(value, color="grey", linewidth=0.8, linestyle="--", zorder=0)
+        axes.axhline(value, color="gray", linewidth=0.8, linestyle="--", zorder=0)
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)
     place = -1.0
-    style = {"xycoords": "axes fraction", "textcoords": "offset points", "color": "dimgrey", "fontsize": "small"}
+    style = {"xycoords": "axes fraction", "textcoords": "offset points", "color": "dimgray", "fontsize": "small"}
     for name, value in sorted(levels.items(), key=lambda level: level[1]):
         place = max(place + 0.045, (value - low) / (high - low))
         axes.annotate(f"{name} {value:.4g}", (1, place), xytext=(4, 0), va="center", **style)

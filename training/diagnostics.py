@@ -410,7 +410,7 @@ def _draw_panel(axis, steps: list[int], found: list[dict], name: str, x: str) ->
     if isinstance(found[-1].get(name), dict):
         for kind, style in {"wte": "--", "wpe": ":"}.items():
             line = [_float(record[name][kind][0]) for record in found]
-            axis.plot(steps, line, style, color="grey", linewidth=1.2, label=kind)
+            axis.plot(steps, line, style, color="gray", linewidth=1.2, label=kind)
     if name == "update_ratio":
         axis.axhline(USUAL_UPDATE, color="red", linestyle="--", linewidth=1, label="usual: 1e-3")
     if name == "residual":

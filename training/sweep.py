@@ -401,10 +401,10 @@ def draw_references(axes, known: dict[str, float]) -> None:
     low, high = axes.get_ylim()
     for name, nats in known.items():
         if nats <= high + 0.1 * (high - low):
-            axes.axhline(nats, linestyle=":", color="grey", linewidth=1, zorder=0)
+            axes.axhline(nats, linestyle=":", color="gray", linewidth=1, zorder=0)
             white = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
             place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "bbox": white}
-            axes.annotate(name, (0, nats), (5, 4), **place, fontsize="small", color="grey")
+            axes.annotate(name, (0, nats), (5, 4), **place, fontsize="small", color="gray")
 
 
 def draw_against(axes, runs: list[SweepRun], x: str) -> None:
