@@ -194,8 +194,8 @@ class Plan:
     # ---------------------------------------------------------------------------------------- time, communication, disk
 
     def step_seconds(self, gpu: GPU) -> float:
-        """Return the seconds of a step at an MFU of MFU. float32 products are TF32, half as fast as bfloat16."""
-        peak = gpu.flops if self.element_bytes == 2 else gpu.flops / 2
+        """Return the seconds of a step at an MFU of MFU. TF32 products are half as fast as bfloat16."""
+        peak = gpu.flops if self.element_bytes == 2 else gpu.flops / 2 if self.config.tf32 else gpu.arithmetic
         return self.config.batch_tokens * self.model.flops_per_token() / (MFU * peak * self.world_size)
 
     def communication(self, name: str, micro_batch: int) -> dict[str, float]:
@@ -285,7 +285,7 @@ def report(config, vocab_size: int, world_size: int) -> str:
     plan, c = Plan(config, vocab_size, world_size), config
     micro_batch = c.micro_batch if c.micro_batch != "auto" else plan.largest_micro_batch(GPUS[PLANNED[0]]) or 1
     flops, tokens, memory = plan.model.flops_per_token(), c.batch_tokens * c.max_steps, plan.memory(micro_batch)
-    dtype = "bfloat16" if plan.element_bytes == 2 else "float32"
+    dtype = "bfloat16" if plan.element_bytes == 2 else "float32" + (" (TF32)" if c.tf32 else "")
     lines = [
         f"{c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels, {c.block_size:,} tokens per sequence, vocabulary "
         f"of {vocab_size:,}",
