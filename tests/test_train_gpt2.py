@@ -62,7 +62,7 @@ def test_hellaswag_is_scored_when_due_and_drawn(dataset, tmp_path, capsys):
     assert train(dataset, tmp_path / "without") == 0
     assert curve(tmp_path / "without") == curve(out)  # looking changes nothing
     questions.write_text("{}\n", encoding="utf-8")
-    assert "line 1 is no question" in refused(capsys, dataset, tmp_path / "new", **options)
+    assert "line 1: not a HellaSwag question" in refused(capsys, dataset, tmp_path / "new", **options)
 
 
 def test_two_micro_batches_are_one_big_batch(dataset, tmp_path):
