@@ -11,7 +11,9 @@ from runs import ROOT
 from training.startup import SPIN_COUNT
 
 VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-SCRIPTS = pytest.mark.parametrize("script", ["train_gpt2.py", "sample.py"])
+COMMANDS = {"train_gpt2.py": [ROOT / "train_gpt2.py"], "sample.py": [ROOT / "sample.py"]}
+COMMANDS |= {"training.hellaswag": ["-m", "training.hellaswag"]}
+SCRIPTS = pytest.mark.parametrize("script", COMMANDS)
 POSIX = pytest.mark.skipif(os.name != "posix", reason="needs the signals and terminals of POSIX")
 SLOW = """import time
 print("importing", flush=True)
@@ -26,9 +28,9 @@ def start(folder, script, torch, **options):
     """Start the script with a module in place of torch, whose import runs the code `torch`."""
     (folder / "torch.py").write_text(torch, encoding="utf-8")
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    environment |= {"PYTHONPATH": str(folder)} | options.pop("env", {})
+    environment |= {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"} | options.pop("env", {})
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    return subprocess.Popen([sys.executable, ROOT / script], env=environment, text=True, **options)
+    return subprocess.Popen([sys.executable, *COMMANDS[script]], env=environment, text=True, **options)
 
 
 @SCRIPTS

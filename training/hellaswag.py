@@ -13,6 +13,11 @@ loses its beginning.
 Source: Zellers et al., "HellaSwag: Can a Machine Really Finish Your Sentence?", 2019, https://arxiv.org/abs/1905.07830
 """
 
+from training import startup
+
+if __name__ == "__main__":
+    startup.begin()  # before torch is imported, which takes seconds and reads what it sets
+
 import hashlib
 import json
 import math
@@ -267,6 +272,7 @@ def summary(model: str, counts: Tensor, comparable: bool) -> str:
 
 
 def main() -> None:
+    startup.end()
     run_script(score, prog="python -m training.hellaswag")
 
 
