@@ -157,23 +157,16 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """
-    GPT-2 of any size. ops: PyTorch's by default; kernels.select() gives others.
+    """GPT-2 of any size. On the meta device, it gives parameter count and FLOPs without memory."""
 
-    Under `with torch.device("meta")` it takes no memory: for shapes, parameter count and FLOPs.
-    """
-
-    def __init__(self, config: GPTConfig, ops: kernels.Ops | None = None):
+    def __init__(self, config: GPTConfig, ops: kernels.Ops | None = None):  # None: PyTorch's
         super().__init__()
         self.config, self.ops = config, ops or kernels.select("none")
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
-                "h": nn.ModuleList(Block(config, self.ops) for _ in range(config.n_layer)),
-                "ln_f": LayerNorm(config, self.ops),
-            }
-        )
+        self.transformer = nn.ModuleDict()
+        self.transformer.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.transformer.h = nn.ModuleList(Block(config, self.ops) for _ in range(config.n_layer))
+        self.transformer.ln_f = LayerNorm(config, self.ops)
         self._initialize()
 
     @torch.no_grad()

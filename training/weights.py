@@ -218,8 +218,9 @@ def _read_json(path: Path) -> dict:
 
 def _unreadable(path: Path, reason: Exception | str) -> UserError:
     reason = _one_line(getattr(reason, "strerror", None) or reason)
-    known = f"a run's folder, one of {', '.join(RELEASES)} (a download), or a folder with config.json and {path.name}"
-    return UserError(f"no weights for {str(path.parent)!r}: {path.name}: {reason}; give {known}")
+    known = f"a run's folder, one of {', '.join(RELEASES)} (a download), or a folder"
+    hint = f"give {known} with config.json and model.safetensors"
+    return UserError(f"no weights for {str(path.parent)!r}: {path.name}: {reason}; {hint}")
 
 
 def _one_line(error: Exception | str) -> str:
