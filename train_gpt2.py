@@ -111,22 +111,24 @@ class Config:
             self.shape(vocab_size=1)
             chosen = () if self.kernels == "auto" else families(self.kernels)
         self.sequences_per_rank(world_size=1)
-        muon, parallel = self.optimizer == "muon", self.parallel
+        muon, mode = self.optimizer == "muon", self.parallel
         if self.dropout and "attention" in chosen:
-            hint = "use --dropout 0, or --kernels without attention"
-            raise UserError(f"the Triton attention has no dropout: {hint}")
-        if muon and self.n_layer == 0:
-            hint = "use --optimizer adamw"
-            raise UserError(f"--optimizer muon trains blocks, and --n-layer 0 has none: {hint}")
-        if self.adamw_lr is not None and not muon:
-            raise UserError("--adamw-lr is for --optimizer muon: use --lr")
-        if self.decay_fraction > 1:
-            raise UserError(f"--decay-fraction is {self.decay_fraction}, but must be at most 1")
-        if muon and parallel == "fsdp":
-            hint = "use zero1 or ddp"
-            raise UserError(f"--optimizer muon needs whole matrices, and fsdp cuts them: {hint}")
-        if self.diagnose and parallel != "ddp":
-            raise UserError(f"--diagnose needs all weights on one rank: not --parallel {parallel}")
+            message = "the Triton attention has no dropout: use --dropout 0, or other --kernels"
+        elif muon and self.n_layer == 0:
+            message = (
+                "--optimizer muon trains blocks, and --n-layer 0 has none: use --optimizer adamw"
+            )
+        elif muon and mode == "fsdp":
+            message = "--optimizer muon needs full matrices, not --parallel fsdp: use zero1 or ddp"
+        elif self.adamw_lr is not None and not muon:
+            message = "--adamw-lr is for --optimizer muon: use --lr"
+        elif self.decay_fraction > 1:
+            message = f"--decay-fraction is {self.decay_fraction}, but must be at most 1"
+        elif self.diagnose and mode != "ddp":
+            message = f"--diagnose needs all weights on one rank, not --parallel {mode}: use ddp"
+        else:
+            return
+        raise UserError(message)
 
     def sequences_per_rank(self, world_size: int) -> int:
         """Return the sequences of a step's batch per rank; UserError if it has no even split."""
