@@ -115,9 +115,7 @@ class Config:
         if self.dropout and "attention" in chosen:
             message = "the Triton attention has no dropout: use --dropout 0, or other --kernels"
         elif muon and self.n_layer == 0:
-            message = (
-                "--optimizer muon trains blocks, and --n-layer 0 has none: use --optimizer adamw"
-            )
+            message = "--optimizer muon trains blocks, and --n-layer 0 has none: use adamw"
         elif muon and mode == "fsdp":
             message = "--optimizer muon needs full matrices, not --parallel fsdp: use zero1 or ddp"
         elif self.adamw_lr is not None and not muon:

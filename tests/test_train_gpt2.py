@@ -286,7 +286,7 @@ def refused(capsys, *args, **options) -> str:
         ({"kernels": "all", "dropout": 0.1}, "the Triton attention has no dropout"),
         ({"device": "bogus"}, "--device bogus cannot be used"),
         ({"hellaswag_every": 5, "hellaswag_input": "no/such.jsonl"}, "no/such.jsonl"),
-        ({"optimizer": "muon", "n_layer": 0}, "--n-layer 0 has none: use --optimizer adamw"),
+        ({"optimizer": "muon", "n_layer": 0}, "--n-layer 0 has none: use adamw"),
         ({"optimizer": "muon", "parallel": "fsdp"}, "--optimizer muon needs full matrices"),
         ({"diagnose": 5, "parallel": "zero1"}, "--diagnose needs all weights on one rank"),
         ({"parallel": "zero1"}, "--parallel zero1 shares memory among processes"),
