@@ -19,6 +19,7 @@ DATASETS = {  # name -> the module that prepares it, and how
     "fineweb-edu-10B": ("data.fineweb", {"name": "sample-10BT"}),
     "fineweb-edu-100B": ("data.fineweb", {"name": "sample-100BT"}),
     "fineweb-edu-350B": ("data.fineweb", {"name": "sample-350BT"}),
+    "fineweb-10B": ("data.fineweb", {"pretokenized": "fineweb"}),
 }
 
 

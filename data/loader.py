@@ -76,7 +76,7 @@ class Loader:
         if self.check and (largest := int(rows.max())) >= self.split.vocab_size:
             raise UserError(
                 f"step {step} reads token id {largest} from {self.split.label}, past its vocabulary of "
-                f"{self.split.vocab_size}: {self.split.remedy}"
+                f"{self.split.vocab_size}: {self.split.hint}"
             )
         if self.device.type != "cuda":
             return rows

@@ -8,6 +8,7 @@ Parquet files. Both sides read them with Hugging Face `datasets` and write shard
 """
 
 import ast
+import json
 import multiprocessing
 import random
 import statistics
@@ -19,15 +20,21 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import load_dataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from data import fineweb  # noqa: E402
+from data.encode import encode_in_order  # noqa: E402
+from data.shards import cut, write_shard  # noqa: E402
+from data.tokenizer import gpt2  # noqa: E402
+
 PROCESSES, SHARD_TOKENS, PAGE_CHARACTERS, TURNS = 2, 3_000_000, 4_500, 3
 
 
 def write_corpus(folder: Path, megabytes: float) -> list[Path]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     pages = []
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
         try:
@@ -49,9 +56,7 @@ def write_corpus(folder: Path, megabytes: float) -> list[Path]:
 
 def load_tokenizer() -> None:
     global encoding
-    from data.tokenizer import gpt2
-
-    encoding = gpt2()._encoding
+    encoding = gpt2().encoding
 
 
 def tokenize(text: str) -> np.ndarray:
@@ -59,31 +64,18 @@ def tokenize(text: str) -> np.ndarray:
 
 
 def with_pool(files: list[str], out: Path) -> None:
-    from datasets import load_dataset
-
-    from data.shards import write_shard
-
     rows = load_dataset("parquet", data_files=files, split="train", streaming=True, columns=["text"])
-    shard, used, written = np.empty(SHARD_TOKENS, np.uint16), 0, 0
     with multiprocessing.get_context("spawn").Pool(PROCESSES, load_tokenizer) as pool:
-        for tokens in pool.imap(tokenize, (row["text"] for row in rows), chunksize=16):
-            while len(tokens):
-                piece, tokens = np.split(tokens, [SHARD_TOKENS - used])
-                shard[used : used + len(piece)] = piece
-                used += len(piece)
-                if used == SHARD_TOKENS:
-                    write_shard(out / f"train_{written:06d}.npy", shard)
-                    used, written = 0, written + 1
-        write_shard(out / f"train_{written:06d}.npy", shard[:used])
+        tokens = pool.imap(tokenize, (row["text"] for row in rows), chunksize=16)
+        for i, shard in enumerate(cut(tokens, SHARD_TOKENS, gpt2().vocab_size)):
+            write_shard(out / f"train_{i:06d}.npy", shard)
 
 
 def with_fineweb(files: list[str], out: Path) -> None:
-    from data.encode import encode_in_order
-    from data.fineweb import local_files, read_batches
-    from data.resumable import Position, Record, write_shards
-
-    encoded = encode_in_order(read_batches(local_files(map(Path, files)), Position()), PROCESSES)
-    write_shards(out / "progress.json", Record({}), encoded, SHARD_TOKENS, "", val=True)
+    inputs = {"name": None, "shard_tokens": SHARD_TOKENS, "tokenizer": gpt2().spec()}
+    group = fineweb.local_files(list(map(Path, files)))
+    encoded = encode_in_order(fineweb.read_batches([group]), PROCESSES, json.dumps(gpt2().spec()))
+    fineweb.write_group(out, 0, inputs, group, encoded)
 
 
 SIDES = {"pool": with_pool, "fineweb": with_fineweb}

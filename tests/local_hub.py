@@ -26,7 +26,7 @@ def serve(repositories):
             pass
 
         def do_GET(self):
-            server.requests.append(self.path)
+            server.requests.append((self.command, self.path))
             path = unquote(urlsplit(self.path).path)
             if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/revision/[^/]+)?", path):
                 files = repositories.get(match[1])

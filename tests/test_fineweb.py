@@ -1,4 +1,4 @@
-"""data/fineweb.py and data/resumable.py: nothing lost, nothing twice, whatever stops it. The Hub is one of our own."""
+"""data/fineweb.py: nothing lost, nothing twice, whatever interrupts it. The Hub is one on this machine."""
 
 import io
 import json
@@ -20,11 +20,11 @@ import pyarrow.parquet as pq
 import pytest
 
 import data
-from data import files
+from data import files as data_files
 from data.files import UserError
-from data.fineweb import prepare
+from data.fineweb import PRETOKENIZED, prepare
 from data.shards import open_split
-from data.tokenizer import byte_pairs, gpt2
+from data.tokenizer import CharTokenizer, byte_pairs, gpt2
 
 ROOT = Path(__file__).parents[1]
 WORDS = re.findall(
@@ -92,6 +92,15 @@ def test_a_tokenizer_of_one_s_own_is_used_and_another_one_refused_later(tmp_path
     assert open_split(tmp_path / "out", "val").tokenizer_spec == bpe.spec()
     with pytest.raises(UserError, match="begun with another --tokenizer"):
         prepare(**options)
+    for name, complaint in (
+        ("char", "no tokenizer 'char': it must be gpt2, a file"),
+        (str(tmp_path / "no.json"), "no tokenizer"),
+        (str(tmp_path / "plain.json"), "has no end-of-text token"),
+    ):
+        (tmp_path / "plain.json").write_text(json.dumps(CharTokenizer("ab", documents=False).spec()), "utf-8")
+        with pytest.raises(UserError, match=complaint):
+            prepare(input=(file,), folder=tmp_path / "other", tokenizer=name)
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +122,10 @@ def test_files_of_every_kind_become_shards_of_the_size_asked_for_with_every_docu
     expected = ids_of(texts)
     assert np.array_equal(ids_in(out), expected)
     meta = json.loads((out / "meta.json").read_text("utf-8"))
-    sizes = [shard["tokens"] for shard in meta["shards"]["train"]]
     assert [shard["tokens"] for shard in meta["shards"]["val"]] == [1000]
-    assert set(sizes[:-1]) == {1000} and sum(sizes) == len(expected) - 1000 and 0 < sizes[-1] <= 1000
+    for group in range(3):  # one file each, cut into shards of 1000 tokens and a rest
+        sizes = [shard["tokens"] for shard in meta["shards"]["train"] if f"_{group:05d}_" in shard["file"]]
+        assert set(sizes[:-1]) <= {1000} and 0 < sizes[-1] <= 1000
     assert f"{len(expected) - 1000:,} train, 1,000 val; 156 documents, 4 empty ones left out" in summary
     assert meta["command"].startswith("python -m data.fineweb --input ") and "--shard-tokens 1000" in meta["command"]
 
@@ -127,31 +137,48 @@ def test_a_finished_dataset_is_left_as_it_is_when_the_command_is_repeated(three_
     assert {path: path.stat().st_mtime_ns for path in out.glob("*.npy")} == before
 
 
-def test_a_record_of_other_files_or_options_is_refused(three_files, tmp_path):
+def test_progress_of_other_files_or_options_is_refused(three_files, tmp_path):
     files, out, _, _ = three_files
-    with pytest.raises(UserError, match=r"another --shard-tokens \(1000\): repeat the command as it was, give another"):
+    with pytest.raises(UserError, match="another --shard-tokens: repeat the command as it was, give another folder"):
         prepare(input=files, folder=out, shard_tokens=999)
-    with pytest.raises(UserError, match=r"another --input \(3 files\)"):
-        prepare(input=files[:2], folder=out, shard_tokens=1000)
     longer = tmp_path / files[1].name
     longer.write_text(files[1].read_text("utf-8") + '{"text": "more"}\n', "utf-8")
-    with pytest.raises(UserError, match="another --input"):
-        prepare(input=[files[0], longer, files[2]], folder=out, shard_tokens=1000)
+    for others in (files[:2], [files[0], longer, files[2]], [files[1], files[0], files[2]]):
+        with pytest.raises(UserError, match="another --input"):
+            prepare(input=others, folder=out, shard_tokens=1000)
+    with pytest.raises(UserError, match="holds another dataset"):
+        prepare(pretokenized="fineweb-edu", folder=out)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "meta.json").write_text("{}", "utf-8")
     with pytest.raises(UserError, match="holds another dataset"):
         prepare(input=files, folder=tmp_path / "other")
 
 
-def test_a_record_that_is_damaged_or_whose_shards_are_gone_is_refused(three_files, tmp_path):
+def test_corrupt_progress_and_missing_shards_are_named_and_what_is_deleted_is_made_again(three_files, tmp_path):
     files, out, _, _ = three_files
-    shutil.copytree(out, tmp_path / "out")
-    (tmp_path / "out" / "train_000001.npy").write_bytes(b"short")
-    with pytest.raises(UserError, match="train_000001.npy is missing or cut short, though progress.json lists it"):
-        prepare(input=files, folder=tmp_path / "out", shard_tokens=1000)
-    (tmp_path / "out" / "progress.json").write_text('{"recipe": 1}', "utf-8")
-    with pytest.raises(UserError, match="progress.json is damaged"):
-        prepare(input=files, folder=tmp_path / "out", shard_tokens=1000)
+    before = shards_of(out)
+    shutil.copytree(out, out := tmp_path / "out")
+    (out / "train_00000_001.npy").write_bytes(b"short")
+    with pytest.raises(UserError, match="train_00000_001.npy is missing or truncated, though progress_00000"):
+        prepare(input=files, folder=out, shard_tokens=1000)
+    for text in ("{", "[]", '{"inputs": 1}', "3"):
+        (out / "progress_00000.json").write_text(text, "utf-8")
+        with pytest.raises(UserError, match="progress_00000.json is corrupt .*: delete it and repeat"):
+            prepare(input=files, folder=out, shard_tokens=1000)
+    (out / "progress_00000.json").unlink()
+    prepare(input=files, folder=out, shard_tokens=1000, processes=1)
+    assert shards_of(out) == before
+
+
+def test_small_files_share_shards_and_large_ones_have_their_own(tmp_path):
+    texts = [f"{i} " * (400 if i == 7 else 20) for i in range(20)]
+    files = []
+    for i, text in enumerate(texts):
+        files.append(tmp_path / f"{i}.txt")
+        files[-1].write_text(text, "utf-8")
+    prepare(input=files, folder=tmp_path / "out", shard_tokens=100, processes=1)
+    assert np.array_equal(ids_in(tmp_path / "out"), ids_of(texts))
+    assert 3 <= len(list((tmp_path / "out").glob("progress_*.json"))) <= 10
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
@@ -176,6 +203,8 @@ def bad_file(tmp_path, case):
         path.write_text('{"text": "fine"}\n\n{"content": "x"}\n', "utf-8")
     elif case == "jsonl type":
         path.write_text('{"text": "fine"}\n{"text": ["x"]}\n', "utf-8")
+    elif case == "jsonl list":
+        path.write_text('{"text": "fine"}\n["x"]\n', "utf-8")
     elif case == "txt latin":
         path.write_bytes("Stra\xdfe".encode("latin-1"))
     elif case in ("jsonl empty", "txt blank"):
@@ -190,18 +219,19 @@ def bad_file(tmp_path, case):
 @pytest.mark.parametrize(
     "case, message",
     {
-        "parquet schema": "bad.parquet has no column `text`, only content, id: rename one",
-        "parquet type": "column `text` of --input .*bad.parquet holds int64: it must hold strings",
-        "parquet cut": "bad.parquet is cut short or no Parquet file .*: get it again",
+        "parquet schema": r"cannot read bad.parquet past row 0 .*text.*content",
+        "parquet type": 'cannot read bad.parquet past row 0 .*"text" is not a string',
+        "parquet cut": "cannot read bad.parquet past row 0 .*Parquet",
         "parquet damaged": r"cannot read bad.parquet past row \d+ \(.*\): mend it",
         "jsonl cut": r"cannot read bad.jsonl past row 1 \(JSONDecodeError: .*\): mend it and repeat the same command",
-        "jsonl key": 'cannot read bad.jsonl past row 2 .*the line is no object with a "text"',
-        "jsonl type": 'cannot read bad.jsonl past row 1 .*"text" is no string',
+        "jsonl key": "cannot read bad.jsonl past row 2 .*KeyError: 'text'",
+        "jsonl list": "cannot read bad.jsonl past row 1 .*TypeError",
+        "jsonl type": 'cannot read bad.jsonl past row 1 .*"text" is not a string',
         "txt latin": "cannot read bad.txt past row 0 .*UnicodeDecodeError",
         "jsonl empty": "there is no text in the files: 0 rows are empty",
         "txt blank": "there is no text in the files: 1 rows are empty",
         "jsonl small": "all 5 tokens fit into one shard, .*lower --shard-tokens, for example to 1",
-        "csv": "bad.csv is of no known kind: its name must end in .parquet, .jsonl or .txt",
+        "csv": "bad.csv is of an unknown kind: its name must end in .parquet, .jsonl or .txt",
         "jsonl missing": "bad.jsonl does not exist: give the names of",
     }.items(),
 )
@@ -217,12 +247,12 @@ def test_a_file_that_cannot_be_used_is_named_with_what_to_do(tmp_path, case, mes
     "options, message",
     [
         ({"folder": None}, "--input needs --out FOLDER"),
-        ({"part": "3/2"}, "--part 3/2 is no part: it must be like 2/8"),
-        ({"part": "two"}, "--part two is no part"),
-        ({"part": "2/3"}, "gives each part whole files, and there are 1: use fewer parts"),
+        ({"files": "3"}, "--files 3 is not a range of the 1 files: give FIRST:END, such as 0:1"),
+        ({"files": "1:1"}, "--files 1:1 is not a range"),
+        ({"files": "0:2"}, "--files 0:2 is not a range"),
         ({"processes": 0}, "--processes is 0: it must be 1 or more"),
         ({"shard_tokens": 0}, "--shard-tokens is 0: it must be 1 or more"),
-        ({"pretokenized": True}, "--pretokenized downloads what is ready: it goes with --out alone"),
+        ({"pretokenized": "fineweb"}, "--pretokenized downloads shards that are ready: it goes with --out alone"),
     ],
 )
 def test_an_option_that_makes_no_sense_is_named(tmp_path, options, message):
@@ -269,34 +299,35 @@ def alive(pid):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_killed_and_interrupted_it_goes_on_and_ends_with_the_same_bytes(tmp_path):
+def test_killed_and_interrupted_it_resumes_and_ends_with_the_same_bytes(tmp_path):
     texts = documents(7000)
-    files = [write_parquet(tmp_path / "a.parquet", texts[:5000]), write_jsonl(tmp_path / "b.jsonl", texts[5000:])]
+    files = [write_parquet(tmp_path / "a.parquet", texts[:2000]), write_jsonl(tmp_path / "b.jsonl", texts[2000:])]
     command = ["--input", *files, "--shard-tokens", "5001", "--processes", "1", "--out"]
     status, out, err = run(*command, tmp_path / "straight")
     assert status == 0 and "documents/s" not in out and re.search(r"tokens/s, [\d,]+ documents, [\d,]+/s", err)
 
-    record, out = tmp_path / "stopped" / "progress.json", tmp_path / "stopped"
+    out = tmp_path / "stopped"
     process = start(*command, out)
-    wait_for(record.exists)
+    wait_for(lambda: list(out.glob("train_00001_*")))  # in the middle of the second file
     workers = children_of(process.pid)
     process.kill()
     process.communicate()
-    wait_for(lambda: not any(map(alive, workers)))  # nobody is left behind
-    first = json.loads(record.read_text("utf-8"))
-    assert workers and not first["finished"] and not (out / "meta.json").exists()
-    (out / f".train_{999:06d}.npy.0123abcd.tmp").touch()  # as a killed write leaves it
+    wait_for(lambda: not any(map(alive, workers)))  # no process is left
+    finished = {path: path.stat().st_mtime_ns for path in out.glob("*_00000*")}
+    assert workers and (out / "progress_00000.json") in finished and not (out / "meta.json").exists()
+    (out / ".train_00001_099.npy.0123abcd.tmp").touch()  # as a killed write leaves it
 
-    seen = len(first["shards"]["train"])
+    (out / "train_00001_000.npy").unlink(missing_ok=True)
     process = start(*command, out, start_new_session=True)
-    wait_for(lambda: len(json.loads(record.read_text("utf-8"))["shards"]["train"]) > seen)
+    wait_for((out / "train_00001_000.npy").exists)
     os.killpg(process.pid, signal.SIGINT)  # Ctrl-C reaches all of them
     _, err = process.communicate()
     assert process.returncode == 130 and err.rstrip().endswith("error: interrupted") and "Traceback" not in err
-    assert not json.loads(record.read_text("utf-8"))["finished"]
+    assert not (out / "meta.json").exists()
 
     assert run(*command, out)[0] == 0
     assert shards_of(out) == shards_of(tmp_path / "straight")
+    assert finished == {path: path.stat().st_mtime_ns for path in out.glob("*_00000*")}
     assert np.array_equal(ids_in(out), ids_of(texts))
     assert not list(out.glob(".*.tmp"))
 
@@ -322,7 +353,7 @@ def test_a_full_disk_is_refused_before_or_leaves_what_can_be_continued(tmp_path)
     assert re.findall(r"status (\d+)", done.stdout) == ["2", "2", "0"], done.stderr
     errors = re.findall(r"error: (.*)", done.stderr)
     assert re.search(r"needs about .* GB more and its disk has .* GB free: make room, or give a folder", errors[0])
-    assert re.search(r"disk of .* is full after [1-9][\d,]+ tokens: make room and repeat the same command", errors[1])
+    assert re.search(r"disk of .* is full after group 0: make room and repeat the same command", errors[1])
     assert np.array_equal(ids_in(tmp_path), ids_of(["7 1 " * 100_000] * 3))
 
 
@@ -332,25 +363,22 @@ def test_memory_does_not_grow_with_the_input(tmp_path):
     script = """
 import multiprocessing, sys
 from pathlib import Path
-from data.encode import encode_in_order
-from data.fineweb import local_files, read_batches
-from data.resumable import Position, Record, write_shards
+from data import fineweb
 
 def peak(process):  # not getrusage, whose peak of a process begins with that of the one that started it
     lines = Path("/proc", str(process), "status").read_text("utf-8").splitlines()
     return next(int(line.split()[1]) // 1000 for line in lines if line.startswith("VmHWM"))
 
-def watched(encoded):
+def watched(encoded, total):
     for item in encoded:
+        ours.append(peak("self"))
         others.append(max(peak(child.pid) for child in multiprocessing.active_children()))
         yield item
 
 if __name__ == "__main__":
-    files, folder, others = local_files([Path(sys.argv[1])]), Path(sys.argv[2]), []
-    folder.mkdir()
-    encoded = watched(encode_in_order(read_batches(files, Position()), 1))
-    write_shards(folder / "progress.json", Record({}), encoded, 500_000, "", val=True)
-    print(peak("self"), max(others))
+    ours, others, fineweb.show_progress = [], [], watched
+    fineweb.prepare(input=(Path(sys.argv[1]),), folder=Path(sys.argv[2]), processes=1, shard_tokens=500_000)
+    print(max(ours), max(others))
 """
     (tmp_path / "measure.py").write_text(script, "utf-8")
     peaks = []
@@ -365,27 +393,35 @@ if __name__ == "__main__":
     assert max(grown) < 10, f"{peaks} MB, for 16 MB more of text"
 
 
-# -------------------------------------------------------------------------------------------------------------- parts
+# ---------------------------------------------------------------------------------------------------- several machines
 
 
-def test_parts_made_in_folders_of_their_own_join_to_the_same_tokens(tmp_path):
+def test_several_machines_prepare_their_files_and_the_last_makes_the_dataset(tmp_path):
     texts = documents(90)
     files = [write_jsonl(tmp_path / f"{i}.jsonl", texts[30 * i : 30 * i + 30]) for i in range(3)]
     options = {"input": files, "shard_tokens": 1000, "processes": 1}
-    said = [prepare(**options, part=f"{k}/2", folder=tmp_path / str(k)) for k in (1, 2)]
-    assert "part 1/2 is finished" in said[0] and "still missing here: 2" in said[0] and "missing here: 1)" in said[1]
-    assert not any((tmp_path / k / "meta.json").exists() for k in "12")
-    assert not shards_of(tmp_path / "1").keys() & shards_of(tmp_path / "2").keys()
-    for k in "12":
-        shutil.copytree(tmp_path / k, tmp_path / "all", dirs_exist_ok=True)
-    assert f"{len(ids_of(texts)) - 1000:,} train, 1,000 val; 90 documents" in prepare(
-        **options, part="2/2", folder=tmp_path / "all"
-    )
-    assert np.array_equal(ids_in(tmp_path / "all"), ids_of(texts))
-    path = tmp_path / "all" / "part1of2.json"
-    path.write_text(path.read_text("utf-8").replace('"shard_tokens": 1000', '"shard_tokens": 1001'), "utf-8")
-    with pytest.raises(UserError, match="part1of2.json in .* was made of other files or options than part 2/2"):
-        prepare(**options, part="2/2", folder=tmp_path / "all")
+    straight = prepare(**options, folder=tmp_path / "straight")
+    together, apart = tmp_path / "together", [tmp_path / "1", tmp_path / "2"]
+    said = prepare(**options, folder=together, files="1:3")
+    assert "2 of 3 groups of files are finished" in said and "still missing: from 0.jsonl" in said
+    assert prepare(**options, folder=together, files="0:1") == straight.replace("straight", "together")
+    for folder, range_ in zip(apart, ("0:2", "2:3"), strict=True):  # without a common folder
+        prepare(**options, folder=folder, files=range_)
+        assert not (folder / "meta.json").exists()
+        shutil.copytree(folder, tmp_path / "copied", dirs_exist_ok=True)
+    assert prepare(**options, folder=tmp_path / "copied") == straight.replace("straight", "copied")
+    assert shards_of(together) == shards_of(tmp_path / "copied") == shards_of(tmp_path / "straight")
+    assert np.array_equal(ids_in(together), ids_of(texts)) and f"{len(ids_of(texts)) - 1000:,} train" in straight
+
+
+def test_machines_that_share_a_folder_do_not_wait_for_each_other_but_others_are_refused(tmp_path):
+    files = [write_jsonl(tmp_path / f"{i}.jsonl", documents(30)) for i in range(2)]
+    options = {"input": files, "folder": tmp_path / "out", "shard_tokens": 1000, "processes": 1}
+    (tmp_path / "out").mkdir()
+    with data_files.writing(tmp_path / "out", shared=True):
+        assert "still missing" in prepare(**options, files="0:1")
+        with pytest.raises(UserError, match="another process is writing to"):
+            prepare(**options)
 
 
 # ----------------------------------------------------------------------------------------------------------------- Hub
@@ -407,46 +443,54 @@ def hub(tmp_path):
     ready = {f"fineweb_train_{i:06d}.bin": bin_bytes(range(i, i + 3000)) for i in (1, 2)}
     ready |= {"README.md": b"x", "fineweb_val_000000.bin": bin_bytes(range(500))}
     other = {"sample/100BT/000_00000.parquet": parquet_bytes(["another sample"])}
+    edu = {name.replace("fineweb_", "finewebedu_"): content for name, content in ready.items()}
     repositories = {"HuggingFaceFW/fineweb-edu": pages | other, "kjj0/fineweb10B-gpt2": ready}
+    repositories["kjj0/finewebedu10B-gpt2"] = edu
     with local_hub.serve(repositories) as server:
         settings = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
         server.settings = {**os.environ, **settings}
         yield server
 
 
-def test_a_sample_streams_from_the_hub_and_goes_on_after_it_failed(hub, tmp_path):
+def test_a_sample_streams_from_the_hub_and_resumes_after_it_failed(hub, tmp_path):
     command = ["--name", "sample-10BT", "--out", tmp_path / "out", "--shard-tokens", "9000", "--processes", "1"]
     hub.gone = "sample/10BT/001_00000.parquet"
     status, _, err = run(*command, env=hub.settings)
     assert status == 2 and re.search(r"error: cannot read sample/10BT/001_00000.parquet past row", err), err
     assert "when the network is back, repeat the same command" in err
     before = shards_of(tmp_path / "out")
-    assert before and not (tmp_path / "out" / "meta.json").exists()
+    assert {name[:9] for name in before} >= {"val_00000"} and not (tmp_path / "out" / "meta.json").exists()
     hub.gone = None
     hub.requests.clear()
     status, out, err = run(*command, env=hub.settings)
     assert status == 0 and "2,100 documents" in out, err
     assert before.items() <= shards_of(tmp_path / "out").items()
-    assert not any("100BT/" in request for request in hub.requests)
+    assert not any("100BT/" in request for _, request in hub.requests)
     assert np.array_equal(ids_in(tmp_path / "out"), ids_of([text for i in range(3) for text in documents(700, seed=i)]))
 
 
-def test_ready_shards_are_downloaded_checked_and_no_dataset_until_all_are_there(hub, tmp_path):
-    hub.damage = "fineweb_train_000002.bin"
-    status, _, err = run("--pretokenized", "--out", tmp_path / "out", env=hub.settings)
-    assert status == 2 and "error: fineweb_train_000002.bin of kjj0/fineweb10B-gpt2 came damaged (sha256)" in err
-    with pytest.raises(UserError):
-        open_split(tmp_path / "out", "val")
+@pytest.mark.parametrize("name, prefix", [("fineweb-edu", "finewebedu"), ("fineweb", "fineweb")])
+def test_ready_shards_are_downloaded_checked_and_no_dataset_until_all_are_intact(hub, tmp_path, name, prefix):
+    hub.damage = f"{prefix}_train_000002.bin"
+    command = ["--pretokenized", name, "--out", tmp_path / "out"]
+    status, _, err = run(*command, env=hub.settings)
+    assert status == 2 and f"error: {prefix}_train_000002.bin of kjj0/{prefix}10B-gpt2 arrived corrupt (sha256)" in err
+    assert not (tmp_path / "out" / "meta.json").exists()
     hub.damage = None
     hub.requests.clear()
-    status, out, err = run("--pretokenized", "--out", tmp_path / "out", env=hub.settings)
-    assert status == 0 and "6,000 train, 500 val" in out, err
-    assert not any("fineweb_train_000001" in request for request in hub.requests)  # it was there
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "fineweb_train_000001.bin",
-        "fineweb_train_000002.bin",
-        "fineweb_val_000000.bin",
-    ]
+    status, out, err = run(*command, env=hub.settings)
+    assert status == 0 and "gpt2 tokenizer, vocabulary 50,257, tokens: 6,000 train, 500 val" in out, err
+    sent = [request for method, request in hub.requests if method == "GET" and "resolve" in request]
+    assert len(sent) == 1 and f"{prefix}_train_000002.bin" in sent[0]  # the others were there
+    names = [f"{prefix}_{shard}.bin" for shard in ("train_000001", "train_000002", "val_000000")]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [*names, "meta.json"]
+    train = open_split(tmp_path / "out", "train")
+    train.verify()
+    assert train.n_tokens == 6000 and train.baselines["unigram"] > 0
+    path = tmp_path / "out" / names[0]
+    path.write_bytes(path.read_bytes()[:-2] + b"\0\0")
+    with pytest.raises(UserError, match=f"{names[0]} is corrupt .*`python -m data.fineweb --pretokenized {name} --out"):
+        open_split(tmp_path / "out", "train").verify()
 
 
 def test_without_network_the_error_says_what_to_do(tmp_path):
@@ -454,7 +498,7 @@ def test_without_network_the_error_says_what_to_do(tmp_path):
     status, _, err = run("--out", tmp_path / "out", env=settings)
     assert status == 2 and len(err.splitlines()) == 1, err
     assert err.startswith("error: cannot list the files of HuggingFaceFW/fineweb-edu (ConnectError")
-    assert "--input FILES --out FOLDER" in err and "--pretokenized" in err
+    assert "--input FILES --out FOLDER" in err
 
 
 # ------------------------------------------------------------------------------------------------ one process at a time
@@ -464,12 +508,14 @@ def test_names_of_datasets_lead_to_the_samples():
     for name, sample in {"10B": "sample-10BT", "100B": "sample-100BT", "350B": "sample-350BT"}.items():
         assert data.DATASETS[f"fineweb-edu-{name}"] == ("data.fineweb", {"name": sample})
         assert data.dataset_dir(f"fineweb-edu-{name}") == Path("datasets", f"fineweb-edu-{name}")
+    for name, (_, folder) in PRETOKENIZED.items():
+        assert data.dataset_dir(f"{name}-10B") == folder
 
 
 def test_a_second_process_waits_for_the_one_that_prepares_and_says_so(tmp_path):
     folder = tmp_path / "datasets" / "pydocs"
     folder.mkdir(parents=True)
-    held = files.lock(folder / ".lock")
+    held = data_files.lock(folder / ".lock")
     command = [sys.executable, "-c", "import data; data.prepare_if_missing('pydocs'); print('there')"]
     waiting = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert waiting.stderr.readline() == "waiting until another process has prepared datasets/pydocs\n"
@@ -482,7 +528,7 @@ def test_a_second_process_waits_for_the_one_that_prepares_and_says_so(tmp_path):
 
 
 def test_a_folder_that_another_process_writes_to_is_refused(tmp_path):
-    with files.writing(tmp_path):
+    with data_files.writing(tmp_path):
         for command in (["data.text", ROOT / "README.md"], ["data.fineweb", "--input", ROOT / "requirements.txt"]):
             command = [sys.executable, "-m", *map(str, command), "--out", str(tmp_path)]
             done = subprocess.run(command, capture_output=True, text=True)
