@@ -1,19 +1,19 @@
-"""A byte-level BPE of your own, learned from text: `python -m data.tokenizer train --vocab-size N FILES --out FOLDER`.
+"""A byte-level BPE of your own, learned from text: `python -m data.bpe train --vocab-size N FILES --out FOLDER`.
 
-A text is split into words by GPT-2's pattern, or GPT-4's, and every different word is taken as its UTF-8 bytes, with
-the number of times that it occurs. Then, again and again, the pair of neighbouring tokens that occurs most often
-becomes a token of its own, everywhere. Of equally frequent pairs, that with the smaller left id goes first, then that
-with the smaller right id. Pairs in a run overlap when they are counted ("aaa" has two of "aa") and are merged from the
-left. A pair that occurs once is not merged. These are the rules of the byte-level BPE trainer in Hugging Face's
-`tokenizers` (min_frequency=2), and the tests hold the two against each other. Two things to know when you do the same:
-a file is one text here, while its `train(files)` takes every line for a text of its own (`train_from_iterator` does
-not); and letters that Unicode has added in the last years are letters to one library before they are to the other.
+A text is cut into words by GPT-2's pattern, or GPT-4's, and every distinct word is taken as its UTF-8 bytes, with its
+count. Then, again and again, the most frequent pair of neighboring tokens becomes a token of its own, everywhere. Of
+equally frequent pairs, the one with the smaller left id goes first, then the one with the smaller right id. Pairs in a
+run overlap when they are counted ("aaa" has two of "aa") and are merged from the left. A pair that occurs once is not
+merged. These are the rules of the byte-level BPE trainer in Hugging Face's `tokenizers` (min_frequency=2), and the
+tests hold the two against each other. Two differences to know: a file is one text here, while its `train(files)` takes
+every line as a text of its own (`train_from_iterator` does not); and letters that Unicode added in recent years are
+letters to one library before they are to the other.
 
-The vocabulary is the 256 bytes, the merges in their order, and <|endoftext|> last: N counts them all.
+The vocabulary is the 256 bytes, the merges in order, and <|endoftext|> last: N counts them all. `python -m data.bpe
+compare` sets several tokenizers side by side.
 """
 
 import codecs
-import functools
 import heapq
 import json
 import sys
@@ -26,27 +26,28 @@ import numpy as np
 import regex
 import tyro
 
-from data.files import UserError, atomic_write, exit_on_user_error, parse_options
-from data.tokenizer import TRAINED_FILE, byte_characters, byte_pairs, choose, split_pattern
+from data.files import UserError, atomic_write, run_script
+from data.text import not_utf8, read_text
+from data.tokenizer import BYTE_TO_UNICODE, PATTERNS, TRAINED_FILE, byte_pairs, choose
 from data.tokenizer_json import tokenizer_json
 
 CHUNK_BYTES = 1 << 20  # of a file in memory at once
-LOOK_AHEAD = 2  # characters behind an apostrophe that decide whether it begins a word: those of 'll
-LEAST_COUNT = 2  # occurrences that make a pair worth a token
+LOOK_AHEAD = 2  # characters after an apostrophe that decide whether it begins a word: those of 'll
+MIN_COUNT = 2  # occurrences that make a pair worth a token
 SEPARATOR = 0xFF  # between words: no UTF-8 text has this byte
-NOTHING = -1  # the id where no token begins: at a separator, or inside what was merged
+NOTHING = -1  # the id at which no token begins: a separator, or the inside of what was merged
 
 
 # ------------------------------------------------------------------------------------------------------------- counting
 
 
 def count_words(chunks: Iterable[str], pattern: str) -> Counter[str]:
-    """How often each word occurs in a text that comes in chunks, cut anywhere."""
-    words_of, counts, rest = regex.compile(split_pattern(pattern)).findall, Counter(), ""
+    """Count each word of a text that comes in chunks, cut anywhere."""
+    words_of, counts, rest = regex.compile(PATTERNS[pattern]).findall, Counter(), ""
     for chunk in chunks:
         text = rest + chunk
-        # A word may go on in the next chunk, so the last ones are put back. White space at the end of a text is one
-        # word, which goes back as a whole. (The words of a text, joined, are the text.)
+        # A word may continue in the next chunk, so the last ones are put back. White space at the end of a text is
+        # one word and goes back entirely. (The words of a text, joined, are the text.)
         words, end, settled = words_of(text), len(text), len(text) - LOOK_AHEAD
         while words and end > settled:
             end -= len(words.pop())
@@ -57,10 +58,9 @@ def count_words(chunks: Iterable[str], pattern: str) -> Counter[str]:
 
 
 def read_chunks(path: Path) -> Iterator[str]:
-    """
-    The text of a file in pieces, as data.text reads it: without byte order mark, \\r\\n as \\n.
+    """Yield the text of a file in pieces, as data.text reads it: without byte order mark, \\r\\n as \\n.
 
-    UserError when it is not UTF-8, OSError when it cannot be read.
+    Raise UserError if it is not UTF-8, OSError if it cannot be read.
     """
     decoder, mark, held = codecs.getincrementaldecoder("utf-8")(), "\ufeff", ""
     with open(path, "rb") as file:
@@ -72,8 +72,6 @@ def read_chunks(path: Path) -> Iterator[str]:
                 mark = "" if text else mark
             yield held + decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
-            from data.text import not_utf8  # brings PyTorch along, which nothing else here needs
-
             offset = file.tell() - len(error.object) + error.start
             raise not_utf8(path, error.object[error.start], offset) from None
 
@@ -82,76 +80,76 @@ def read_chunks(path: Path) -> Iterator[str]:
 
 
 def learn(words: Mapping[str, int], n_merges: int) -> list[bytes]:
-    """The tokens that `n_merges` merges make, in their order; fewer where no pair is left that occurs twice.
+    """Return the tokens that `n_merges` merges make, in order; fewer if no pair is left that occurs twice.
 
-    words: word -> how often it occurs. The bytes of all words lie one behind the other, and each token has its id where
-    it begins. All occurrences of a pair come into being at once, when the younger of its two tokens does, and from then
-    on only get fewer. So each pair is noted with its positions and its count, and counted again only when it has come
-    to the top of the heap: if it has lost some, it goes back with what it has left.
+    words: word -> count. The bytes of all words lie in one array, and each token has its id at its first byte. All
+    occurrences of a pair appear at once, with the younger of its two tokens, and afterwards only get fewer. So each
+    pair is put on a heap with its positions and its count, and counted again only when it reaches the top: if it has
+    lost some, it goes back with the rest.
     """
-    tokens = [bytes([byte]) for byte in byte_characters()]
+    tokens = [bytes([byte]) for byte in BYTE_TO_UNICODE]
     ids, weights = _laid_out(words)
-    before = np.arange(-1, len(ids) - 1, dtype=_integers(len(ids)))  # where the token in front of a token begins
+    before = np.arange(-1, len(ids) - 1, dtype=_int_dtype(len(ids)))  # the start of the token before a token
     first = np.flatnonzero((ids[:-1] >= 0) & (ids[1:] >= 0)).astype(before.dtype)
     keys = (256 * ids[first] + ids[first + 1]).astype(np.uint16)  # 16 bits are sorted fast
-    heap = [(-count, pair >> 8, pair & 255, where) for pair, count, where in _grouped(keys, first, weights)]
+    heap = [(-count, pair >> 8, pair & 255, at) for pair, count, at in _grouped(keys, first, weights)]
     heapq.heapify(heap)
     while heap and len(tokens) < 256 + n_merges:
-        noted, left, right, where = heapq.heappop(heap)
-        where = where[(ids[where] == left) & (ids[where + len(tokens[left])] == right)]
-        count = int(weights[where].sum(dtype=np.int64))
+        noted, left, right, at = heapq.heappop(heap)
+        at = at[(ids[at] == left) & (ids[at + len(tokens[left])] == right)]
+        count = int(weights[at].sum(dtype=np.int64))
         if count != -noted:
-            if count >= LEAST_COUNT:
-                heapq.heappush(heap, (-count, left, right, where))
+            if count >= MIN_COUNT:
+                heapq.heappush(heap, (-count, left, right, at))
             continue
         if left == right:
-            where = where[_every_other(before[where[1:]] == where[:-1])]
+            at = at[_every_other(before[at[1:]] == at[:-1])]
         new = len(tokens)
-        ids[where], ids[where + len(tokens[left])] = new, NOTHING
+        ids[at], ids[at + len(tokens[left])] = new, NOTHING
         tokens.append(tokens[left] + tokens[right])
-        behind = where + len(tokens[new])
-        before[behind] = where
-        # The new pairs: (new, what is behind it), then (what is in front of it, new) without (new, new) a second time.
-        follows = ids[behind] >= 0
-        for other, count, at in _grouped(ids[behind[follows]], where[follows], weights):
-            heapq.heappush(heap, (-count, new, other, at))
-        front = before[where]
+        after = at + len(tokens[new])
+        before[after] = at
+        # The new pairs: (new, what follows it), then (what precedes it, new) without (new, new) a second time.
+        follows = ids[after] >= 0
+        for other, count, starts in _grouped(ids[after[follows]], at[follows], weights):
+            heapq.heappush(heap, (-count, new, other, starts))
+        front = before[at]
         front = front[(ids[front] >= 0) & (ids[front] != new)]
-        for other, count, at in _grouped(ids[front], front, weights):
-            heapq.heappush(heap, (-count, other, new, at))
+        for other, count, starts in _grouped(ids[front], front, weights):
+            heapq.heappush(heap, (-count, other, new, starts))
     return tokens[256:]
 
 
 def _laid_out(words: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Ids (n,) int32, the bytes of each word and NOTHING behind it; weights (n,) integers, how often it occurs."""
+    """Return ids (n,) int32, the bytes of each word and then NOTHING; and weights (n,) integers, the word's count."""
     id_of_byte = np.full(256, NOTHING, np.int32)
-    id_of_byte[[*byte_characters()]] = np.arange(256)
+    id_of_byte[[*BYTE_TO_UNICODE]] = np.arange(256)
     id_of_byte[SEPARATOR] = NOTHING
     encoded = [word.encode() + bytes([SEPARATOR]) for word in words]
     lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
-    counts = np.fromiter(words.values(), _integers(max(words.values(), default=0)), len(encoded))
+    counts = np.fromiter(words.values(), _int_dtype(max(words.values(), default=0)), len(encoded))
     return id_of_byte[np.frombuffer(b"".join(encoded), np.uint8)], np.repeat(counts, lengths)
 
 
-def _integers(most: int) -> type[np.integer]:
-    """A type that counts up to `most`, in half the memory where that will do."""
+def _int_dtype(most: int) -> type[np.integer]:
+    """A dtype that counts up to `most`, in half the memory if possible."""
     return np.int32 if most < 1 << 31 else np.int64
 
 
 def _grouped(keys: np.ndarray, positions: np.ndarray, weights: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
-    """(key, sum of the weights, positions) of each different key that has at least LEAST_COUNT, positions in order."""
+    """Yield (key, sum of the weights, sorted positions) of each distinct key whose sum is at least MIN_COUNT."""
     if not len(keys):
         return
     order = np.argsort(keys, kind="stable")
     keys, positions = keys[order], positions[order]
     edges = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1], [True]]))
     counts = np.add.reduceat(weights[positions], edges[:-1], dtype=np.int64)
-    for i in np.flatnonzero(counts >= LEAST_COUNT):
+    for i in np.flatnonzero(counts >= MIN_COUNT):
         yield int(keys[edges[i]]), int(counts[i]), positions[edges[i] : edges[i + 1]]
 
 
 def _every_other(joined: np.ndarray) -> np.ndarray:
-    """Of n positions, (n,) bool, the first, third, ... of each run; joined: (n - 1,) whether each next one goes on."""
+    """Mark, (n,) bool, the first, third, ... of each run; joined: (n - 1,) whether each next one continues the run."""
     place = np.arange(len(joined) + 1)
     run_start = np.maximum.accumulate(np.where(np.concatenate([[False], joined]), 0, place))
     return (place - run_start) % 2 == 0
@@ -166,23 +164,23 @@ def train(
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")],
     pattern: Literal["gpt2", "gpt4"] = "gpt2",
 ) -> str:
-    """Learns a byte-level BPE from text files.
+    """Learn a byte-level BPE from text files.
 
-    Returns a line that sums it up; where the text is too small for so many tokens, the vocabulary is smaller and a note
-    on stderr says so. UserError when the vocabulary has no room for the bytes, when a file cannot be read or is not
-    UTF-8, or when there is no text.
+    Return a one-line summary; if the text is too small for so many tokens, the vocabulary is smaller and a note on
+    stderr says so. Raise UserError if the vocabulary has no room for the bytes, if a file cannot be read or is not
+    UTF-8, or if there is no text.
 
     Args:
         files: Text files in UTF-8.
         vocab_size: How many tokens: the 256 bytes, what is learned, and the end of text.
         out: The folder to write: bpe.json, and tokenizer.json for Hugging Face's libraries. A name that ends in .json
             is the file to write instead of bpe.json, alone.
-        pattern: How text is split into words: as GPT-2 does, or as GPT-4.
+        pattern: How text is cut into words: as GPT-2 does, or as GPT-4.
     """
     if vocab_size < 257:
         raise UserError(f"--vocab-size {vocab_size} is too small: the 256 bytes and the end of text make at least 257")
     words = Counter()
-    for path in files:  # one by one, since no word goes on in the next file
+    for path in files:  # one by one, since no word continues in the next file
         words.update(count_words(read_chunks(path), pattern))
     if not any(map(str.strip, words)):
         raise UserError(f"there is no text in {', '.join(map(str, files)) or 'no files'}: give files that hold some")
@@ -198,30 +196,28 @@ def train(
     _write_json(path, tokenizer.spec())
     if path != out:
         _write_json(out / "tokenizer.json", tokenizer_json(tokenizer))
-    return f"{path}: {tokenizer.vocab_size:,} tokens, learned from {words.total():,} words, {len(words):,} different"
+    return f"{path}: {tokenizer.vocab_size:,} tokens, learned from {words.total():,} words, {len(words):,} distinct"
 
 
 def compare(
     files: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FILES")],
     tokenizer: Annotated[tuple[str, ...], tyro.conf.arg(metavar="char|gpt2|FILE ...")] = ("char", "gpt2"),
 ) -> str:
-    """Shows how many bytes of each text file a token stands for, under each of several tokenizers.
+    """Show the bytes per token of each text file under each of several tokenizers.
 
-    Returns a table, a row a tokenizer. UserError when a file cannot be read, is not UTF-8 or is empty, and when there
-    is no such tokenizer, or it lacks a character.
+    Return a table, a row per tokenizer. Raise UserError if a file cannot be read, is not UTF-8 or is empty, if there
+    is no such tokenizer, or if it lacks a character.
 
     Args:
         files: Text files in UTF-8, a column each.
         tokenizer: Characters (those of all the files), GPT-2's tokens, or those of a file or folder that holds a
             tokenizer.
     """
-    from data.text import read_text  # brings PyTorch along
-
     texts = [read_text(path) for path in files]
     empty = [str(path) for path, text in zip(files, texts, strict=True) if not text]
     if empty or not files:
         raise UserError(f"there is no text in {', '.join(empty) or 'no files'}: give files that hold some")
-    rows = [["bytes a token", "vocabulary", *(path.name for path in files)], ["---"] * (2 + len(files))]
+    rows = [["bytes per token", "vocabulary", *(path.name for path in files)], ["---"] * (2 + len(files))]
     for name in tokenizer:
         chosen = choose(name, "".join(texts), documents=False)
         ratios = [len(text.encode()) / len(chosen.encode(text)) for text in texts]
@@ -234,16 +230,9 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 def main() -> None:
-    def later(command):  # so that a mistake on the command line is not mixed up with what the command prints
-        @functools.wraps(command)
-        def bound(*args, **options):
-            return functools.partial(command, *args, **options)
+    description = "Learn a byte-level BPE from text, or compare tokenizers."
+    run_script({"train": train, "compare": compare}, prog="python -m data.bpe", description=description)
 
-        return bound
 
-    commands = {command.__name__: later(command) for command in (train, compare)}
-    with exit_on_user_error():
-        prog = "python -m data.tokenizer"
-        description = "Learns a byte-level BPE from text, or sets tokenizers side by side."
-        call = functools.partial(tyro.extras.subcommand_cli_from_dict, commands, prog=prog, description=description)
-        print(parse_options(call)())
+if __name__ == "__main__":
+    main()

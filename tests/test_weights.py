@@ -112,7 +112,7 @@ def test_a_run_goes_to_transformers_and_back_without_a_changed_bit(tokenizer, tm
 
 
 def test_a_trained_bpe_goes_to_transformers(tmp_path):
-    ranks = {token: rank for token, rank in gpt2()._encoding._mergeable_ranks.items() if rank < 1000}
+    ranks = {token: rank for token, rank in gpt2().encoding._mergeable_ranks.items() if rank < 1000}
     special = {"<|endoftext|>": 1000}
     encoding = tiktoken.Encoding("bpe", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
     tokenizer = BytePairTokenizer(encoding, {"type": "bpe"})
