@@ -1,9 +1,8 @@
 """Data: from text to batches of token ids.
 
-In reading order: tokenizer.py (text <-> ids), shards.py (ids on disk, and the loader that makes batches of them), then
-one script a corpus: pydocs.py (inside every CPython), shakespeare.py, text.py (your own files), fineweb.py (billions of
-tokens of web pages, with encode.py, which is quick, and resumable.py, which loses nothing). Each script writes a
-dataset, a folder that `shards.open_split` opens.
+In reading order: tokenizer.py (text <-> ids), shards.py (ids on disk), loader.py (batches), then one script per
+corpus: pydocs.py (inside every CPython), shakespeare.py, text.py (your own files), fineweb.py (billions of tokens of
+web pages, with encode.py, which tokenizes fast). Each script writes a dataset, a folder that `shards.open_split` opens.
 """
 
 import importlib
@@ -24,14 +23,14 @@ DATASETS = {  # name -> the module that prepares it, and how
 
 
 def dataset_dir(name: str) -> Path:
-    """Where a dataset lies: a name of DATASETS under datasets/, anything else is a folder itself."""
+    """Return the folder of a dataset: datasets/NAME for a name of DATASETS, anything else is a folder itself."""
     return Path("datasets", name) if name in DATASETS else Path(name)
 
 
 def prepare_if_missing(name: str) -> None:
-    """Prepares a dataset of DATASETS unless it is there; UserError when it cannot be had.
+    """Prepare a dataset of DATASETS unless it exists. Raise UserError if it cannot be had.
 
-    Of several processes of a machine one prepares it, and the others say that they wait and do, however long it takes.
+    Of several processes of a machine one prepares it, and the others report that they wait, however long it takes.
     """
     folder = dataset_dir(name)
     if name not in DATASETS or (folder / "meta.json").exists():

@@ -36,7 +36,6 @@ def tree(path):
 # data and kernels import nothing of ours but themselves, model imports kernels, training imports those, the scripts all
 BELOW = {"data": set(), "kernels": set(), "model": {"kernels"}, "training": {"data", "kernels", "model"}}
 BELOW |= dict.fromkeys(("train_gpt2", "sample"), {"data", "kernels", "model", "training"})
-EXCEPTIONS = {"data.bpe", "data.fineweb", "data.resumable"}
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in PRODUCT}
 
 
@@ -57,8 +56,6 @@ def imports(node):
 def test_modules_import_only_those_on_the_floors_below_and_never_inside_a_function(module):
     floor, nodes = module.split(".")[0], list(ast.walk(tree(MODULES[module])))
     found = set(imports(tree(MODULES[module])))
-    if module in EXCEPTIONS:
-        return
     assert {name.split(".")[0] for name in found} <= BELOW[floor] | {floor}
     late = [name for node in nodes if isinstance(node, ast.FunctionDef | ast.Lambda) for name in imports(node)]
     assert late == []
@@ -67,7 +64,7 @@ def test_modules_import_only_those_on_the_floors_below_and_never_inside_a_functi
 
 
 def test_no_module_imports_itself_by_way_of_others():
-    below = {module: set(imports(tree(path))) for module, path in MODULES.items() if module not in EXCEPTIONS}
+    below = {module: set(imports(tree(path))) for module, path in MODULES.items()}
     while leaves := [module for module, found in below.items() if not found & set(below)]:
         for module in leaves:
             del below[module]
@@ -232,7 +229,7 @@ def test_a_command_of_a_readme_exists_with_its_options(line):
     elif words[0] == "python":
         if words[1] == "-m":
             target, rest = words[1:3], words[3:]
-            if target[1] in ("data.tokenizer", "data.bpe") and rest:  # which have commands, each with its options
+            if target[1] == "data.bpe" and rest:  # which have commands, each with its options
                 target.append(rest.pop(0))
         else:
             target, rest = [str(ROOT / words[1])], words[2:]
