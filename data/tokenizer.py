@@ -47,8 +47,8 @@ PATTERNS = {
 # Byte -> the character that GPT-2 spells it with, in the order of GPT-2's ids: a visible byte is its own Latin-1
 # character, and these come first; another is the next character from U+0100 on.
 VISIBLE = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-BYTE_TO_UNICODE = {byte: chr(byte) for byte in VISIBLE}
-BYTE_TO_UNICODE |= {byte: chr(256 + i) for i, byte in enumerate(sorted(set(range(256)) - set(VISIBLE)))}
+OTHERS = [byte for byte in range(256) if byte not in VISIBLE]
+BYTE_TO_UNICODE = {byte: chr(byte) for byte in VISIBLE} | {byte: chr(256 + i) for i, byte in enumerate(OTHERS)}
 UNICODE_TO_BYTE = {character: byte for byte, character in BYTE_TO_UNICODE.items()}
 
 
