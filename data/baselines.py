@@ -1,18 +1,18 @@
-"""What the data alone gives: the loss that counting reaches, so that a reader sees where a model stands.
+"""The losses that counting n-grams reaches, to compare a model with.
 
-An n-gram is n tokens in a row. With c(...) how often something occurs in the training text, V the vocabulary, and one
-added to every count so that nothing is impossible:
+An n-gram is n tokens in a row. With c(...) the count in the training text, V the vocabulary size, and one added to
+every count so that nothing is impossible:
 
     P(z | context) = (c(context, z) + 1) / (c(context) + V)
 
-where the context is nothing (unigram), the token before (bigram) or the two before (trigram), and c(context) counts
-the places where a token follows it. The baseline is the mean of -ln P over the n-grams of the validation text, in nats
+The context is nothing (unigram), the token before (bigram) or the two before (trigram), and c(context) counts its
+occurrences that a token follows. The baseline is the mean of -ln P over the n-grams of the validation text, in nats
 per token, end-of-text tokens included; `uniform`, guessing at random, is ln V. With a vocabulary as large as GPT-2's
 most trigrams of the validation text were never seen, add-one gives them about 1 / V, and the trigram is worse than
-the bigram: that says how far counting goes.
+the bigram.
 
-Only the n-grams of the validation text are looked up, and the training text passes in pieces, so memory does not grow
-with either text or with V^n. Of a large dataset the first tokens are counted, and `tokens_counted` says how many.
+Only the n-grams of the validation text are looked up, and the training text is read in pieces, so memory does not grow
+with V^n or with the training text. Only the first tokens of a large dataset are counted: `tokens_counted` of them.
 """
 
 import math
@@ -26,11 +26,10 @@ PIECE_TOKENS = 1 << 20
 
 
 def measure(train, val, vocab_size: int) -> dict:
-    """
-    The baselines of a dataset: {"uniform", "unigram", "bigram", "trigram": nats per token, "tokens_counted": {...}}.
+    """Return the baselines of a dataset: {"uniform", "unigram", "bigram", "trigram": nats per token, "tokens_counted"}.
 
-    train, val: what has n_tokens and read(start, count), as shards.Split. An order that cannot be had is left out: a
-    split is shorter than n tokens, or V^n does not fit 64 bits.
+    train, val: objects with n_tokens and read(start, count), as shards.Split. An order is left out if a split has
+    fewer than n tokens or V^n does not fit into 64 bits.
     """
     n_train, n_val = min(train.n_tokens, TRAIN_TOKENS), min(val.n_tokens, VAL_TOKENS)
     found = {"uniform": math.log(vocab_size)}
@@ -42,7 +41,7 @@ def measure(train, val, vocab_size: int) -> dict:
 
 
 def _loss(train, n_train: int, text: np.ndarray, n: int, V: int) -> float:
-    """Mean of -ln P over the n-grams of `text`, (m,) int64, with the counts of the first n_train training tokens."""
+    """Return the mean of -ln P over the n-grams of `text`, (m,) int64, from the first n_train training tokens."""
     ngrams, times = np.unique(_ngrams(text, n, V), return_counts=True)
     contexts, context_of = np.unique(ngrams // V, return_inverse=True)
     ngram_counts, context_counts = np.zeros(len(ngrams)), np.zeros(len(contexts))
@@ -56,7 +55,7 @@ def _loss(train, n_train: int, text: np.ndarray, n: int, V: int) -> float:
 
 
 def _ngrams(tokens: np.ndarray, n: int, V: int) -> np.ndarray:
-    """Every n-gram of (m,) int64 tokens as one number, its tokens the digits in base V: (m - n + 1,) int64."""
+    """Pack every n-gram of (m,) int64 tokens into one integer, with its tokens as digits in base V: (m - n + 1,)."""
     packed = tokens[: len(tokens) - n + 1]
     for i in range(1, n):
         packed = packed * V + tokens[i : len(tokens) - n + 1 + i]
@@ -64,7 +63,7 @@ def _ngrams(tokens: np.ndarray, n: int, V: int) -> np.ndarray:
 
 
 def _look_up(wanted: np.ndarray, seen: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """How often each number of `wanted`, sorted, is in `seen`, where the i-th stands for count[i] of them."""
+    """Return how often each integer of `wanted`, sorted, is in `seen`, whose i-th element counts count[i] times."""
     place = np.minimum(np.searchsorted(wanted, seen), len(wanted) - 1)
     hit = wanted[place] == seen
     return np.bincount(place[hit], weights=count[hit], minlength=len(wanted))

@@ -21,12 +21,12 @@ class Loader:
 
     An epoch is the windows that start at offset, offset + block_size, ...: no token is the input of two of them, and
     they cross shard borders. With shuffle, epoch e draws the offset from [0, block_size) and the order of the windows
-    from the seed [seed, e]: fewer than 2 * block_size tokens sit out an epoch at the two ends, other ones each time.
-    Without, the offset is 0 and the windows come as in the text.
+    from the seed [seed, e], so that fewer than 2 * block_size tokens at the two ends are left out, others each time.
+    Without, the offset is 0 and the windows keep the order of the text.
 
-    Of the global sequences step * batch_sequences + j, rank r takes those with j in [r * b, (r + 1) * b), where
-    b = batch_sequences / world_size. UserError when that does not divide, or the split is shorter than one window; with
-    `check` also for a token id past the vocabulary.
+    Rank r takes the sequences step * batch_sequences + j with j in [r * b, (r + 1) * b), b = batch_sequences /
+    world_size. Raise UserError if that does not divide, or if the split is shorter than one window; with `check` also
+    for a token id that is not in the vocabulary.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Loader:
     ):
         _check_length(split, block_size)
         if batch_sequences < 1 or batch_sequences % world_size:
-            raise UserError(f"a batch of {batch_sequences} sequences cannot be shared evenly by {world_size} processes")
+            raise UserError(f"a batch of {batch_sequences} sequences cannot be divided among {world_size} ranks")
         if seed < 0:
             raise UserError(f"the seed is {seed}: it must be 0 or more")
         self.split, self.block_size, self.batch_sequences = split, block_size, batch_sequences
@@ -61,7 +61,7 @@ class Loader:
         self._ahead = None  # (step, future): the batch that is read while the caller computes
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """This rank's (inputs, targets) of step 0, 1, ...: each (batch_sequences // world_size, block_size) int64."""
+        """Return this rank's (inputs, targets) of a step: each (batch_sequences // world_size, block_size) int64."""
         ahead, self._ahead = self._ahead, None
         rows = ahead[1].result() if ahead and ahead[0] == step else self._read(step)
         self._ahead = step + 1, self._thread.submit(self._read, step + 1)
@@ -69,13 +69,13 @@ class Loader:
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def _read(self, step: int) -> torch.Tensor:
-        """(batch_sequences // world_size, block_size + 1) int64, in pinned memory when the device is a GPU."""
+        """Return (batch_sequences // world_size, block_size + 1) int64, in pinned memory if the device is a GPU."""
         first = step * self.batch_sequences + self.first
         places = (divmod(i, self.windows) for i in range(first, first + self.sequences))
         rows = _read_rows(self.split, [self._epoch_starts(epoch)[k] for epoch, k in places], self.block_size)
         if self.check and (largest := int(rows.max())) >= self.split.vocab_size:
             raise UserError(
-                f"step {step} reads token id {largest} from {self.split.label}, past its vocabulary of "
+                f"step {step} reads token id {largest} from {self.split.label}, but the vocabulary is "
                 f"{self.split.vocab_size}: {self.split.hint}"
             )
         if self.device.type != "cuda":
@@ -84,7 +84,7 @@ class Loader:
             return rows.pin_memory()
 
     def _draw_epoch(self, epoch: int) -> np.ndarray:
-        """Where the windows of an epoch start, in the order of reading: (windows,) int64."""
+        """Return the starts of an epoch's windows, in reading order: (windows,) int64."""
         starts = np.arange(self.windows) * self.block_size
         if not self.shuffle:
             return starts
@@ -93,14 +93,14 @@ class Loader:
 
 
 def evaluation_windows(split: Split, block_size: int, n_tokens: int) -> np.ndarray:
-    """Starts, (k,) int64, of the first n_tokens // block_size windows; at least one, at most what the split holds."""
+    """Return the starts, (k,) int64, of the first n_tokens // block_size windows: at least one, at most all."""
     _check_length(split, block_size)
     count = min(max(n_tokens // block_size, 1), (split.n_tokens - 1) // block_size)
     return np.arange(count) * block_size
 
 
 def read_windows(split: Split, starts: Iterable[int], block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(inputs, targets), each (len(starts), block_size) int64 on the CPU; targets are the inputs shifted by one."""
+    """Return (inputs, targets), each (len(starts), block_size) int64 on the CPU; targets are shifted by one."""
     rows = _read_rows(split, starts, block_size)
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 

@@ -1,8 +1,8 @@
 """The language topics of `help()`: about 465 KB of English that every CPython carries (`pydoc_data.topics`).
 
 `python -m data.pydocs` makes a dataset from it, with no download: characters, or other tokens. Each topic is one
-document. Many topics repeat whole sections of others ("compound" holds all of "if", "while" and "try"), and a model
-must not be tested on what it has read. So validation, about a tenth of the text, is every sixth of the topics that
+document. Many topics repeat sections of others ("compound" holds all of "if", "while" and "try"), and a model must not
+be tested on what it was trained on. So validation, about a tenth of the text, is every sixth of the topics that
 share no paragraph with any other. The text, and with it every count, differs a little between versions of Python.
 """
 
@@ -27,9 +27,9 @@ def prepare(
     folder: Annotated[Path | None, tyro.conf.arg(name="out", metavar="FOLDER")] = None,
     tokenizer: Annotated[str, tyro.conf.arg(metavar="char|gpt2|FILE")] = "char",
 ) -> str:
-    """Makes a dataset from the language topics of Python's help().
+    """Prepare a dataset of the language topics of Python's help().
 
-    Returns a line that sums it up; UserError where this Python comes without the topics, or without such a tokenizer.
+    Return a one-line summary. Raise UserError if this Python lacks the topics, or if there is no such tokenizer.
 
     Args:
         folder: The folder to write; datasets/pydocs if not given, or datasets/pydocs-TOKENIZER for other tokens.
@@ -47,7 +47,7 @@ def prepare(
 
 
 def read_topics(module: str = "pydoc_data.topics") -> dict[str, str]:
-    """Topic name -> text, sorted by name; UserError where `module` is missing or empty."""
+    """Return topic name -> text, sorted by name. Raise UserError if `module` is missing or empty."""
     try:
         topics = dict(sorted(importlib.import_module(module).topics.items()))
     except (ImportError, AttributeError):
@@ -61,14 +61,14 @@ def read_topics(module: str = "pydoc_data.topics") -> dict[str, str]:
 
 
 def validation_topics(topics: dict[str, str]) -> list[str]:
-    """The names of the held-out topics: every sixth of those that share no paragraph with another."""
+    """Return the names of the held-out topics: every sixth of those that share no paragraph with another."""
     paragraphs = {name: _paragraphs(text) for name, text in topics.items()}
     seen = Counter(paragraph for found in paragraphs.values() for paragraph in found)
     return [name for name, found in paragraphs.items() if all(seen[p] == 1 for p in found)][::VALIDATION_STRIDE]
 
 
 def _paragraphs(text: str) -> set[str]:
-    """The paragraphs of a text, white space made even, since a section is indented differently elsewhere."""
+    """Return the paragraphs of a text with white space normalized, since a repeated section may be indented."""
     even = (" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
     return {paragraph for paragraph in even if len(paragraph) >= PARAGRAPH_CHARACTERS}
 

@@ -1,6 +1,6 @@
 """Tiny Shakespeare: 1.1 MB of plays, as characters (65 of them) or as GPT-2's tokens (338,025).
 
-`python -m data.shakespeare` downloads the text and accepts no other; `--input FILE` takes your own copy, and says so if
+`python -m data.shakespeare` downloads the text and accepts no other; `--input FILE` takes your own copy, with a note if
 it is another text. The first 90% of the characters are for training, the rest for validation, cut before tokenizing.
 """
 
@@ -28,10 +28,10 @@ def prepare(
     tokenizer: Annotated[str, tyro.conf.arg(metavar="char|gpt2|FILE")] = "char",
     url: tyro.conf.Suppress[str] = URL,
 ) -> str:
-    """Makes a dataset of tiny Shakespeare.
+    """Prepare a dataset of tiny Shakespeare.
 
-    Returns a line that sums it up. UserError when the download fails or is another text, or when the file cannot be
-    read, is not UTF-8 or is empty; a dataset that was in the folder before is still there then.
+    Return a one-line summary. Raise UserError, and keep an older dataset in the folder, if the download fails or is
+    another text, or if the file cannot be read, is not UTF-8 or is empty.
 
     Args:
         folder: The folder to write; datasets/shakespeare-TOKENIZER if not given.
@@ -49,17 +49,17 @@ def prepare(
 
 
 def download(url: str) -> str:
-    """The text at `url`, whole and with the checksum above; UserError otherwise."""
+    """Return the text at `url`. Raise UserError if the download fails or has another checksum."""
     return files.download(url, SHA256, "tiny Shakespeare", "python -m data.shakespeare --input FILE").decode()
 
 
 def read_input(path: Path) -> str:
-    """The text of a local copy; a note on stderr when it is not the original, since it may be meant so."""
+    """Return the text of a local copy, with a note on stderr if it is not the original."""
     text = read_text(path)
     if len(text) < 2:
         raise UserError(f"{path} is empty: --input takes a copy of {URL}")
     if hashlib.sha256(text.encode()).hexdigest() != SHA256:
-        print(f"note: {path} is not the original tiny Shakespeare; going on with it", file=sys.stderr)
+        print(f"note: {path} is not the original tiny Shakespeare; continuing with it", file=sys.stderr)
     return text
 
 

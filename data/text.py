@@ -1,9 +1,9 @@
 """Your own text: `python -m data.text FILES --out FOLDER` makes a dataset of any UTF-8 files.
 
-A file is a document, or with --lines every line is. Empty documents are left out. With several documents, each has the
-end-of-text token in front of it. Validation gets the last tenth of the documents when there are at least ten, else the
-last tenth of the characters, wherever that cuts. Lines are shuffled first, always the same way, since lists are often
-sorted; files keep the order in which they are given. All the text is held in memory at once.
+A file is a document, or with --lines every line is. Empty documents are left out. If there are several, each follows an
+end-of-text token. Validation gets the last tenth of the documents if there are at least ten, else the last tenth of the
+characters. Lines are shuffled first, always the same way, since lists are often sorted; files keep their order. All the
+text is held in memory at once.
 """
 
 import json
@@ -30,16 +30,16 @@ def prepare(
     tokenizer: Annotated[str, tyro.conf.arg(metavar="char|gpt2|FILE")] = "char",
     lines: bool = False,
 ) -> str:
-    """Makes a dataset of your own text files.
+    """Prepare a dataset of your own text files.
 
-    Returns a line that sums it up. UserError when a file cannot be read or is not UTF-8, or when there is no text; a
-    dataset that was in the folder before is still there then.
+    Return a one-line summary. Raise UserError, and keep an older dataset in the folder, if a file cannot be read or is
+    not UTF-8, or if there is no text.
 
     Args:
         files: Text files in UTF-8.
         folder: The folder to write.
         tokenizer: Characters, GPT-2's tokens, or those of a file or folder that holds a tokenizer.
-        lines: One document a line, where otherwise a file is one.
+        lines: One document per line instead of one per file.
     """
     documents = read_documents(files, lines)
     chosen = choose(tokenizer, "".join(documents), documents=len(documents) > 1)
@@ -55,7 +55,7 @@ def prepare(
 
 
 def read_text(path: str | Path) -> str:
-    """A whole UTF-8 file without byte order mark, its lines ended by a newline; UserError says what is wrong where."""
+    """Return a UTF-8 file without byte order mark, \\r\\n as \\n. Raise UserError with the offset of a wrong byte."""
     try:
         content = Path(path).read_bytes()
     except OSError as error:
@@ -67,13 +67,13 @@ def read_text(path: str | Path) -> str:
 
 
 def not_utf8(path: str | Path, byte: int, offset: int) -> UserError:
-    """The error that names the first byte of a file which is not UTF-8."""
+    """Return the error for a file that is not UTF-8, with its first wrong byte."""
     what = f"byte 0x{byte:02x} at offset {offset}"
     return UserError(f"{path} is not UTF-8: {what}: convert it, for example with `iconv -f latin1 -t utf-8`")
 
 
 def read_documents(files: Sequence[str | Path], lines: bool) -> list[str]:
-    """The documents of the files, none of them empty, lines shuffled; UserError when nothing is left."""
+    """Return the documents of the files, without empty ones, lines shuffled. Raise UserError if none is left."""
     documents = [read_text(path) for path in files]
     if lines:
         documents = [line for text in documents for line in text.split("\n")]
@@ -86,9 +86,9 @@ def read_documents(files: Sequence[str | Path], lines: bool) -> list[str]:
 
 
 def split_documents(documents: list[str]) -> tuple[list[str], list[str]]:
-    """(train, val), neither empty: the last tenth of ten or more documents, else of the characters.
+    """Return (train, val), neither empty: the last tenth of ten or more documents, else of the characters.
 
-    The document in which the cut falls becomes two.
+    A document across the cut becomes two.
     """
     if len(documents) >= 10:
         cut = len(documents) - len(documents) // 10
@@ -117,7 +117,7 @@ def documents_of(run: str | Path) -> set[str]:
 
 
 def training_documents(folder: str | Path) -> set[str]:
-    """The documents of a dataset's train split, told apart by the end-of-text token in front of each."""
+    """Return the documents of a dataset's train split, which end-of-text tokens separate."""
     split = open_split(folder, "train")
     tokenizer = from_spec(split.tokenizer_spec)
     if tokenizer.eot is None:

@@ -125,7 +125,7 @@ def test_a_split_of_a_single_window_and_one_too_short(tmp_path):
 
 def test_impossible_batches_are_refused(tmp_path):
     split = counting(tmp_path, 50)
-    with pytest.raises(UserError, match="a batch of 6 sequences cannot be shared evenly by 4 processes"):
+    with pytest.raises(UserError, match="a batch of 6 sequences cannot be divided among 4 ranks"):
         Loader(split, 8, 6, seed=0, world_size=4)
     with pytest.raises(UserError, match="a batch of 0 sequences"):
         Loader(split, 8, 0, seed=0)

@@ -47,7 +47,7 @@ def test_another_text_of_your_own_is_used_with_a_note(tmp_path, capsys):
     path = tmp_path / "mine.txt"
     path.write_text("ROMEO: What, ho!\n" * 10)
     prepare(tmp_path / "out", path, tokenizer="gpt2")
-    assert "mine.txt is not the original tiny Shakespeare; going on with it" in capsys.readouterr().err
+    assert "mine.txt is not the original tiny Shakespeare; continuing with it" in capsys.readouterr().err
     assert text_of(tmp_path / "out", "train") + text_of(tmp_path / "out", "val") == path.read_text()
     assert len(text_of(tmp_path / "out", "train")) == 153
     assert gpt2().eot not in open_split(tmp_path / "out", "train").read(0, 10)
