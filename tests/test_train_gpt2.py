@@ -344,7 +344,7 @@ def test_a_damaged_shard_is_named(tmp_path, capsys):
     shard.write_bytes(whole[:-1000])
     assert "train_000000.npy" in refused(capsys, folder, tmp_path / "run")
     shard.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
-    assert "checksum" in refused(capsys, folder, tmp_path / "run")
+    assert "sha256" in refused(capsys, folder, tmp_path / "run")
     shard.write_bytes(whole)
     assert train(folder, tmp_path / "run", max_steps=1) == 0
 
