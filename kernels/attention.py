@@ -130,11 +130,12 @@ def launch_parameters(kernel: str, T: int, D: int, dtype: torch.dtype, gpu: str)
 def causal_attention_torch(qkv: Tensor, n_head: int, dropout_p: float) -> Tensor:
     """qkv: (B, T, 3C), queries, keys and values side by side. Returns y: (B, T, C)."""
     B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-    qkv = qkv.view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
     if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16:
+        qkv = qkv.view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
         y = _written_out(*qkv.reshape(3, B * n_head, T, C // n_head), dropout_p).view(qkv.shape[1:])
     else:
-        y = F.scaled_dot_product_attention(*qkv, dropout_p=dropout_p, is_causal=True)
+        q, k, v = (part.view(B, T, n_head, C // n_head).transpose(1, 2) for part in qkv.split(C, dim=-1))
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)  # (B, H, T, D)
     return y.transpose(1, 2).reshape(B, T, C)
 
 
