@@ -148,10 +148,11 @@ class Config:
 
 # fmt: off
 LAPTOP = Config(
-    data="pydocs", out_dir="runs/laptop", n_layer=4, n_head=6, n_embd=192, block_size=128,
-    batch_tokens=16 * 128, micro_batch=16, max_steps=1100, optimizer="muon", lr=4e-3,
-    weight_decay=0.3, warmup_steps=100, eval_every=100, eval_tokens=48_896, hellaswag_every=0,
-    sample_every=500, checkpoint_every=500, compile=False,
+    data="pydocs", out_dir="runs/laptop", n_layer=4, n_head=4, n_embd=128, block_size=128,
+    batch_tokens=16 * 128, micro_batch=16, max_steps=700, optimizer="muon", lr=1e-2, adamw_lr=2e-2,
+    min_lr=0.0, warmup_steps=20, schedule="linear", zero_init=True, weight_decay=0.5,
+    eval_every=100, eval_tokens=48_896, hellaswag_every=0, sample_every=350, checkpoint_every=350,
+    compile=False,
 )
 CHARACTERS = Config(
     data="shakespeare-char", out_dir="runs/shakespeare-char", n_layer=6, n_head=6, n_embd=384,
