@@ -118,8 +118,6 @@ class Config:
             message = "--optimizer muon trains blocks, and --n-layer 0 has none: use adamw"
         elif muon and mode == "fsdp":
             message = "--optimizer muon needs full matrices, not --parallel fsdp: use zero1 or ddp"
-        elif self.adamw_lr is not None and not muon:
-            message = "--adamw-lr is for --optimizer muon: use --lr"
         elif self.decay_fraction > 1:
             message = f"--decay-fraction is {self.decay_fraction}, but must be at most 1"
         elif self.diagnose and mode != "ddp":

@@ -30,13 +30,23 @@ TINY = {
     "sample-every": 6,
     "checkpoint-every": 4,
     "dtype": "float32",
+    "lr": 4e-3,
+    "adamw-lr": None,
+    "min-lr": None,
+    "schedule": "cosine",
+    "weight-decay": 0.3,
 }
 
 
 def command(dataset, out_dir, *flags, **options):
     """The arguments of a tiny run; options replace those of TINY."""
     options = {"data": dataset, "out-dir": out_dir} | TINY | {k.replace("_", "-"): v for k, v in options.items()}
-    return ["laptop", *flags, *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
+    return [
+        "laptop",
+        "--no-zero-init",
+        *flags,
+        *(part for name, value in options.items() for part in (f"--{name}", str(value))),
+    ]
 
 
 def train(*args, **options) -> int:

@@ -150,7 +150,8 @@ def test_a_record_of_twelve_layers_is_small():
 def configured(dataset, tmp_path):
     """Return the options of a small run in tmp_path, with changes."""
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_tokens": 512, "micro_batch": 8}
-    steps = {"max_steps": 100, "warmup_steps": 10, "eval_tokens": 640}
+    steps = {"max_steps": 100, "warmup_steps": 10, "eval_tokens": 640, "schedule": "cosine"}
+    steps |= {"adamw_lr": None, "min_lr": None, "zero_init": False, "weight_decay": 0.3}
     options = {"data": str(dataset), "out_dir": str(tmp_path), "dtype": "float32"}
     return lambda **changes: dataclasses.replace(train_gpt2.LAPTOP, **(sizes | steps | options | changes))
 
@@ -233,9 +234,12 @@ def test_the_command_diagnoses_the_first_and_every_nth_step(configured, tmp_path
 # ------------------------------------------------------------------------------------------------------------- warnings
 
 
-@pytest.mark.parametrize("optimizer, lr", [("muon", 1.6e-2), ("adamw", 8e-3)])
-def test_a_healthy_run_gives_no_warning(configured, optimizer, lr):
-    _, records = run(configured(optimizer=optimizer, lr=lr), 60, due=lambda step: step % 6 == 1)
+HEALTHY = [("muon", 1.6e-2, False), ("adamw", 8e-3, False), ("muon", 1e-2, True)]
+
+
+@pytest.mark.parametrize("optimizer, lr, zero_init", HEALTHY)
+def test_a_healthy_run_gives_no_warning(configured, optimizer, lr, zero_init):
+    _, records = run(configured(optimizer=optimizer, lr=lr, zero_init=zero_init), 60, due=lambda step: step % 6 == 1)
     assert [record["diagnostics"]["warnings"] for record in records] == [{}] * 10
 
 

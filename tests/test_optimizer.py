@@ -238,8 +238,9 @@ def test_adamw_lr_is_the_rate_of_what_muon_leaves_to_adamw():
     muon, adamw = optimizer.make_optimizers(model, config, Distributed(), torch.float32)
     assert {group["lr_ratio"] for group in muon.param_groups} == {1.0}
     assert {group["lr_ratio"] for group in adamw.param_groups} == {0.25}
-    with pytest.raises(UserError, match="--adamw-lr is for --optimizer muon"):
-        train_gpt2.Config(adamw_lr=0.005)
+    config = dataclasses.replace(config, optimizer="adamw")
+    (alone,) = optimizer.make_optimizers(model, config, Distributed(), torch.float32)
+    assert {group["lr_ratio"] for group in alone.param_groups} == {1.0}
 
 
 def test_zero_init_makes_every_block_the_identity():

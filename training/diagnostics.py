@@ -294,7 +294,7 @@ def _check_updates(ratios: dict[str, list], schedule: float | None) -> str:
 
 def _check_gradients(stds: dict[str, list]) -> str:
     for kind, layers in stds.items():
-        if any(std == 0 for std in layers):
+        if 0 in layers and any(layers):  # none at all, in no layer: the first step under --zero-init
             return f"{_place(kind, layers.index(0))} gets no gradient at all"
         if layers and None not in layers and max(layers) > GRADIENT_SPREAD * min(layers):
             most, least = layers.index(max(layers)), layers.index(min(layers))
