@@ -46,7 +46,7 @@ def _gpt2(C: int, H: int, L: int) -> Shape:
 
 
 PRESETS = {  # the vocabularies of the first two are those of their texts
-    "laptop": Shape(16, 128, 192, 6, 4, 104),
+    "laptop": Shape(16, 128, 128, 4, 4, 104),
     "shakespeare-char": Shape(64, 256, 384, 6, 6, 65),
     "gpt2-124m": _gpt2(768, 12, 12),
     "gpt2-350m": _gpt2(1024, 16, 24),
