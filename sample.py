@@ -138,7 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
         startup.end()
         options = parse_options(lambda: tyro.cli(SampleOptions, args=arguments))
         if options.export:
-            weights.export(options.model, options.export)
+            weights.export(options.export, *weights.load(options.model))
             load = f"GPT2LMHeadModel.from_pretrained({options.export!r})"
             print(f"{options.export} is ready for transformers: {load}")
         else:

@@ -25,8 +25,7 @@ class Loader:
     Without, the offset is 0 and the windows keep the order of the text.
 
     Rank r takes the sequences step * batch_sequences + j with j in [r * b, (r + 1) * b), b = batch_sequences /
-    world_size. Raise UserError if that does not divide, or if the split is shorter than one window; with `check` also
-    for a token id that is not in the vocabulary.
+    world_size. Raise UserError if that does not divide, or if the split is shorter than one window.
     """
 
     def __init__(
@@ -39,7 +38,6 @@ class Loader:
         world_size: int = 1,
         device: str | torch.device = "cpu",
         shuffle: bool = True,
-        check: bool = False,
     ):
         _check_length(split, block_size)
         if batch_sequences < 1 or batch_sequences % world_size:
@@ -47,7 +45,7 @@ class Loader:
         if seed < 0:
             raise UserError(f"the seed is {seed}: it must be 0 or more")
         self.split, self.block_size, self.batch_sequences = split, block_size, batch_sequences
-        self.seed, self.shuffle, self.check, self.device = seed, shuffle, check, torch.device(device)
+        self.seed, self.shuffle, self.device = seed, shuffle, torch.device(device)
         if self.device == torch.device("cuda"):  # which one: the thread that reads ahead would take GPU 0
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.sequences = batch_sequences // world_size
@@ -73,11 +71,6 @@ class Loader:
         first = step * self.batch_sequences + self.first
         places = (divmod(i, self.windows) for i in range(first, first + self.sequences))
         rows = _read_rows(self.split, [self._epoch_starts(epoch)[k] for epoch, k in places], self.block_size)
-        if self.check and (largest := int(rows.max())) >= self.split.vocab_size:
-            raise UserError(
-                f"step {step} reads token id {largest} from {self.split.label}, but the vocabulary is "
-                f"{self.split.vocab_size}: {self.split.hint}"
-            )
         if self.device.type != "cuda":
             return rows
         with torch.cuda.device(self.device):

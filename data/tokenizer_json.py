@@ -34,9 +34,8 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict:
     if tokenizer.eot is not None:
         vocabulary[END_OF_TEXT] = tokenizer.eot
     if isinstance(tokenizer, CharTokenizer):
-        theirs = tokenizers.Tokenizer(
-            models.WordLevel(vocabulary, unk_token="<unk>")
-        )  # an unknown character is an error
+        # <unk> is not in the vocabulary, so an unknown character is an error
+        theirs = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
         theirs.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
         theirs.decoder = decoders.Fuse()
     else:

@@ -117,13 +117,13 @@ def test_a_trained_bpe_goes_to_transformers(tmp_path):
     encoding = tiktoken.Encoding("bpe", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
     tokenizer = BytePairTokenizer(encoding, {"type": "bpe"})
     model = random_model(1001)
-    model_weights.write(tmp_path / "export", model, tokenizer)
+    model_weights.export(tmp_path / "export", model, tokenizer)
     assert_transformers_agrees(str(tmp_path / "export"), model, tokenizer)
 
 
 def test_the_tokenizer_files_of_gpt2_are_openais_byte_for_byte_and_no_others_pass_for_them(tmp_path):
     folder = tmp_path / "export"
-    model_weights.write(folder, random_model(50257), gpt2())
+    model_weights.export(folder, random_model(50257), gpt2())
     for name, sha256 in [
         ("vocab.json", "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
         ("merges.txt", "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
@@ -139,7 +139,7 @@ def test_the_tokenizer_files_of_gpt2_are_openais_byte_for_byte_and_no_others_pas
 
 def test_dropout_and_a_model_without_blocks_are_exported_too(tmp_path):
     model = gpt.GPT(gpt.GPTConfig(0, 1, 8, 12, 3, dropout=0.25)).eval()
-    model_weights.write(tmp_path / "export", model, ABC)
+    model_weights.export(tmp_path / "export", model, ABC)
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "export").eval()
     config = theirs.config
     assert config.attn_pdrop == config.embd_pdrop == config.resid_pdrop == 0.25
@@ -152,15 +152,15 @@ def test_an_export_never_touches_what_is_there(tmp_path):
     (tmp_path / "full" / "precious").write_text("work", encoding="utf-8")
     for there in (tmp_path / "full", tmp_path / "full" / "precious"):
         with pytest.raises(UserError, match="exists and is not an empty folder"):
-            model_weights.write(there, random_model(3), ABC)
+            model_weights.export(there, random_model(3), ABC)
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
     assert (tmp_path / "full" / "precious").read_text("utf-8") == "work"
     (tmp_path / "empty").mkdir()
-    model_weights.write(tmp_path / "empty", random_model(3), ABC)
+    model_weights.export(tmp_path / "empty", random_model(3), ABC)
     assert model_weights.load(str(tmp_path / "empty"))[1] == ABC
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="could not be written"):
-        model_weights.write(tmp_path / "file" / "export", random_model(3), ABC)
+        model_weights.export(tmp_path / "file" / "export", random_model(3), ABC)
 
 
 def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path):
@@ -183,7 +183,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(safetensors.torch, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        model_weights.write(tmp_path / "export", random_model(3), ABC)
+        model_weights.export(tmp_path / "export", random_model(3), ABC)
     assert not list(tmp_path.iterdir())
 
 

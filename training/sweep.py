@@ -37,8 +37,8 @@ Parse = Callable[[list[str]], object]  # a command line -> train_gpt2.Config
 RESERVED = {"out_dir", "resume", "sweep", "ladder", "plan", "find_lr"}  # a run of a sweep cannot choose these
 # these options leave the losses as they are: a finished run stays valid when they change
 WITHOUT_EFFECT = RESERVED | {
-    "keep", "checkpoint_every", "sample_every", "hellaswag_every", "hellaswag_input", "diagnose", "check",
-    "profile", "wandb", "tensorboard",
+    "keep", "checkpoint_every", "sample_every", "hellaswag_every", "hellaswag_input", "diagnose", "profile", "wandb",
+    "tensorboard",
 }  # fmt: skip
 DIMENSIONS = ("n_layer", "n_head", "n_embd", "block_size")
 RUNGS = {  # folder -> what is new, and its options

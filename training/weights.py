@@ -230,12 +230,7 @@ def _one_line(error: Exception | str) -> str:
 # ----------------------------------------------------------------------------------------------------------- exporting
 
 
-def export(name: str, folder: str) -> None:
-    """Write the model that `load(name)` returns, and its tokenizer, as a Hugging Face folder."""
-    write(folder, *load(name))
-
-
-def write(folder: str | os.PathLike, model: GPT, tokenizer: Tokenizer) -> None:
+def export(folder: str | os.PathLike, model: GPT, tokenizer: Tokenizer) -> None:
     """
     Write a folder for transformers' GPT2LMHeadModel and AutoTokenizer, and for `load`: all of it or nothing.
 
