@@ -52,7 +52,7 @@ def exit_on_user_error() -> Iterator[None]:
         message, status = f"{error.strerror}: {error.filename}" if named else str(error), 2
     except KeyboardInterrupt:
         message, status = "interrupted", 130
-    print("error:", " ".join(message.splitlines()), file=sys.stderr)
+    sys.stderr.write(f"error: {' '.join(message.splitlines())}\n")  # in one write, since ranks share the terminal
     raise SystemExit(status)
 
 
