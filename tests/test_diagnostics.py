@@ -269,7 +269,7 @@ def changed(ending, change):
         ("c_proj.weight", lambda p: p.mul_(30), "residual", "makes the residual stream"),
         ("wte.weight", lambda p: p.mul_(50), "guessing", "is worse than a random guess"),
         ("wte.weight", lambda p: p.mul_(50), "confidence", "confident and wrong"),
-        ("c_attn.weight", lambda p: p.mul_(100), "attention", "queries look at one key, and 1 more layer like it"),
+        ("c_attn.weight", lambda p: p.mul_(100), "attention", "queries look at one key (2 of 2 layers)"),
         ("h.1.mlp.c_fc.bias", lambda p: p.fill_(-9), "gelu", "100% of layer 1's GELU inputs are on the dead side"),
         ("h.1.mlp.c_proj.weight", lambda p: p.zero_(), "gradients", "layer 1's c_fc gets no gradient"),
         ("h.0.attn.c_proj.weight", lambda p: p.zero_(), "gradients", "layer 0's c_attn gets no gradient"),

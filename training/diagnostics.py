@@ -26,13 +26,13 @@ Source of the update-to-weight ratio and of such pictures: A. Karpathy, "Buildin
 
 import contextlib
 import math
-import statistics
 import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -207,15 +207,14 @@ def measure_predictions(hidden: Tensor, wte: Tensor, targets: Tensor) -> dict:
     """Return logit_std, entropy, loss, loss_by_position. hidden: (B, T, C), wte: (V, C), targets: (B, T) int64."""
     stds, entropies, losses = [], [], []
     for x, y in zip(hidden, targets, strict=True):  # one sequence at a time: logits are large
-        logits = F.linear(x, wte).float()
-        log_p = logits.log_softmax(dim=-1)
-        stds.append(logits.std(dim=-1, correction=0).mean())
+        log_p = F.linear(x, wte).float().log_softmax(dim=-1)
+        stds.append(log_p.std(dim=-1, correction=0).mean())  # the logits' too: a constant apart
         entropies.append(-(log_p.exp() * log_p).sum(-1).mean())
         losses.append(-log_p.gather(1, y[:, None])[:, 0])
     loss = torch.stack(losses).mean(0)  # (T,)
-    bins = [loss[start:end].mean() for start, end in position_bins(len(loss))]
-    means = _floats([torch.stack(values).mean() for values in (stds, entropies, losses)])
-    return dict(zip(("logit_std", "entropy", "loss"), means, strict=True)) | {"loss_by_position": _floats(bins)}
+    means = [torch.stack(values).mean() for values in (stds, entropies, losses)]
+    std, entropy, mean, *bins = _floats([*means, *(loss[start:end].mean() for start, end in position_bins(len(loss)))])
+    return {"logit_std": std, "entropy": entropy, "loss": mean, "loss_by_position": bins}
 
 
 def position_bins(T: int) -> list[tuple[int, int]]:
@@ -251,18 +250,19 @@ LATE_LOSS = 1.0  # nats by which the last bin of positions may be worse than the
 
 def find_warnings(found: dict, vocab_size: int) -> dict[str, str]:
     """Return what looks wrong in a record, the dict "diagnostics" of a step: kind -> sentence."""
-    losses = found["loss_by_position"]
-    finite = None not in (found["logit_std"], *losses, *found["residual"])
     said = {
-        "not_finite": "" if finite else "activations or predictions are not finite: the weights are lost",
         "updates": _check_updates(found["update_ratio"], found["schedule"]),
         "gradients": _check_gradients(found["gradient_std"]),
         "gelu": _check_fractions(found.get("gelu_dead"), MANY_DEAD, "GELU inputs are on the dead side"),
         "attention": _check_fractions(found.get("attention_focused"), MANY_FOCUSED, "queries look at one key"),
-        "residual": _check_growth(found["residual"], found["entropy"], vocab_size),
     }
-    if None not in (loss := found["loss"], entropy := found["entropy"], *losses):
-        guess = math.log(vocab_size)
+    losses, loss, entropy, residual = (found[name] for name in ("loss_by_position", "loss", "entropy", "residual"))
+    guess = math.log(vocab_size)
+    if None in (found["logit_std"], *losses, *residual):
+        said["not_finite"] = "activations or predictions are not finite: the weights are lost"
+    if None not in (entropy, *residual):
+        said["residual"] = _check_growth(residual, untrained=entropy > UNTRAINED * guess)
+    if None not in (loss, entropy, *losses):
         if loss > guess + GUESSING:
             said["guessing"] = f"the loss, {loss:.2f}, is worse than a random guess, {guess:.2f}"
         if loss > entropy + OVERCONFIDENT:
@@ -273,20 +273,17 @@ def find_warnings(found: dict, vocab_size: int) -> dict[str, str]:
 
 
 def _check_updates(ratios: dict[str, list], schedule: float | None) -> str:
-    places = [
-        (ratio, kind, i) for kind, layers in ratios.items() for i, ratio in enumerate(layers) if ratio is not None
-    ]
+    places = [(x, kind, i) for kind, layers in ratios.items() for i, x in enumerate(layers) if x is not None]
     if not places or not schedule:
         return ""
     (low, *lowest), (high, *highest) = min(places), max(places)
     if high > LARGE_UPDATE:
         return f"{_place(*highest)} changes by {10**high:.0%} of its size in one step: the learning rate is too high"
     peak, *highest = max((place for place in places if place[1] in KINDS), default=places[0])
-    peak -= math.log10(schedule)
+    peak, low = peak - math.log10(schedule), low - math.log10(schedule)
     if peak > PEAK_UPDATE:
         change = f"would change by {10**peak:.0%} of its size in one step"
         return f"at the peak of the schedule {_place(*highest)} {change}: the learning rate is too high"
-    low -= math.log10(schedule)
     if low < SMALL_UPDATE:
         return f"the updates of {_place(*lowest)} are {10 ** (USUAL_UPDATE - low):,.0f} times smaller than usual"
     return ""
@@ -296,35 +293,27 @@ def _check_gradients(stds: dict[str, list]) -> str:
     for kind, layers in stds.items():
         if 0 in layers and any(layers):  # none at all, in no layer: the first step under --zero-init
             return f"{_place(kind, layers.index(0))} gets no gradient at all"
-        if layers and None not in layers and max(layers) > GRADIENT_SPREAD * min(layers):
-            most, least = layers.index(max(layers)), layers.index(min(layers))
-            times = f"{layers[most] / layers[least]:,.0f} times larger than in layer {least}"
-            return f"the gradient of {_place(kind, most)} is {times}: gradients vanish or explode on the way"
+        if layers and None not in layers and (most := max(layers)) > GRADIENT_SPREAD * (least := min(layers)):
+            times = f"{most / least:,.0f} times larger than in layer {layers.index(least)}"
+            return f"the gradient of {_place(kind, layers.index(most))} is {times}: gradients vanish or explode"
     return ""
 
 
 def _check_fractions(fractions: list | None, limit: float, what: str) -> str:
-    high = [layer for layer, fraction in enumerate(fractions or []) if (fraction or 0.0) > limit]
-    if not high:
-        return ""
-    worst = max(high, key=lambda layer: fractions[layer])
-    more = f", and {len(high) - 1} more layer{'s' if len(high) > 2 else ''} like it" if len(high) > 1 else ""
-    return f"{fractions[worst]:.0%} of layer {worst}'s {what}{more}"
+    high = {layer: fraction for layer, fraction in enumerate(fractions or []) if (fraction or 0.0) > limit}
+    worst = max(high, key=high.get, default=None)
+    return f"{high[worst]:.0%} of layer {worst}'s {what} ({len(high)} of {len(fractions)} layers)" if high else ""
 
 
-def _check_growth(residual: list, entropy: float | None, vocab_size: int) -> str:
-    if None in residual or entropy is None:
-        return ""
-    untrained = entropy > UNTRAINED * math.log(vocab_size)
+def _check_growth(residual: list, untrained: bool) -> str:
     growths = [after / before if before else 0.0 for before, after in zip(residual, residual[1:], strict=False)]
     worst = max(growths, default=0.0)
     if worst <= (UNTRAINED_GROWTH if untrained else GROWTH):
         return ""
     layer, second = divmod(growths.index(worst), 2)
     hint = "initialize c_proj smaller" if untrained else "what came before is drowned out"
-    return (
-        f"layer {layer}'s {'MLP' if second else 'attention'} makes the residual stream {worst:.0f} times larger: {hint}"
-    )
+    branch = "MLP" if second else "attention"
+    return f"layer {layer}'s {branch} makes the residual stream {worst:.0f} times larger: {hint}"
 
 
 def _place(kind: str, layer: int) -> str:
@@ -367,11 +356,8 @@ def draw(records: list[dict], path: str | Path, title: str = "") -> None:
     axes, scales = (figure := Figure(figsize=(18, 14), layout="constrained")).subplots(4, 4).flat, {}
     for axis, (name, (label, x, scale)) in zip(axes, PANELS.items(), strict=False):
         _draw_panel(axis, steps, found, name, x)
-        axis.set_title(label, fontsize=11)
-        axis.set_xlabel(x)
+        axis.set(title=label, xlabel=x, yscale="log" if scale.startswith("log ") else "linear")
         axis.grid(alpha=0.3)
-        if scale.startswith("log "):
-            axis.set_yscale("log")
         if scale in scales:
             axis.sharey(scales[scale])
             axis.autoscale(axis="y")
@@ -379,7 +365,7 @@ def draw(records: list[dict], path: str | Path, title: str = "") -> None:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
     scales["fraction"].set_ylim(-0.03, 1.03)
-    axes[15].set_title("warnings", fontsize=11)
+    axes[15].set(title="warnings")
     axes[15].axis("off")
     axes[15].text(0, 0.98, text or "none", va="top", fontsize=9, color="darkred" if text else "darkgreen")
     figure.suptitle(title)
@@ -390,27 +376,24 @@ def _draw_panel(axis, steps: list[int], found: list[dict], name: str, x: str) ->
     """Draw a line per layer over the steps, or a line per step over depth or position; dark lines come first."""
     from matplotlib import colormaps
 
-    rows, names = [_layers(record.get(name, [])) for record in found], {}
+    rows, per_kind = (
+        np.array([_layers(record.get(name, [])) for record in found]),
+        isinstance(found[-1].get(name), dict),
+    )
     if x == "step":
-        n = max(map(len, rows))
-        lines = [[row[i] if i < len(row) else math.nan for row in rows] for i in range(n)]
-        at, colors = steps, colormaps["viridis"]
-        if isinstance(found[-1].get(name), dict | list):
-            names = {0: "layer 0", n - 1: f"layer {n - 1}"}
+        at, lines, colors, last = steps, rows.T, colormaps["viridis"], rows.shape[1] - 1
+        names = {0: "layer 0", last: f"layer {last}"} if per_kind or isinstance(found[-1].get(name), list) else {}
         if name == "entropy":
-            lines += [[_float(record["loss"]) for record in found]]
-            names = {0: "entropy", 1: "loss"}
+            lines, names = [*lines, np.array([record["loss"] for record in found], float)], {0: "entropy", 1: "loss"}
     else:
-        lines, colors = rows, colormaps["plasma"]
+        at, lines, colors = np.arange(rows.shape[1]) / (2 if name == "residual" else 1), rows, colormaps["plasma"]
         names = {i: f"step {steps[i]:,}" for i in (0, len(steps) - 1)}
-        at = [i / 2 for i in range(len(rows[0]))] if name == "residual" else range(len(rows[0]))
     for i, line in enumerate(lines):
         color = colors(0.9 * i / max(1, len(lines) - 1))
         axis.plot(at, line, "o-", color=color, markersize=3, linewidth=1.2, label=names.get(i))
-    if isinstance(found[-1].get(name), dict):
-        for kind, style in {"wte": "--", "wpe": ":"}.items():
-            line = [_float(record[name][kind][0]) for record in found]
-            axis.plot(steps, line, style, color="gray", linewidth=1.2, label=kind)
+    for kind, style in {"wte": "--", "wpe": ":"}.items() if per_kind else ():
+        line = np.array([record[name][kind][0] for record in found], float)
+        axis.plot(steps, line, style, color="gray", linewidth=1.2, label=kind)
     if name == "update_ratio":
         axis.axhline(USUAL_UPDATE, color="red", linestyle="--", linewidth=1, label="usual: 1e-3")
     if name == "residual":
@@ -426,19 +409,15 @@ def _warnings_text(records: list[dict]) -> str:
         for kind, sentence in record["diagnostics"]["warnings"].items():
             said[kind].append((record["step"], sentence))
     lines = []
-    for cases in said.values():
-        when = f"steps {cases[0][0]:,} to {cases[-1][0]:,}" if len(cases) > 1 else f"step {cases[0][0]:,}"
-        lines.append(textwrap.fill(f"{when}: {cases[-1][1]}", 52))
+    for (first, _), *_, (last, sentence) in ([cases[0], *cases] for cases in said.values()):
+        when = f"step {first:,}" if first == last else f"steps {first:,} to {last:,}"
+        lines.append(textwrap.fill(f"{when}: {sentence}", 52))
     return "\n\n".join(lines)
 
 
-def _layers(values: dict | list | float | None) -> list[float]:
-    """Return one number per layer: as it is, or the median over a layer's kinds of matrices."""
+def _layers(values: dict | list | float | None) -> np.ndarray:
+    """Return one number per layer, nan if unknown: as it is, or the median over a layer's kinds of matrices."""
     if not isinstance(values, dict):
-        return [_float(value) for value in (values if isinstance(values, list) else [values])]
-    rows = zip(*(values[kind] for kind in KINDS), strict=True)
-    return [statistics.median(known) if (known := [v for v in row if v is not None]) else math.nan for row in rows]
-
-
-def _float(value: float | None) -> float:
-    return math.nan if value is None else value
+        return np.array(values, float, ndmin=1)
+    kinds = torch.from_numpy(np.array([values[kind] for kind in KINDS], float))  # (kinds, layers)
+    return kinds.nanquantile(0.5, dim=0).numpy() if kinds.numel() else np.empty(0)
