@@ -230,16 +230,17 @@ def read_log(folder: Path) -> list[dict]:
 class StopRequest:
     """Catch SIGINT and SIGTERM: `signal` holds it, for the loop to save and end; a second one exits at once."""
 
+    numbers = signal.SIGINT, signal.SIGTERM
+
     def __enter__(self) -> "StopRequest":
-        self.signal = 0
-        self._before = [(number, signal.signal(number, self._receive)) for number in (signal.SIGINT, signal.SIGTERM)]
+        self.signal, self._before = 0, [(number, signal.signal(number, self.receive)) for number in self.numbers]
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self._before:
             signal.signal(number, handler)
 
-    def _receive(self, number: int, _frame) -> None:
+    def receive(self, number: int, _frame) -> None:
         if self.signal:
             os._exit(128 + number)
         self.signal = number

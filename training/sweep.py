@@ -30,8 +30,8 @@ import torch
 from data import dataset_dir, prepare_if_missing, shards
 from data.files import UserError, as_flag, atomic_write, lock, parse_options
 from model import GPT
-from training.curves import reference_losses
-from training.run import read_log
+from training.curves import draw_levels, reference_losses
+from training.run import StopRequest, read_log
 
 Parse = Callable[[list[str]], object]  # a command line -> train_gpt2.Config
 RESERVED = {"out_dir", "resume", "sweep", "ladder", "plan", "find_lr"}  # a run of a sweep cannot choose these
@@ -134,7 +134,8 @@ def expand(arguments: list[str], grid: Sequence[str], parse: Parse) -> list[Swee
         config = _parse_run(parse, [*arguments, *words], f"--sweep, run {' '.join(words)}")
         columns = {name: getattr(config, name) for name in _given(words)}
         # named by parsed values: 1e-3 and 0.001 share a folder, and 2e-3 typed later finds its own
-        name = ",".join(f"{option}={_as_file_name(value)}" for option, value in columns.items())
+        texts = [str(value).lower() if isinstance(value, bool) else str(value) for value in columns.values()]
+        name = re.sub(r"[^\w.+,=-]", "_", ",".join(map("=".join, zip(columns, texts, strict=True))))
         if name in runs:
             raise UserError(f"--sweep has the run {name} twice: give every value once")
         runs[name] = SweepRun(name, columns, [*arguments, *words], config)
@@ -153,19 +154,16 @@ def _read_grid(grid: Sequence[str], base) -> list[list[str]]:
             raise UserError(f"--sweep {item}: a sweep cannot vary {as_flag(name)}")
         if name in options:
             raise UserError(f"--sweep has {name} twice: give all its values at once, {name}=A,B,C")
-        switches = {}
+        words = {value: f"{as_flag(name)}={value}" for value in values}
         if isinstance(getattr(base, name, None), bool):
             switches = {"true": as_flag(name), "false": as_flag(f"no_{name}")}
             if not {value.lower() for value in values} <= switches.keys():
                 raise UserError(f"--sweep {item}: the values of {name} are true and false")
-        options[name] = [switches.get(value.lower(), f"{as_flag(name)}={value}") for value in values]
+            words = {value: switches[value.lower()] for value in values}
+        options[name] = [words[value] for value in values]
     if not options:
         raise UserError("--sweep needs an option and its values, for example --sweep lr=1e-4,3e-4 n_layer=4,6")
     return [*options.values()]
-
-
-def _as_file_name(value: object) -> str:
-    return re.sub(r"[^\w.+-]", "_", str(value).lower() if isinstance(value, bool) else str(value))
 
 
 def rungs(arguments: list[str], parse: Parse) -> list[SweepRun]:
@@ -253,7 +251,7 @@ def check_folder(runs: list[SweepRun], folder: Path, what: str) -> None:
             raise UserError(f"{folder} holds a {what} made with {options}: use another --out-dir")
 
 
-class SignalRelay:
+class SignalRelay(StopRequest):
     """
     Take SIGINT, SIGTERM and SIGHUP, and pass each on to `child` as SIGTERM; `signal` is the first.
 
@@ -262,15 +260,10 @@ class SignalRelay:
     """
 
     def __enter__(self) -> "SignalRelay":
-        self.signal, self.child = 0, None
+        self.child = None
         numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
-        numbers = [n for n in numbers if n and signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores SIGHUP
-        self._before = {number: signal.signal(number, self._receive) for number in numbers}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self.numbers = [n for n in numbers if n and signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores SIGHUP
+        return super().__enter__()
 
     def start(self, command: list[str]) -> subprocess.Popen:
         """Start the child: no input, its standard output dropped, its standard error a pipe."""
@@ -281,7 +274,7 @@ class SignalRelay:
             self.child.terminate()
         return self.child
 
-    def _receive(self, number: int, _frame) -> None:
+    def receive(self, number: int, _frame) -> None:
         self.signal = self.signal or number
         if self.child is not None and os.name == "posix":  # elsewhere the terminal tells both
             self.child.terminate()
@@ -362,19 +355,22 @@ def _results(run: SweepRun) -> list[str]:
 
 def draw(figure, runs: list[SweepRun]) -> None:
     """Draw validation losses against tokens; beside them the last ones against the swept number with most values."""
-    values = (
-        {} if "rung" in runs[0].columns else {name: {run.columns[name] for run in runs} for name in runs[0].columns}
-    )
+    names = [] if "rung" in runs[0].columns else runs[0].columns
+    values = {name: {run.columns[name] for run in runs} for name in names}
     numeric = [n for n, found in values.items() if len(found) > 1 and all(type(v) in (int, float) for v in found)]
     panels = figure.subplots(1, 2 if numeric else 1, squeeze=False)[0]
     figure.set_size_inches(7.5 * len(panels), 5)
     draw_curves(panels[0], runs)
     if numeric:
         draw_against(panels[1], runs, max(numeric, key=lambda name: len(values[name])))
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
 
 
 def draw_curves(axes, runs: list[SweepRun]) -> None:
-    """Draw every run's validation loss against tokens."""
+    """Draw every run's validation loss against tokens, and the losses to compare with that are not far above."""
     from matplotlib import colormaps
     from matplotlib.ticker import EngFormatter
 
@@ -385,26 +381,13 @@ def draw_curves(axes, runs: list[SweepRun]) -> None:
         state = "" if run.val_loss is not None else ", failed" if run.error else ", not finished"
         label = f"{run.name}: {losses[-1]:.3f}{state}"
         axes.plot(tokens, losses, "o-", markersize=3, linewidth=1, color=color, label=label)
-    known = references(runs)
-    if known and axes.get_ylim()[1] > max(known.values()) + 0.5:  # one bad run must not flatten the rest
-        axes.set_ylim(top=max(known.values()) + 0.5)
-    draw_references(axes, known)
+    known, (low, high) = references(runs), axes.get_ylim()
+    if known and high > max(known.values()) + 0.5:  # one bad run must not flatten the rest
+        high = max(known.values()) + 0.5
+        axes.set_ylim(top=high)
+    draw_levels(axes, {name: nats for name, nats in known.items() if nats <= high + 0.1 * (high - low)})
     axes.set(xlabel="tokens", ylabel="validation loss, nats per token")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.grid(alpha=0.3)
-    if shown:
-        axes.legend(fontsize="small")
-
-
-def draw_references(axes, known: dict[str, float]) -> None:
-    """Draw a dotted line, named, for each loss that is not far above what is drawn already."""
-    low, high = axes.get_ylim()
-    for name, nats in known.items():
-        if nats <= high + 0.1 * (high - low):
-            axes.axhline(nats, linestyle=":", color="gray", linewidth=1, zorder=0)
-            white = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
-            place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "bbox": white}
-            axes.annotate(name, (0, nats), (5, 4), **place, fontsize="small", color="gray")
 
 
 def draw_against(axes, runs: list[SweepRun], x: str) -> None:
@@ -413,13 +396,10 @@ def draw_against(axes, runs: list[SweepRun], x: str) -> None:
     for run in runs:
         if run.val_loss is not None:
             others = ",".join(f"{name}={value}" for name, value in run.columns.items() if name != x)
-            lines.setdefault(others, []).append((run.columns[x], run.val_loss))
+            lines.setdefault(others or None, []).append((run.columns[x], run.val_loss))
     for others, points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), "o-", label=others)
     values = sorted(run.columns[x] for run in runs)
     if values[0] > 0 and values[-1] >= 8 * values[0]:
         axes.set_xscale("log")
     axes.set(xlabel=x, ylabel="validation loss at the end, nats per token")
-    axes.grid(alpha=0.3)
-    if any(lines):
-        axes.legend(fontsize="small")
