@@ -5,6 +5,7 @@ A file whose sha256 differs is corrupt, and the one before it is used. It is rea
 code, and mapped rather than read: memory holds what is used of it, once for all ranks of a machine.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -37,14 +38,12 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
             torch.save(checkpoint, hashed)
         except RuntimeError as error:
             raise hashed.error or error from None  # torch hides that the disk is full
-        digest = hashed.digest.hexdigest().encode()
-        atomic_write(Path(f"{path}.sha256"), lambda file: file.write(digest))
+        atomic_write(Path(f"{path}.sha256"), lambda file: file.write(hashed.digest.hexdigest().encode()))
 
     try:
         atomic_write(path, write)
     except OSError as error:
-        reason = f"{path} could not be written ({error.strerror})"
-        raise UserError(f"{reason}: make room on that disk; the checkpoints before it are intact") from error
+        raise UserError(f"{path} could not be written ({error.strerror}): make room on that disk") from error
 
 
 class _Hashed:
@@ -95,16 +94,12 @@ def load_checkpoint(path: Path, verify: bool = True) -> dict:
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(checkpoint, dict) or not set(checkpoint) >= KEYS:
-        missing = ", ".join(sorted(KEYS))
-        raise UserError(f"{path} is not a checkpoint of train_gpt2.py: it lacks some of {missing}")
+        raise UserError(f"{path} is not a checkpoint of train_gpt2.py: it lacks some of {', '.join(sorted(KEYS))}")
     return checkpoint
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, dict] | tuple[None, None]:
-    """Return (path, checkpoint) for the newest intact checkpoint, or (None, None) if there is none.
-
-    Raises UserError if every checkpoint is corrupt.
-    """
+    """Return (path, checkpoint) for the newest intact checkpoint, or (None, None); UserError if all are corrupt."""
     paths = checkpoints(folder)
     for path in paths:
         try:
@@ -133,8 +128,8 @@ def starting_point(config, tokenizer_spec: dict, dist: Distributed) -> dict | No
     if checkpoint["tokenizer"] != tokenizer_spec:
         changed.append(f"--data {then['data']} (now {now['data']}, with another vocabulary)")
     if changed:
-        cure = "Use the same options, another --out-dir, or --resume never"
-        raise UserError(f"{path} was trained with different options: {', '.join(changed)}. {cure}")
+        cure = "use the same, another --out-dir, or --resume never"
+        raise UserError(f"{path} was trained with other options, {', '.join(changed)}: {cure}")
     return checkpoint
 
 
@@ -171,13 +166,10 @@ def _resumes_itself(folder: Path, resume: str) -> bool:
     """Tell whether a run that was started with another run's checkpoint has checkpoints of its own to resume from."""
     if folder.resolve() in Path(resume).resolve().parents or not checkpoints(folder):
         return False
-    try:
-        began_with = json.loads((folder / "config.json").read_text(encoding="utf-8"))["resume"]
-    except (OSError, ValueError, KeyError, TypeError):
-        began_with = None
-    if began_with != resume:
-        raise UserError(f"{folder} holds a run that did not start with --resume {resume}: give another --out-dir")
-    return True
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        if json.loads((folder / "config.json").read_text(encoding="utf-8"))["resume"] == resume:
+            return True
+    raise UserError(f"{folder} holds a run that did not start with --resume {resume}: give another --out-dir")
 
 
 def restarted_in(folder: Path) -> bool:

@@ -71,17 +71,14 @@ def find(step_with_lr: Callable[[float], float], low: float = LOW, high: float =
     first, lowest, last = find_valley(smooth)
     fall = max(smooth[:lowest], default=smooth[0]) - smooth[lowest]
     if fall < MIN_FALL:
-        raise UserError(
-            f"the loss fell by {fall:.3f} nats at most between the learning rates {rates[0]:.1e} and {rates[-1]:.1e}, "
-            "which says nothing: look at the data, or use a larger --batch-tokens, whose loss is less noisy"
-        )
+        rise = f"the learning rate rose from {rates[0]:.1e} to {rates[-1]:.1e}"
+        raise UserError(f"the loss fell by {fall:.3f} nats while {rise}: look at the data, or raise --batch-tokens")
     reason = (
-        f"the smoothed loss is lowest at {rates[lowest]:.1e}, {smooth[lowest]:.2f} nats per token, {smooth[0]:.2f} at "
-        f"the start, and a run's mean rate is {MEAN_RATE} of its peak; from {rates[first]:.1e} to {rates[last]:.1e} "
-        f"the loss is within {VALLEY:.0%} of that fall"
+        f"the smoothed loss is lowest at {rates[lowest]:.1e}, {smooth[lowest]:.2f} nats per token, and a run's mean "
+        f"rate is {MEAN_RATE} of its peak; the loss is good from {rates[first]:.1e} to {rates[last]:.1e}"
     )
     if lowest == len(smooth) - 1:
-        reason += "; it was still falling when the sweep ended, so a higher rate may be better"
+        reason += "; it was still falling at the end, so a higher rate may be better"
     suggestion = float(f"{rates[lowest] / MEAN_RATE:.1e}")
     return Result(rates, losses, smooth, lowest, (rates[first], rates[last]), suggestion, reason)
 

@@ -72,7 +72,7 @@ class Run:
         _write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
         _write_text(folder / "log.jsonl", "".join(json.dumps(record) + "\n" for record in self.records))
         _drop_samples(folder / "samples.txt", step)
-        self._services = services(config, folder)
+        self._services = _services(config, folder)
         self._log = (folder / "log.jsonl").open("a", encoding="utf-8")
         self._pace, self._sample = pace or Pace(config["max_steps"] - step), None
         self._val = next((f" val {r['val_loss']:.3f}" for r in reversed(self.records) if "val_loss" in r), "")
@@ -82,7 +82,10 @@ class Run:
     def log(self, record: dict) -> None:
         """Log a step: a line in log.jsonl, the bar, and wandb and TensorBoard if they were asked for."""
         if record["step"] == 1 and self._untrained:
-            _check_first_loss(record["loss"], self.references[curves.RANDOM])
+            random = self.references[curves.RANDOM]
+            if abs(record["loss"] - random) > 0.5:  # to an untrained model every token is equally likely
+                first = f"the first loss is {record['loss']:.3f}, far from {random:.3f}, that of guessing"
+                tqdm.write(f"warning: {first}: look at the data", file=sys.stderr)
         self.records.append(record)
         self._log.write(json.dumps(record) + "\n")
         self._log.flush()
@@ -121,31 +124,33 @@ class Run:
     def summary(self) -> dict[str, str]:
         """Return the run's figures by name; of HellaSwag the last score, with its verdict if the model overfits."""
         last, losses = self.records[-1], [record["loss"] for record in self.records]
-        mfu = [record["mfu"] for record in self.records if record["mfu"] is not None]
-        memory = [record["memory_gb"] for record in self.records if record.get("memory_gb")]
         minutes, seconds = divmod(round(sum(record["ms"] for record in self.records) / 1000), 60)
         tail = losses[-max(1, len(losses) // 10) :]
+
+        def measured(name: str) -> list:
+            return [record[name] for record in self.records if record.get(name) is not None]
+
         rows = {
             "steps": f"{last['step']:,}",
             "tokens": f"{last['tokens']:,}",
             "time in training steps": f"{minutes // 60} h {minutes % 60} min {seconds} s",
-            "tokens/s, median": f"{statistics.median(record['tokens_per_s'] for record in self.records):,.0f}",
+            "tokens/s, median": f"{statistics.median(measured('tokens_per_s')):,.0f}",
         }
-        if mfu:
+        if mfu := measured("mfu"):
             rows["MFU, median"] = f"{statistics.median(mfu):.1%}"
-        if memory:
+        if memory := measured("memory_gb"):
             rows["peak memory"] = f"{max(memory):.2f} GB"
         rows["training loss"] = f"{statistics.fmean(tail):.4f} nats per token, mean of the last {len(tail):,} step(s)"
-        if validated := [record for record in self.records if "val_loss" in record]:
-            loss, lowest = validated[-1]["val_loss"], min(validated, key=lambda record: record["val_loss"])
+        if validated := measured("val_loss"):
+            loss, lowest = validated[-1], min(validated)
+            step = next(record["step"] for record in self.records if record.get("val_loss") == lowest)
             rows["validation loss"] = f"{loss:.4f} nats per token, perplexity {math.exp(min(loss, 700)):.2f}"
-            rows["lowest validation loss"] = f"{lowest['val_loss']:.4f} after step {lowest['step']:,}"
-            if loss >= lowest["val_loss"] + OVERFITTING:
-                rows["overfitting"] = (
-                    f"the validation loss has risen by {loss - lowest['val_loss']:.3f} since step {lowest['step']:,}: "
-                    "train for fewer steps, on more text, or with more --dropout or --weight-decay"
-                )
-        if scores := [record["hellaswag_acc_norm"] for record in self.records if "hellaswag_acc_norm" in record]:
+            rows["lowest validation loss"] = f"{lowest:.4f} after step {step:,}"
+            if loss >= lowest + OVERFITTING:
+                risen = f"the validation loss has risen by {loss - lowest:.3f} since step {step:,}"
+                cure = "train for fewer steps, on more text, or with more --dropout or --weight-decay"
+                rows["overfitting"] = f"{risen}: {cure}"
+        if scores := measured("hellaswag_acc_norm"):
             published = ", ".join(f"{name} {score}" for name, score in self.published.items())
             rows["HellaSwag acc_norm"] = f"{scores[-1]:.4f}" + (f" (published: {published})" if published else "")
         return rows
@@ -167,13 +172,6 @@ class Run:
         for old in checkpoints(self.folder)[keep:]:
             old.unlink()
             Path(f"{old}.sha256").unlink(missing_ok=True)
-
-
-def _check_first_loss(loss: float, random: float) -> None:
-    """Warn if an untrained model, to which every token is equally likely, has a first loss far from ln V."""
-    if abs(loss - random) > 0.5:
-        sentence = f"the first loss is {loss:.3f}, far from {random:.3f}, that of guessing: look at the data"
-        tqdm.write(f"warning: {sentence}", file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------------------- the folder
@@ -263,7 +261,7 @@ def require(package: str):
         raise UserError(f"--{package} needs a package that is not installed: pip install {package}") from error
 
 
-def services(config: dict, folder: Path) -> list[Callable[[dict], None]]:
+def _services(config: dict, folder: Path) -> list[Callable[[dict], None]]:
     """Return a function per service that was asked for; each logs the numbers of a step."""
     found = []
     if config.get("wandb"):
