@@ -83,7 +83,7 @@ def test_the_grid_wins_over_the_command_line_switches_take_true_and_false_and_pa
         (["--resume=never", "--sweep", "lr=1"], "leave --resume out"),
         (["--ladder", "--n-layer", "3"], "--ladder sets --n-layer itself"),
         (["--ladder", "--block_size=8"], "--ladder sets --block-size itself"),
-        (["--ladder", "--micro-batch", "64"], "rung 5-context: --batch-tokens 2048 cannot be cut evenly"),
+        (["--ladder", "--micro-batch", "64"], "rung 5-context: --batch-tokens 2048 does not divide evenly"),
         (["--ladder", "--resume", "never"], "leave --resume out"),
         (["--ladder", "--sweep", "lr=1"], "give one of them"),
     ],
