@@ -8,8 +8,8 @@ The forward pass, for B sequences, T tokens, C channels and a vocabulary of V to
                      residual += mlp(ln_2(residual))
     logits = ln_f(residual) @ wte.T                               (B, T, V)
 
-Parameters have the names of Hugging Face's GPT-2. Everything but the plain matrix products is one
-of `ops`, a bundle of functions that kernels.select() fills with Triton or PyTorch versions.
+Parameters have the names of Hugging Face's GPT-2. Operations that have a Triton version come from
+`ops`, a bundle that kernels.select() fills with Triton or PyTorch functions.
 Source: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, and OpenAI's
 released weights.
 """
@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 import kernels
 
-EPS = 1e-5  # of every layer norm: part of GPT-2, so not an option
+EPS = 1e-5  # of every LayerNorm: fixed by GPT-2, so not an option
 
 
 @dataclasses.dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT. An impossible one raises ValueError, which names the option to change."""
+    """The shape of a GPT. Raise ValueError, naming the option to change, if it is impossible."""
 
     n_layer: int = 12
     n_head: int = 12
@@ -53,7 +53,7 @@ class GPTConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of wte: those past vocab_size are zero, and no softmax, loss or sample sees them."""
+        """Rows of wte. Those past vocab_size are zero; softmax, loss and sampling exclude them."""
         return math.ceil(self.vocab_size / kernels.VOCAB_MULTIPLE) * kernels.VOCAB_MULTIPLE
 
 
@@ -95,7 +95,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.n_embd))
 
     def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x, residual: (B, T, C), residual None if nothing is to be added. Return (norm, sum)."""
+        """x, residual: (B, T, C). Return (norm, x + residual); if residual is None, (norm, x)."""
         if residual is None:
             return self.ops.layer_norm(x, self.weight, self.bias, EPS), x
         return self.ops.add_layer_norm(x, residual, self.weight, self.bias, EPS)
@@ -122,7 +122,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The feed-forward layer: 4C wide inside, with GELU in its tanh form."""
+    """Feed-forward layer: hidden width 4C, GELU in its tanh form."""
 
     def __init__(self, config: GPTConfig, ops: kernels.Ops):
         super().__init__()
@@ -157,7 +157,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 of any size. On the meta device, it gives parameter count and FLOPs without memory."""
+    """GPT-2 of any size. On the meta device it counts parameters and FLOPs, without memory."""
 
     def __init__(self, config: GPTConfig, ops: kernels.Ops | None = None):  # None: PyTorch's
         super().__init__()
@@ -171,7 +171,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _initialize(self):
-        """N(0, 0.02), biases 0; 2 n_layer projections add up in the stream: 1 / sqrt(2 n_layer)."""
+        """Draw N(0, 0.02), in c_proj scaled by 1 / sqrt(2 n_layer); set biases and padding to 0."""
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 parameter.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
@@ -205,8 +205,8 @@ class GPT(nn.Module):
         """
         Return the logits (B, T, V); with targets the loss; with return_logits (loss, logits).
 
-        tokens, targets: (B, T) int64; a target of -100 is left out of the loss
-        loss: the mean, a scalar in nats per token; the Triton version stores no logits for it
+        tokens, targets: (B, T) int64; targets of -100 are ignored
+        loss: scalar mean, nats per token; the Triton version never holds all logits at once
         Raise ValueError if T exceeds block_size.
         """
         x, V, weight = self.hidden(tokens), self.config.vocab_size, self.transformer.wte.weight
@@ -218,12 +218,12 @@ class GPT(nn.Module):
         return self.ops.cross_entropy(logits.flatten(0, 1), targets.flatten(), V), logits[..., :V]
 
     def parameter_count(self) -> int:
-        """Parameters as published: the tied head counts once, wte's padding rows do not count."""
+        """Count parameters as published: the tied head once, wte's padding rows not at all."""
         padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
         return sum(p.numel() for p in self.parameters()) - padding
 
     def flops_per_token(self) -> int:
-        """Training FLOPs per token as in PaLM, appendix B: 6 (parameters - wpe) + 12 L C T."""
+        """Return training FLOPs per token as in PaLM, appendix B: 6 (parameters - wpe) + 12 L C T."""
         c = self.config
         matmul_parameters = self.parameter_count() - self.transformer.wpe.weight.numel()
         return 6 * matmul_parameters + 12 * c.n_layer * c.n_embd * c.block_size
@@ -241,17 +241,17 @@ class GPT(nn.Module):
         use_cache: bool = True,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """
-        Sample a token per step and sequence; yield it, (B,) int64, and its log-probability, (B,).
+        Sample a token per sequence and step; yield tokens (B,) int64 and log-probabilities (B,).
 
         tokens:      (B, T) int64, T >= 1; the last block_size of them are the context
         temperature: divides the logits; 0 takes the most likely token
         top_k, top_p: sample among the k most likely tokens, or the fewest that sum to p
-        generator:   source of the randomness; torch's own when None
+        generator:   source of randomness; torch's default if None
         stop_token:  ends a sequence, which then repeats it; when all have ended, the stream ends
-        use_cache:   keep keys and values, so that a step costs one token; equal but for rounding.
-                     Past block_size the window slides, and every step computes all of it
+        use_cache:   keep a KV cache, so a step computes one token; the same up to rounding. Past
+                     block_size the window slides, and every step computes all of it
 
-        A log-probability, in nats, is the model's own: before temperature, top_k and top_p.
+        Log-probabilities, in nats, are the model's own: before temperature, top_k and top_p.
         """
         block_size = self.config.block_size
         caches = [KVCache(block_size) for _ in self.transformer.h] if use_cache else []

@@ -8,7 +8,7 @@ Write text with a trained GPT.
 from training import startup
 
 if __name__ == "__main__":
-    startup.begin()  # before torch is imported, which takes seconds and reads what it sets
+    startup.begin()  # before importing torch, which takes seconds and reads what this sets
 
 import dataclasses
 import sys
@@ -33,19 +33,19 @@ class SampleOptions:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_NAME")]
     """run folder, checkpoint, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or Hugging Face folder"""
     prompt: str = ""
-    """text to continue; none: start a document"""
+    """text to continue; default: start a new document"""
     prompt_file: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
-    """file with the prompt, - for standard input; a line break at its end is left out"""
+    """file with the prompt, - for standard input; a trailing newline is dropped"""
     max_new_tokens: int = 300
     """most tokens to add"""
     stop: bool = True
-    """end a sample with its document, as --new-only always does"""
+    """stop at the end-of-text token, as --new-only always does"""
     num_samples: int = 1
-    """samples, drawn side by side; a single one appears as it is written"""
+    """samples, drawn in one batch; a single one is printed token by token"""
     best_of: Annotated[int, tyro.conf.arg(metavar="N")] = 1
     """draw N samples and print the one with the highest mean log-probability per token"""
     new_only: bool = False
-    """for a run on documents, such as names: print the samples that its training text lacks"""
+    """for a run on documents, such as names: print only samples that are not in its training text"""
     temperature: float = 0.8
     """0 takes the most likely token every time"""
     top_k: int | None = None
@@ -59,9 +59,9 @@ class SampleOptions:
     kernels: str = "none"
     """families in Triton: all, none, or a list of layernorm,gelu,attention,cross_entropy"""
     cache: bool = True
-    """keep keys and values: faster, and the same text but for rounding"""
+    """use a KV cache: faster, and the same text up to rounding"""
     export: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = ""
-    """write no text, but the model into this new folder, in Hugging Face's format"""
+    """instead of text, write the model to this new folder, in Hugging Face's format"""
 
     def __post_init__(self):
         least = dict.fromkeys(("max_new_tokens", "num_samples", "best_of", "top_k"), 1)
@@ -77,7 +77,7 @@ class SampleOptions:
 
 
 def write_samples(options: SampleOptions) -> None:
-    """Print samples, each after its prompt, and to stderr how fast they were drawn."""
+    """Print samples, each with its prompt, and tokens per second to stderr."""
     prompt = options.prompt
     if options.prompt_file:
         file = "/dev/stdin" if options.prompt_file == "-" else options.prompt_file
@@ -133,7 +133,7 @@ def write_samples(options: SampleOptions) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    sys.stdout.reconfigure(errors="replace")  # for terminals that lack a character of the text
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character of the text
     with exit_on_user_error():
         startup.end()
         options = parse_options(lambda: tyro.cli(SampleOptions, args=arguments))

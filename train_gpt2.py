@@ -15,7 +15,7 @@ In reading order: options, presets, one training step, validation, how a run sta
 from training import startup
 
 if __name__ == "__main__":
-    startup.begin()  # before torch is imported, which takes seconds and reads what it sets
+    startup.begin()  # before importing torch, which takes seconds and reads what this sets
 
 import contextlib
 import dataclasses
@@ -61,42 +61,42 @@ class Config:
     n_head: int = 12  # attention heads per block
     n_embd: int = 768  # channels
     block_size: int = 1024  # tokens per sequence
-    dropout: float = 0.0  # fraction dropped; which ones depends on seed, step, rank, --micro-batch
+    dropout: float = 0.0  # probability; masks depend on seed, step, rank and --micro-batch
     batch_tokens: int = 524_288  # tokens per optimizer step, over all ranks and micro-steps
     micro_batch: int | Literal["auto"] = "auto"  # sequences at once; auto: as many as memory holds
     max_steps: int = 18_795  # optimizer steps; 18,795 are one pass over FineWeb-Edu's 10B sample
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: on the blocks' matrices, else AdamW
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: the blocks' matrices; rest: AdamW
     lr: float = 6e-4  # peak learning rate
-    adamw_lr: float | None = None  # with muon, the peak rate of what AdamW trains; default: --lr
-    min_lr: float | None = None  # learning rate of the last step; default: a tenth of --lr
+    adamw_lr: float | None = None  # with muon: peak rate of AdamW's parameters; default: --lr
+    min_lr: float | None = None  # learning rate at the last step; default: a tenth of --lr
     warmup_steps: int = 715  # steps over which the learning rate rises
     schedule: Literal["cosine", "linear"] = "cosine"  # from --lr to --min-lr; linear: flat at first
     decay_fraction: float = 0.67  # last fraction of the steps, in which the linear schedule falls
     zero_init: bool = False  # start every block as the identity: both c_proj at 0
-    weight_decay: float = 0.1  # of matrices; biases and layer norms never decay
+    weight_decay: float = 0.1  # of matrices; biases and LayerNorms never decay
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
     seed: int = 1337  # of initialization, data order, dropout and samples
     shuffle: bool = True  # new order of sequences in every epoch; else the order on disk
     eval_every: int = 250  # steps between validations; 0: only at the end
-    eval_tokens: int = 10_485_760  # validation tokens, the same every time; at most all there are
+    eval_tokens: int = 10_485_760  # validation tokens, the same every time; at most the split
     hellaswag_every: int = 1000  # steps between HellaSwag evaluations, and at the end; 0: never
-    hellaswag_input: str = ""  # file of questions in its format; default: its validation set
+    hellaswag_input: str = ""  # questions in HellaSwag's format; default: its validation set
     sample_every: int = 1000  # steps between samples; 0: only at the end
     checkpoint_every: int = 1000  # steps between checkpoints; the last step always writes one
-    keep: int = 3  # checkpoints kept, the newest
-    resume: str = "auto"  # auto: if --out-dir has a run; never: move that away; or a checkpoint
+    keep: int = 3  # newest checkpoints to keep
+    resume: str = "auto"  # auto: if --out-dir has a run; never: move it aside; or a checkpoint
     init_from: str = ""  # initial weights: gpt2, ..., gpt2-xl, a run, or a Hugging Face folder
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # matrix products; auto: what is fast
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; auto: bfloat16 if fast
     tf32: bool = True  # on a GPU, PyTorch's float32 matrix products in TF32 (10-bit mantissa)
-    kernels: str = "auto"  # all, none, or of layernorm,gelu,attention,cross_entropy; auto: on a GPU
+    kernels: str = "auto"  # all, none, auto (all on GPU), or layernorm,gelu,attention,cross_entropy
     compile: bool = True  # torch.compile the model
     parallel: Mode = "ddp"  # zero1: shard the optimizer state; fsdp: weights and gradients too
-    diagnose: int = 0  # steps between diagnoses of every layer, into diagnostics.png; 0: none
-    plan: bool = False  # only print the memory, time, money and disk that the run would take
+    diagnose: int = 0  # steps between diagnoses of every layer (diagnostics.png); 0: off
+    plan: bool = False  # only print the memory, time, cost and disk space of the run
     find_lr: bool = False  # only try learning rates, draw find_lr.png and suggest one
     sweep: tuple[str, ...] = ()  # train a grid of runs: --sweep lr=1e-4,3e-4 n_layer=4,6
-    ladder: bool = False  # train from a bigram to a small GPT on tiny shakespeare, step by step
+    ladder: bool = False  # train six models on tiny shakespeare, from a bigram to a small GPT
     profile: bool = False  # write a torch.profiler trace of steps 6 to 8 to trace.json
     wandb: bool = False  # log to Weights & Biases too
     tensorboard: bool = False  # log to TensorBoard too
@@ -127,11 +127,11 @@ class Config:
         raise UserError(message)
 
     def sequences_per_rank(self, world_size: int) -> int:
-        """Return the sequences of a step's batch per rank; UserError if it has no even split."""
+        """Return the sequences per rank and step; UserError if the batch does not divide evenly."""
         micro_batch = 1 if self.micro_batch == "auto" else self.micro_batch
         if self.batch_tokens % (multiple := self.block_size * world_size * micro_batch):
             raise UserError(
-                f"--batch-tokens {self.batch_tokens} cannot be cut evenly into {world_size} "
+                f"--batch-tokens {self.batch_tokens} does not divide evenly into {world_size} "
                 f"process(es), --micro-batch {self.micro_batch} and sequences of "
                 f"{self.block_size}: it must be a multiple of {multiple}"
             )
@@ -211,22 +211,22 @@ def train_step(trainer: Trainer, inputs: Tensor, targets: Tensor, step: int) -> 
     Do one optimizer step on this rank's sequences, in micro-steps.
 
     inputs, targets: (sequences, block_size) int64
-    Returns the mean loss over ranks and micro-steps in nats per token, and the gradient norm
-    before clipping. Raises UserError, with the weights unchanged, if either is not finite.
+    Return the mean loss over ranks and micro-steps in nats per token, and the gradient norm
+    before clipping. Raise UserError, with the weights unchanged, if either is not finite.
     """
     config, dist, size = trainer.config, trainer.dist, trainer.micro_batch
     seed_dropout(config.seed, step, dist.rank)
     micro_batches = list(zip(inputs.split(size), targets.split(size), strict=True))
     loss_sum = torch.zeros((), device=trainer.device)
     for micro_step, (x, y) in enumerate(micro_batches, start=1):
-        # gradients add up on each rank; one average over the ranks, in the last backward, will do
+        # gradients accumulate on each rank: one all-reduce, in the last backward, is enough
         dist.set_grad_sync(trainer.model, enabled=micro_step == len(micro_batches))
         with trainer.autocast():
-            # divided, since backward adds gradients up: their sum must be the whole batch's mean
+            # backward sums gradients: dividing makes the sum the mean over the full batch
             loss = trainer.model(x, y) / len(micro_batches)
         loss.backward()
-        loss_sum += loss.detach()  # no .item() here: it would wait for the GPU in every micro-step
-    # both numbers are read before the update, so that one that is not finite spares the weights
+        loss_sum += loss.detach()  # no .item(): it would wait for the GPU in every micro-step
+    # both are read before the update: if one is not finite, the weights stay intact
     mean_loss = (dist.sum(loss_sum) / dist.world_size).item()
     parameters = trainer.raw_model.parameters()
     grad_norm = dist.item(nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf))
@@ -246,9 +246,9 @@ def train_step(trainer: Trainer, inputs: Tensor, targets: Tensor, step: int) -> 
 @torch.no_grad()
 def validate(trainer: Trainer, split: shards.Split) -> float:
     """
-    Return the mean loss in nats per token over --eval-tokens of the split.
+    Return the mean loss in nats per token over the first --eval-tokens of the split.
 
-    They are the same tokens for any batch size and number of ranks.
+    The tokens are the same for any batch size and number of ranks.
     """
     block_size, size, dist = trainer.config.block_size, trainer.micro_batch, trainer.dist
     starts = evaluation_windows(split, block_size, trainer.config.eval_tokens)
@@ -257,7 +257,7 @@ def validate(trainer: Trainer, split: shards.Split) -> float:
     loss_sum = torch.zeros((), dtype=torch.float64)
     for first in range(0, math.ceil(len(starts) / dist.world_size), size):
         windows = mine[first : first + size]
-        read = windows if len(windows) else starts[:1]  # fsdp: all ranks call it equally often
+        read = windows if len(windows) else starts[:1]  # fsdp: all ranks must call it equally often
         batch = read_windows(split, read, block_size)
         inputs, targets = (tensor.to(trainer.device) for tensor in batch)
         with trainer.autocast():
@@ -266,11 +266,11 @@ def validate(trainer: Trainer, split: shards.Split) -> float:
     return dist.sum(loss_sum.to(trainer.device, torch.float32)).item() / len(starts)
 
 
-# -------------------------------------------------------------------------------- how a run starts
+# --------------------------------------------------------------------------------- starting a run
 
 
 def check_options(config: Config, dist: Distributed) -> None:
-    """Raise UserError for what would stop a run only after its data, many GB, was prepared."""
+    """Raise UserError now for what would fail only after the data, many GB, is prepared."""
     config.sequences_per_rank(dist.world_size)
     device = devices.choose_device(config.device, dist)
     with as_user_error():
@@ -288,7 +288,7 @@ def check_options(config: Config, dist: Distributed) -> None:
 
 
 def choose_ops(config: Config, device: torch.device, say: Callable) -> Ops:
-    """Return the operations of --kernels; `say` hears what auto leaves to PyTorch on a GPU."""
+    """Return the operations of --kernels; `say` is told what auto leaves to PyTorch on a GPU."""
     return select(config.kernels, device, config.dropout, config.n_embd, config.n_head, say)
 
 
@@ -302,7 +302,7 @@ class Data:
 
 
 def open_data(config: Config, dist: Distributed) -> Data:
-    """Open and check the dataset; UserError if it is corrupt, or ranks see different ones."""
+    """Open and verify the dataset; UserError if it is corrupt or differs between ranks."""
     folder = dataset_dir(config.data)
     train_split, val_split = (shards.open_split(folder, name) for name in ("train", "val"))
     for split in (train_split, val_split):
@@ -356,7 +356,7 @@ def due(step: int, every: int, last: int) -> bool:
 
 
 def sample(trainer: Trainer, run: Run | None, data: Data, step: int, length: int = 300) -> None:
-    """Add a text of `length` tokens to samples.txt, with the same random numbers every time."""
+    """Append `length` tokens of text to samples.txt, drawn with the same seed every time."""
     model, dist = trainer.raw_model, trainer.dist
     full = dist.gather_full(model.state_dict()) if dist.mode == "fsdp" else None
     if run is None:
@@ -369,7 +369,7 @@ def sample(trainer: Trainer, run: Run | None, data: Data, step: int, length: int
 
 
 def save(trainer: Trainer, run: Run | None, data: Data, step: int) -> None:
-    """Write a checkpoint and the pictures. Randomness depends on seed and step: none to save."""
+    """Write a checkpoint and the plots. No RNG state: randomness depends on seed and step."""
     checkpoint = {
         "step": step,
         "model": trainer.dist.gather_full(trainer.raw_model.state_dict()),
@@ -385,7 +385,7 @@ def save(trainer: Trainer, run: Run | None, data: Data, step: int) -> None:
 
 
 def open_run(trainer: Trainer, data: Data, step: int):
-    """Print what is about to be trained and return its Run; on rank 0 only."""
+    """Print what will be trained and return its Run; a null context on ranks other than 0."""
     config, model, device, dist = trainer.config, trainer.raw_model, trainer.device, trainer.dist
     if dist.rank > 0:
         return contextlib.nullcontext()
@@ -409,7 +409,7 @@ def open_run(trainer: Trainer, data: Data, step: int):
 
 
 def run_step(trainer: Trainer, data: Data, watch: diagnostics.Diagnostics, step: int) -> dict:
-    """Do a step; return its line of log.jsonl, whose times leave out what --diagnose takes."""
+    """Do a step and return its record for log.jsonl, with times that exclude --diagnose."""
     config, dist, peak = trainer.config, trainer.dist, devices.peak_flops(trainer.device)
     began = time.perf_counter()
     inputs, targets = data.loader.batch(step - 1)
@@ -438,7 +438,7 @@ def run_step(trainer: Trainer, data: Data, watch: diagnostics.Diagnostics, step:
 
 
 def train(config: Config, dist: Distributed) -> int:
-    """Train, or resume. Returns the exit status: 0, or 128 + the signal that ended it early."""
+    """Train, or resume. Return the exit status: 0, or 128 + the signal that ended it early."""
     data = open_data(config, dist)
     checkpoint = starting_point(config, data.tokenizer.spec(), dist)
     first, last = checkpoint["step"] if checkpoint else 0, config.max_steps
@@ -448,7 +448,7 @@ def train(config: Config, dist: Distributed) -> int:
             print(f"{done}: raise --max-steps, or use --resume never")
         return 0
     trainer = make_trainer(config, data, dist, checkpoint)
-    del checkpoint  # which maps a file that --keep may delete
+    del checkpoint  # it memory-maps a file that --keep may delete
     questions = []
     if config.hellaswag_every:
         file, tokens = config.hellaswag_input, data.tokenizer
@@ -499,12 +499,12 @@ def find_learning_rate(config: Config, dist: Distributed) -> int:
 
 
 def launch(config: Config) -> int:
-    """Check options, prepare the data, join the other ranks, train. Returns the exit status."""
+    """Check options, prepare the data, join the other ranks, train. Return the exit status."""
     dist = Distributed.from_env(config.parallel)
     check_options(config, dist)
     # before the ranks join: those that wait in a collective would time out
     prepare_if_missing(config.data)
-    shards.open_split(dataset_dir(config.data), "train")  # a wrong folder is named at once
+    shards.open_split(dataset_dir(config.data), "train")  # fail early on a wrong folder
     if config.hellaswag_every and not config.find_lr:
         hellaswag.prepare_if_missing(config.hellaswag_input)
     gpus = torch.cuda.is_available() and config.device != "cpu"
@@ -513,7 +513,7 @@ def launch(config: Config) -> int:
 
 
 def show_plan(config: Config) -> int:
-    """--plan: print what a run would take on as many GPUs as torchrun starts processes."""
+    """--plan: print what a run would need, with one GPU per process of torchrun."""
     dist, vocab_size = Distributed.from_env(config.parallel), 50257  # GPT-2's, as of FineWeb-Edu
     if config.data not in DATASETS or not config.data.startswith("fineweb"):
         prepare_if_missing(config.data)
@@ -524,7 +524,7 @@ def show_plan(config: Config) -> int:
 
 
 def show_presets() -> int:
-    """No arguments: print the presets, an example of each. Returns the exit status 2."""
+    """No arguments: print the presets, each with its command. Return exit status 2."""
     for name, (text, config) in PRESETS.items():
         several = "torchrun --standalone --nproc_per_node=8"
         start = several if config.batch_tokens > 100_000 else "python"

@@ -84,7 +84,7 @@ def select(
     dropout:        of attention, whose Triton version has none
     n_embd, n_head: of the model, if known
     say:            called with one sentence per family that auto leaves to PyTorch on a GPU
-    Raises ValueError for an unknown family, and for a named one that cannot run on this device or this model.
+    Raise ValueError for an unknown family, and for a named one that cannot run on this device or this model.
     """
     device_reason, reasons = unavailable(torch.device(device)), unsupported(n_embd, n_head, dropout)
     if names == "auto":

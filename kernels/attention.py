@@ -128,7 +128,7 @@ def launch_parameters(kernel: str, T: int, D: int, dtype: torch.dtype, gpu: str)
 
 
 def causal_attention_torch(qkv: Tensor, n_head: int, dropout_p: float) -> Tensor:
-    """qkv: (B, T, 3C), queries, keys and values side by side. Returns y: (B, T, C)."""
+    """qkv: (B, T, 3C), queries, keys and values side by side. Return y: (B, T, C)."""
     B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16:
         qkv = qkv.view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
@@ -455,8 +455,8 @@ def causal_attention(qkv: Tensor, n_head: int, dropout_p: float) -> Tensor:
                if that is enabled; copied unless contiguous
     n_head:    H; C = H * D with D from 16 to 128 channels per head
     dropout_p: 0, since the kernel has no dropout
-    Returns y: (B, T, C), in the dtype of qkv or of autocast; sums and softmax are in float32.
-    Raises ValueError for any other dropout, head size, shape or dtype.
+    Return y: (B, T, C), in the dtype of qkv or of autocast; sums and softmax are in float32.
+    Raise ValueError for any other dropout, head size, shape or dtype.
     """
     check_tensors(qkv=qkv)
     if qkv.dim() != 3 or qkv.shape[2] % (3 * n_head) != 0:

@@ -65,12 +65,12 @@ def launch_parameters(width: int, gpu: str) -> dict[str, int]:
 
 
 def cross_entropy_torch(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """logits: (N, >= vocab_size); targets: (N,) int64. Returns the mean loss, a float32 scalar in nats per token."""
+    """logits: (N, >= vocab_size); targets: (N,) int64. Return the mean loss, a float32 scalar in nats per token."""
     return F.cross_entropy(logits[:, :vocab_size].float(), targets, ignore_index=IGNORE)
 
 
 def linear_cross_entropy_torch(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """x: (N, C); weight: (>= vocab_size, C); targets: (N,) int64. Returns the mean loss, a float32 scalar."""
+    """x: (N, C); weight: (>= vocab_size, C); targets: (N,) int64. Return the mean loss, a float32 scalar."""
     return cross_entropy_torch(F.linear(x, weight), targets, vocab_size)
 
 
@@ -356,9 +356,9 @@ def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
 
     logits:  (N, W), W >= vocab_size, float32, float16 or bfloat16; copied unless the elements of a row are adjacent
     targets: (N,) int64; -100 leaves a row out
-    Returns a float32 scalar in nats per token; 0, with gradients of 0, if no row counts (PyTorch: nan).
+    Return a float32 scalar in nats per token; 0, with gradients of 0, if no row counts (PyTorch: nan).
     A target out of range makes the loss and the gradient of its row nan.
-    Raises ValueError for other dtypes and shapes, and for mixed devices.
+    Raise ValueError for other dtypes and shapes, and for mixed devices.
     """
     check_tensors(logits=logits)
     _check("logits", logits, logits.shape[-1], targets, vocab_size)
@@ -375,9 +375,9 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size:
     x:       (N, C), float32, float16 or bfloat16; cast to autocast's dtype if that is enabled
     weight:  (W, C), W >= vocab_size, any of these dtypes; rows past vocab_size get a gradient of 0
     targets: (N,) int64; -100 leaves a row out
-    Returns a float32 scalar in nats per token; 0, with gradients of 0, if no row counts.
+    Return a float32 scalar in nats per token; 0, with gradients of 0, if no row counts.
     The gradients are computed in the forward, unless torch.no_grad() or the tensors ask for none.
-    Raises ValueError for other dtypes and shapes, and for mixed devices.
+    Raise ValueError for other dtypes and shapes, and for mixed devices.
     """
     check_tensors(x=x, weight=weight)
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:

@@ -57,7 +57,7 @@ LAUNCH = {  # tiles of 4,096 and 2,048 elements: 32 and 16 per thread. What else
 
 
 def linear_gelu_torch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x: (..., C); weight: (4C, C); bias: (4C,). Returns gelu_tanh(x @ weight.T + bias): (..., 4C)."""
+    """x: (..., C); weight: (4C, C); bias: (4C,). Return gelu_tanh(x @ weight.T + bias): (..., 4C)."""
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
 
@@ -184,8 +184,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     x:      (..., C), float32, float16 or bfloat16
     weight: (W, C), W = 4C in GPT-2, in the dtype of x unless autocast is enabled
     bias:   (W,), any of these dtypes; added in float32
-    Returns y: (..., W), in the dtype of the matrix product: autocast's if that is enabled, else that of x.
-    Raises ValueError for other dtypes and shapes, and for mixed devices.
+    Return y: (..., W), in the dtype of the matrix product: autocast's if that is enabled, else that of x.
+    Raise ValueError for other dtypes and shapes, and for mixed devices.
     """
     check_tensors(x=x, weight=weight, bias=bias)
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or bias.shape != weight.shape[:1]:

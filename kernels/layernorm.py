@@ -78,14 +78,14 @@ def backward_launch_parameters(N: int, C: int, gpu: str) -> tuple[int, dict[str,
 
 
 def layer_norm_torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """PyTorch's own layer norm. x: (..., C); weight, bias: (C,). Returns y: (..., C)."""
+    """PyTorch's own layer norm. x: (..., C); weight, bias: (C,). Return y: (..., C)."""
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
 def add_layer_norm_torch(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """x, residual: (..., C). Returns the layer norm of residual + x, and residual + x itself: both (..., C)."""
+    """x, residual: (..., C). Return the layer norm of residual + x, and residual + x itself: both (..., C)."""
     residual = residual + x
     return F.layer_norm(residual, weight.shape, weight, bias, eps), residual
 
@@ -271,8 +271,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
     x:            (..., C), float32, float16 or bfloat16; copied unless contiguous
     weight, bias: (C,), any of these dtypes
-    Returns y: (..., C), in autocast's dtype if that is enabled, else in that of x; every sum is in float32.
-    Raises ValueError for other dtypes and shapes, mixed devices, or C above 8,192.
+    Return y: (..., C), in autocast's dtype if that is enabled, else in that of x; every sum is in float32.
+    Raise ValueError for other dtypes and shapes, mixed devices, or C above 8,192.
     """
     _check(weight=weight, bias=bias, x=x)
     return _layer_norm(x.contiguous(), None, weight.contiguous(), bias.contiguous(), eps, autocast_dtype(x))[0]
@@ -284,9 +284,9 @@ def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, ep
 
     x, residual:  (..., C), float32, float16 or bfloat16, not necessarily the same; copied unless contiguous
     weight, bias: (C,), any of these dtypes
-    Returns y: (..., C), in autocast's dtype if that is enabled, else in that of residual;
+    Return y: (..., C), in autocast's dtype if that is enabled, else in that of residual;
             residual + x: (..., C), in the dtype of residual.
-    Raises ValueError for other dtypes and shapes, mixed devices, or C above 8,192.
+    Raise ValueError for other dtypes and shapes, mixed devices, or C above 8,192.
     """
     _check(weight=weight, bias=bias, x=x, residual=residual)
     if x.shape != residual.shape:

@@ -158,6 +158,6 @@ QUESTIONS = [_question(number, *texts) for number, texts in enumerate(_TEXTS)]
 
 
 def write_questions(path: Path, questions: list[dict] = QUESTIONS) -> Path:
-    """Writes a file of questions, a JSON object a line. Returns its path."""
+    """Writes a file of questions, a JSON object a line. Return its path."""
     path.write_text("".join(json.dumps(question) + "\n" for question in questions), encoding="utf-8")
     return path

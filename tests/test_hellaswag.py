@@ -308,7 +308,7 @@ def test_another_file_is_not_kept_and_without_network_the_error_names_the_way_ou
 
 
 def command(monkeypatch, capsys, *words):
-    """Runs the command. Returns what it prints on stdout and on stderr, and its exit status."""
+    """Runs the command. Return what it prints on stdout and on stderr, and its exit status."""
     monkeypatch.setattr(sys, "argv", ["training.hellaswag", *map(str, words)])
     status = 0
     try:

@@ -28,7 +28,7 @@ class RefuseHalf(TorchDispatchMode):
 
 
 def run(preset, dataset, out, *flags, **options):
-    """Run the command line of a tiny run of a preset in this process. Returns the names of its operations."""
+    """Run the command line of a tiny run of a preset in this process. Return the names of its operations."""
     arguments = [preset, *command(dataset, out, "--no-compile", *flags, **options)[1:]]
     with RefuseHalf() as seen, pytest.raises(SystemExit) as end:
         train_gpt2.main(arguments)

@@ -263,7 +263,7 @@ def refused(capsys, *args, **options) -> str:
     "options, expected",
     [
         ({"n_embd": 33}, "--n-embd 33 is not divisible by --n-head 2"),
-        ({"batch_tokens": 250}, "--batch-tokens 250 cannot be cut evenly .* must be a multiple of 256"),
+        ({"batch_tokens": 250}, "--batch-tokens 250 does not divide evenly .* must be a multiple of 256"),
         ({"micro_batch": 3}, "--micro-batch 3 .* must be a multiple of 96"),
         ({"micro_batch": 0}, "--micro-batch is 0, but must be above 0"),
         ({"micro_batch": "many"}, "--micro-batch"),

@@ -79,7 +79,7 @@ def load_checkpoint(path: Path, verify: bool = True) -> dict:
     Return a checkpoint, its tensors mapped from the file: memory holds what is used of them, once for all ranks.
 
     verify: compare its sha256 with the one beside it first
-    Raises UserError if the file is missing, corrupt or something else.
+    Raise UserError if the file is missing, corrupt or something else.
     """
     sidecar = Path(f"{path}.sha256")
     if path.is_file() and not sidecar.exists():
@@ -116,7 +116,7 @@ def starting_point(config, tokenizer_spec: dict, dist: Distributed) -> dict | No
     Return the checkpoint that a run resumes from, None if it starts fresh. Collective.
 
     config: the run's options (train_gpt2.Config)
-    Raises UserError if it was trained with other options, or the ranks see different ones.
+    Raise UserError if it was trained with other options, or the ranks see different ones.
     """
     path, checkpoint = find_checkpoint(Path(config.out_dir), config.resume, dist)
     if dist.disagree(checkpoint["step"] if checkpoint else 0):

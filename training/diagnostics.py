@@ -190,7 +190,7 @@ def attention_entropy(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor]:
     Compute the entropy of attention weights, in nats, for some evenly spread queries.
 
     qkv: (B, T, 3C) packed
-    Returns (B, H, queries), and each query's maximum ln(keys), (queries,). No queries if T is below FIRST_QUERY.
+    Return (B, H, queries), and each query's maximum ln(keys), (queries,). No queries if T is below FIRST_QUERY.
     """
     B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     count = max(0, min(T - FIRST_QUERY, ATTENTION_QUERIES))

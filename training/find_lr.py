@@ -52,7 +52,7 @@ def find(step_with_lr: Callable[[float], float], low: float = LOW, high: float =
     Sweep the learning rate from low to high, and suggest one.
 
     step_with_lr: trains one step at a rate and returns its loss, in nats per token; inf or nan if it diverged
-    Raises UserError if the losses tell nothing: they never fell, or diverged at once.
+    Raise UserError if the losses tell nothing: they never fell, or diverged at once.
     """
     rates, losses, average, best = [], [], _Average(steps), math.inf
     for step in range(steps):

@@ -16,7 +16,7 @@ Source: Zellers et al., "HellaSwag: Can a Machine Really Finish Your Sentence?",
 from training import startup
 
 if __name__ == "__main__":
-    startup.begin()  # before torch is imported, which takes seconds and reads what it sets
+    startup.begin()  # before importing torch, which takes seconds and reads what this sets
 
 import hashlib
 import json

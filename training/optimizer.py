@@ -78,7 +78,7 @@ def make_optimizers(model: nn.Module, config, dist: Distributed, dtype: torch.dt
 
     config: the run's options (train_gpt2.Config)
     dtype:  of the run's matrix products; Muon takes it unless the hardware only emulates it
-    Raises UserError if there is nothing for Muon to train.
+    Raise UserError if there is nothing for Muon to train.
     """
     device = next(model.parameters()).device
     adamw = {"lr": config.lr, "betas": BETAS, "fused": device.type in ("cpu", "cuda")}
@@ -154,7 +154,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 
     matrices: (batch, n, m) float32, n <= m, so that X X^T is the smaller of the two Gram matrices
     dtype:    of the products
-    Returns (batch, n, m) float32.
+    Return (batch, n, m) float32.
     """
     a, b, c = NEWTON_SCHULZ
     X = (matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)  # a gradient of 0 stays 0

@@ -51,7 +51,7 @@ class Run:
     references: validation losses to compare with, by name: see curves.reference_losses
     fresh:      move an older run out of the way first; otherwise lines of log.jsonl past `step` are dropped
     pace:       of the steps to come
-    Raises UserError if another process writes to the folder, or the package of a service is missing.
+    Raise UserError if another process writes to the folder, or the package of a service is missing.
     """
 
     def __init__(

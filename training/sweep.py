@@ -93,7 +93,7 @@ def train_grid(script: Path, arguments: list[str], grid: Sequence[str], parse: P
     script:    the training script, called as `python SCRIPT ARGUMENTS --NAME=VALUE ... --out-dir=...`
     arguments: its command line, without --sweep
     grid:      the words after --sweep: "lr=1e-4,3e-4", also "--lr=..." and hyphens for underscores
-    Raises UserError, before anything runs, for an impossible option or value; at the end, if a run failed.
+    Raise UserError, before anything runs, for an impossible option or value; at the end, if a run failed.
     """
     folder = choose_folder(arguments, parse(arguments).out_dir, "sweep")
     return train_all(script, expand(arguments, grid, parse), folder, "sweep")
