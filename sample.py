@@ -20,7 +20,7 @@ import tyro
 
 import kernels
 import model as gpt
-from data.files import UserError, as_flag, as_user_error, exit_on_user_error, parse_options
+from data.files import UserError, as_flag, exit_on_user_error, parse_options
 from data.text import documents_of, read_text
 from data.tokenizer import StreamDecoder
 from training import devices, weights
@@ -57,7 +57,7 @@ class SampleOptions:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     kernels: str = "none"
-    """families in Triton: all, none, or a list of layernorm,gelu,attention,cross_entropy"""
+    """families in Triton: all, none, auto, or of layernorm,gelu,attention,cross_entropy"""
     cache: bool = True
     """use a KV cache: faster, and the same text up to rounding"""
     export: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = ""
@@ -84,9 +84,12 @@ def write_samples(options: SampleOptions) -> None:
         prompt = read_text(file).removesuffix("\n")
     known = documents_of(options.model) if options.new_only else set()
     device = devices.choose_device(options.device)
-    with as_user_error():
-        ops = kernels.select(options.kernels, device)
-    model, tokenizer = weights.load(options.model, ops)
+
+    def choose_ops(shape: gpt.GPTConfig) -> kernels.Ops:
+        sizes = {"n_embd": shape.n_embd, "n_head": shape.n_head}
+        return kernels.select(options.kernels, device, **sizes, say=lambda sentence: None)
+
+    model, tokenizer = weights.load(options.model, choose_ops)
     start = gpt.start_tokens(tokenizer) if tokenizer.eot is not None or not prompt else []
     ids = [*start, *tokenizer.encode(prompt).tolist()]
     eot = tokenizer.eot if options.stop or options.new_only else None

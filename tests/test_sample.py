@@ -138,6 +138,7 @@ def test_a_tokenizer_without_newline_and_end_of_text_starts_with_its_first_token
         (["--seed", 10**30], "--seed is 10"),
         (["--device", "gpu"], "--device gpu"),
         (["--kernels", "flash"], "flash"),
+        (["--kernels", "attention"], "heads of 16 to 128 channels, and a head has 4: leave attention"),
         (["--no-such"], "--no-such"),
     ],
 )

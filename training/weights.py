@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
@@ -59,25 +60,27 @@ SHAPE = {name: name for name in ("n_layer", "n_head", "n_embd", "vocab_size")} |
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # the matrices that are stored transposed
 WTE, WPE = "transformer.wte.weight", "transformer.wpe.weight"
 SPEC = "tokenizer_spec.json"
+ChooseOps = Callable[[GPTConfig], kernels.Ops]
 
 
-def load(name: str, ops: kernels.Ops | None = None) -> tuple[GPT, Tokenizer]:
+def load(name: str, choose_ops: ChooseOps | None = None) -> tuple[GPT, Tokenizer]:
     """
     Return the model, in float32, on the CPU and in eval mode, and its tokenizer.
 
     name: a run's folder (its newest intact checkpoint is taken), a checkpoint file, one of RELEASES (downloaded once),
-    or a Hugging Face folder. Raise UserError if there is no such model, or if it is corrupt or not a GPT-2.
+    or a Hugging Face folder. choose_ops: given the shape, returns the operations; PyTorch's by default.
+    Raise UserError if there is no such model, or if it is corrupt or not a GPT-2.
     """
     path = Path(name)
     if path.is_file() or (path / "checkpoints").is_dir():
         checkpoint = load_checkpoint(path) if path.is_file() else newest_checkpoint(path)[1]
         if checkpoint is None:
             raise UserError(f"{path} has no checkpoint yet: train_gpt2.py writes one every --checkpoint-every steps")
-        model = from_state_dict(checkpoint["config"], checkpoint["model"], name, ops)
+        model = from_state_dict(checkpoint["config"], checkpoint["model"], name, choose_ops)
         return model, from_spec(checkpoint["tokenizer"])
     if runs := sorted(str(folder.parent) for folder in path.glob("*/checkpoints")):
         raise UserError(f"{path} is a folder of runs: give one of {', '.join(runs)}")
-    model = from_hugging_face(name, ops)
+    model = from_hugging_face(name, choose_ops)
     return model, _read_tokenizer(path, model.config.vocab_size)
 
 
@@ -95,14 +98,15 @@ def init_from(model: GPT, name: str, tokenizer_spec: dict) -> None:
     model.load_state_dict(weights | {WPE: weights[WPE][: now["block_size"]]})
 
 
-def from_state_dict(config: dict, weights: dict[str, Tensor], name: str, ops: kernels.Ops | None) -> GPT:
+def from_state_dict(config: dict, weights: dict[str, Tensor], name: str, choose_ops: ChooseOps | None) -> GPT:
     """
     Return a GPT in eval mode that takes these tensors as its own: no random ones are drawn first.
 
     config: the fields of GPTConfig. weights: wte with or without its padding. UserError if they do not fit each other.
     """
     with as_user_error(), torch.device("meta"):
-        model = GPT(GPTConfig(**config), ops)
+        shape = GPTConfig(**config)
+        model = GPT(shape, choose_ops and choose_ops(shape))
     if WTE in weights and len(weights[WTE]) == model.config.vocab_size:
         padding = model.config.padded_vocab_size - model.config.vocab_size
         weights = weights | {WTE: F.pad(weights[WTE], (0, 0, 0, padding))}
@@ -113,7 +117,7 @@ def from_state_dict(config: dict, weights: dict[str, Tensor], name: str, ops: ke
     return model.eval()
 
 
-def from_hugging_face(name: str, ops: kernels.Ops | None = None) -> GPT:
+def from_hugging_face(name: str, choose_ops: ChooseOps | None = None) -> GPT:
     """Return the model of one of RELEASES or of a Hugging Face folder; errors as in `load`."""
     folder = Path(name)
     if name in RELEASES and not folder.is_dir():
@@ -131,7 +135,7 @@ def from_hugging_face(name: str, ops: kernels.Ops | None = None) -> GPT:
     head = weights.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, weights.get(WTE, torch.empty(0))):
         raise UserError(f"{name!r} is a variant of GPT-2 that is not supported: its head is not its token embedding")
-    return from_state_dict(shape, weights, name, ops)
+    return from_state_dict(shape, weights, name, choose_ops)
 
 
 def _download(name: str) -> Path:
