@@ -330,7 +330,7 @@ def test_a_layer_that_is_left_behind_is_named_with_how_far():
 def test_a_low_rate_that_the_schedule_wants_is_no_warning():
     model, (inputs, targets) = small(), batch()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
-    optimizer.param_groups[0]["lr"] = 1e-7  # early in a long warmup
+    optimizer.param_groups[0] |= {"lr": 3e-7, "lr_ratio": 3.0}  # early in a long warmup, of a rate three times --lr
     found = diagnosed(model, [optimizer], inputs, targets)
     assert found["schedule"] == pytest.approx(1e-4) and "updates" not in found["warnings"]
 

@@ -112,7 +112,8 @@ class _Updates:
     def before(self, optimizer: torch.optim.Optimizer, *_) -> None:
         began = time.perf_counter()
         for group in optimizer.param_groups:
-            self.schedule = float(group["lr"]) / optimizer.defaults["lr"] if optimizer.defaults["lr"] else None
+            peak = optimizer.defaults["lr"] * group.get("lr_ratio", 1.0)
+            self.schedule = float(group["lr"]) / peak if peak else None
             for p in group["params"]:
                 if id(p) in self.rows and p.grad is not None:
                     gradient, weight = p.grad[: self.rows[id(p)]].float(), torch.linalg.vector_norm(p)
