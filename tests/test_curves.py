@@ -5,12 +5,20 @@ import math
 import numpy as np
 import pytest
 
-from data.shards import open_split, write_dataset
+from data.shards import open_split, write_meta, write_shard
 from data.tokenizer import CharTokenizer, gpt2
 from training import curves
 from training.curves import GPT2_124M, reference_losses
 
-TOKENS = np.tile(np.arange(5), 40)
+TOKENS = np.tile(np.arange(5), 40).astype("<u2")
+
+
+def dataset_like_fineweb(folder, tokenizer):
+    """The validation split of a dataset whose shards have the names that data/fineweb.py gives."""
+    folder.mkdir()
+    names = {"train": "train_00000_001.npy", "val": "val_00000_000.npy"}
+    write_meta(folder, tokenizer, {split: [write_shard(folder / name, TOKENS)] for split, name in names.items()})
+    return open_split(folder, "val")
 
 
 @pytest.mark.parametrize(
@@ -18,8 +26,7 @@ TOKENS = np.tile(np.arange(5), 40)
     [("fineweb-edu-10B", 3.2924), ("fineweb-edu-100B", None), ("my-fineweb-notes", None), ("mine", None)],
 )
 def test_references_are_what_the_text_gives_and_what_is_published_for_it(tmp_path, name, published):
-    write_dataset(tmp_path / name, gpt2(), {"train": [TOKENS], "val": [TOKENS[:90]]})
-    found = reference_losses(open_split(tmp_path / name, "val"))
+    found = reference_losses(dataset_like_fineweb(tmp_path / name, gpt2()))
     assert found["guessing at random"] == pytest.approx(math.log(50257))
     assert found["token frequencies"] < found["guessing at random"]
     assert found.get(GPT2_124M) == published
@@ -34,9 +41,8 @@ def test_ready_made_shards_are_known_by_their_file(tmp_path, name, published):
 
 
 def test_characters_are_compared_with_no_tokens_of_gpt2(tmp_path):
-    folder = tmp_path / "fineweb-edu-10B"
-    write_dataset(folder, CharTokenizer("abcde", documents=False), {"train": [TOKENS], "val": [TOKENS[:90]]})
-    assert GPT2_124M not in reference_losses(open_split(folder, "val"))
+    split = dataset_like_fineweb(tmp_path / "fineweb-edu-10B", CharTokenizer("abcde", documents=False))
+    assert GPT2_124M not in reference_losses(split)
 
 
 def test_the_smoothed_loss_starts_at_the_first_one_and_is_the_mean_around_a_step():

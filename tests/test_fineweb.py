@@ -25,6 +25,7 @@ from data.files import UserError
 from data.fineweb import PRETOKENIZED, prepare
 from data.shards import open_split
 from data.tokenizer import CharTokenizer, byte_pairs, gpt2
+from training.curves import PUBLISHED_LOSSES
 
 ROOT = Path(__file__).parents[1]
 WORDS = re.findall(
@@ -122,7 +123,8 @@ def test_files_of_every_kind_become_shards_of_the_size_asked_for_with_every_docu
     expected = ids_of(texts)
     assert np.array_equal(ids_in(out), expected)
     meta = json.loads((out / "meta.json").read_text("utf-8"))
-    assert [shard["tokens"] for shard in meta["shards"]["val"]] == [1000]
+    assert [(shard["file"], shard["tokens"]) for shard in meta["shards"]["val"]] == [("val_00000_000.npy", 1000)]
+    assert "fineweb-edu-10B/val_00000_000.npy" in PUBLISHED_LOSSES
     for group in range(3):  # one file each, cut into shards of 1000 tokens and a rest
         sizes = [shard["tokens"] for shard in meta["shards"]["train"] if f"_{group:05d}_" in shard["file"]]
         assert set(sizes[:-1]) <= {1000} and 0 < sizes[-1] <= 1000

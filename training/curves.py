@@ -12,7 +12,7 @@ GPT2_124M = "OpenAI's GPT-2 (124M)"
 # GPT-2 (124M)'s loss in nats per token on a validation shard, as build-nanogpt (FineWeb-Edu) and llm.c (FineWeb)
 # publish it. The name tells the shard: folder and file of one that data.fineweb made, the file of a ready-made one.
 PUBLISHED_LOSSES = {
-    "fineweb-edu-10B/val_000000.npy": 3.2924,
+    "fineweb-edu-10B/val_00000_000.npy": 3.2924,
     "finewebedu_val_000000.bin": 3.2924,
     "fineweb_val_000000.bin": 3.425,
 }
