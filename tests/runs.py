@@ -16,37 +16,20 @@ from training.run import Run, read_log
 ROOT = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 SCRIPT = str(ROOT / "train_gpt2.py")
+# fmt: off
 TINY = {
-    "n-layer": 2,
-    "n-head": 2,
-    "n-embd": 32,
-    "block-size": 32,
-    "batch-tokens": 256,
-    "micro-batch": 8,
-    "max-steps": 12,
-    "warmup-steps": 3,
-    "eval-every": 5,
-    "eval-tokens": 640,
-    "sample-every": 6,
-    "checkpoint-every": 4,
-    "dtype": "float32",
-    "lr": 4e-3,
-    "adamw-lr": None,
-    "min-lr": None,
-    "schedule": "cosine",
-    "weight-decay": 0.3,
+    "n-layer": 2, "n-head": 2, "n-embd": 32, "block-size": 32, "batch-tokens": 256, "micro-batch": 8, "max-steps": 12,
+    "warmup-steps": 3, "eval-every": 5, "eval-tokens": 640, "sample-every": 6, "checkpoint-every": 4,
+    "dtype": "float32", "lr": 4e-3, "adamw-lr": None, "min-lr": None, "schedule": "cosine", "weight-decay": 0.3,
 }
+# fmt: on
 
 
 def command(dataset, out_dir, *flags, **options):
     """The arguments of a tiny run; options replace those of TINY."""
     options = {"data": dataset, "out-dir": out_dir} | TINY | {k.replace("_", "-"): v for k, v in options.items()}
-    return [
-        "laptop",
-        "--no-zero-init",
-        *flags,
-        *(part for name, value in options.items() for part in (f"--{name}", str(value))),
-    ]
+    words = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    return ["laptop", "--no-zero-init", *flags, *words]
 
 
 def train(*args, **options) -> int:

@@ -64,13 +64,8 @@ def test_prepared_trained_killed_and_restarted_a_run_ends_as_if_it_had_been_left
     pq.write_table(pa.table({"text": pages}), tmp_path / "pages.parquet")
     fineweb.prepare(folder=tmp_path / "web", input=(tmp_path / "pages.parquet",), processes=2, shard_tokens=20_000)
     questions = write_questions(tmp_path / "questions.jsonl")
-    evaluations = {
-        "eval_every": 10,
-        "hellaswag_every": 10,
-        "hellaswag_input": questions,
-        "checkpoint_every": 4,
-        "sample_every": 0,
-    }
+    evaluations = {"eval_every": 10, "hellaswag_every": 10, "hellaswag_input": questions}
+    evaluations |= {"checkpoint_every": 4, "sample_every": 0}
     options = {"max_steps": 24, "optimizer": "muon", "micro_batch": 2, "n_embd": 16} | evaluations
     finished(torchrun(2, command(tmp_path / "web", tmp_path / "left-alone", **options)))
     arguments = command(tmp_path / "web", tmp_path / "killed", **options)

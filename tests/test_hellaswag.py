@@ -202,9 +202,7 @@ def test_a_character_tokenizer_leaves_out_what_it_lacks():
     rendered = render(questions, tokenizer, 16)
     assert tokenizer.decode(rendered[0].rows[0]) == "ab c"
     assert tokenizer.decode(rendered[1].rows[3]) == "abc cc"
-    assert left_out(questions, tokenizer) == (
-        "the char tokenizer lacks 2 characters, '!-': they are left out of 1 of 2 questions"
-    )
+    assert left_out(questions, tokenizer) == "the char tokenizer lacks 2 characters, '!-': 1 of 2 are read without them"
     assert left_out(questions[1:], tokenizer) == ""
     assert left_out(questions, gpt2()) == ""
     foreign = Question("一二", ("a", "b", "a", "b"), 0)
@@ -328,7 +326,7 @@ def test_the_command_scores_a_hugging_face_folder_and_a_run_with_its_own_tokeniz
     path = write_questions(tmp_path / "twenty.jsonl")
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
-    lacking = "note: the char tokenizer lacks 4 characters, ',.[]': they are left out of 20 of 20 questions"
+    lacking = "warning: HellaSwag: the char tokenizer lacks 3 characters, '.[]': 20 of 20 are read without them"
     for name, model, tokenizer, note in ((folder, ours, gpt2(), ""), (run, network, letters, lacking)):
         words = ("--model", name, "--input", path, "--batch", 6, "--device", "cpu")
         out, err, status = command(monkeypatch, capsys, *words)

@@ -200,9 +200,8 @@ def test_all_that_transformers_may_write_is_read(judge, tmp_path):
     old = tmp_path / "old"  # as OpenAI's are published: no "transformer." in front, the masks stored, the head twice
     old.mkdir()
     weights = {name.removeprefix("transformer."): t for name, t in load_file(folder / "model.safetensors").items()}
-    masks = {
-        f"h.{i}.attn.{name}": torch.ones(24, 24).tril()[None, None] for i in (0, 1) for name in ("bias", "masked_bias")
-    }
+    names = [f"h.{i}.attn.{name}" for i in (0, 1) for name in ("bias", "masked_bias")]
+    masks = {name: torch.ones(24, 24).tril()[None, None] for name in names}
     save_file(weights | masks | {"lm_head.weight": weights["wte.weight"].clone()}, old / "model.safetensors")
     (old / "config.json").write_bytes((folder / "config.json").read_bytes())
     for path in (folder, shards, old):

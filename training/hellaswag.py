@@ -110,8 +110,7 @@ def _question(line: bytes, place: str) -> Question:
         fields = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place} is corrupt, not JSON in UTF-8: {error}") from None
-    missing = [f for f in ("ctx", "endings", "label") if not isinstance(fields, dict) or f not in fields]
-    if missing:
+    if missing := [f for f in ("ctx", "endings", "label") if not isinstance(fields, dict) or f not in fields]:
         raise UserError(f"{place}: not a HellaSwag question: missing {', '.join(missing)}")
     ctx, endings, label = fields["ctx"], fields["endings"], str(fields["label"])
     if not isinstance(ctx, str) or not ctx:
@@ -146,8 +145,7 @@ def left_out(questions: Sequence[Question], tokenizer: Tokenizer) -> str:
         return ""
     lacking = "".join(sorted(set("".join(changed)) - set(tokenizer.characters)))
     some = f"{len(lacking)} characters, {lacking[:20]!r}{'...' if len(lacking) > 20 else ''}"
-    out_of = f"{len(changed):,} of {len(questions):,} questions"
-    return f"the {tokenizer.name} tokenizer lacks {some}: they are left out of {out_of}"
+    return f"the {tokenizer.name} tokenizer lacks {some}: {len(changed):,} of {len(questions):,} are read without them"
 
 
 def _readable(text: str, tokenizer: Tokenizer) -> str:
@@ -206,14 +204,19 @@ def ending_losses(logits_of: Callable, questions: Sequence[Rendered], device) ->
     return torch.zeros(len(rows), dtype=torch.float64).index_add_(0, of_row, losses).view(-1, ENDINGS)
 
 
-def questions_for(input: str, tokenizer: Tokenizer, block_size: int, dist: Distributed) -> list[Rendered]:
-    """Return the questions for `scores`, of the file `input` or HellaSwag's; UserError if the ranks' files differ."""
+def questions_for(
+    input: str,
+    tokenizer: Tokenizer,
+    block_size: int,
+    dist: Distributed = Distributed(),  # noqa: B008  it is frozen
+) -> list[Rendered]:
+    """Return the questions in tokens, of the file `input` or HellaSwag's; UserError if the ranks' files differ."""
     path = prepare_if_missing(input)
     questions = read_questions(path)
     if dist.disagree(zlib.crc32(path.read_bytes())):
         raise UserError(f"the ranks see different questions in {path}: they must share it, or hold equal copies")
     if dist.rank == 0 and (sentence := left_out(questions, tokenizer)):
-        tqdm.write(f"warning: HellaSwag: {sentence}", file=sys.stderr)
+        print(f"warning: HellaSwag: {sentence}", file=sys.stderr)
     return render(questions, tokenizer, block_size)
 
 
@@ -249,14 +252,10 @@ def score(
         raise UserError(f"--batch is {batch}, but must be at least 1")
     chosen = devices.choose_device(device)
     network, tokenizer = weights.load(model)
-    path = prepare_if_missing(input)
-    questions = read_questions(path)
-    rendered = render(questions, tokenizer, network.config.block_size)
-    if note := left_out(questions, tokenizer):
-        print("note:", note, file=sys.stderr)
+    rendered = questions_for(input, tokenizer, network.config.block_size)
     with devices.explain_out_of_memory(f"lower --batch, which is {batch}"):
         counts = evaluate(network.to(chosen), rendered, batch, chosen, progress=True)
-    return summary(model, counts, is_validation_set(path))
+    return summary(model, counts, is_validation_set(prepare_if_missing(input)))
 
 
 def summary(model: str, counts: Tensor, comparable: bool) -> str:

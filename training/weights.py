@@ -163,8 +163,7 @@ def _download(name: str) -> Path:
 def _read_shape(folder: Path) -> dict[str, int]:
     """Return the shape in config.json; raise UserError if it is a variant of GPT-2 that computes something else."""
     config = _read_json(folder / "config.json")
-    missing = [theirs for theirs in SHAPE.values() if type(config.get(theirs)) is not int]
-    if missing:
+    if missing := [theirs for theirs in SHAPE.values() if type(config.get(theirs)) is not int]:
         raise UserError(f"{folder} is not a GPT-2: its config.json gives no integer for {', '.join(missing)}")
     other = {field: config[field] for field, good in ONLY_GPT2.items() if config.get(field, good[0]) not in good}
     if config.get("n_inner") not in (None, 4 * config["n_embd"]):
@@ -204,9 +203,8 @@ def _read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
         vocab = model.get("vocab") if isinstance(model, dict) else None
         if not isinstance(vocab, dict) or vocab | {END_OF_TEXT: tokenizer.eot} != ours["vocab"]:
             raise UserError(f"{folder} has a tokenizer of its own, not GPT-2's: only one that --export wrote is read")
-    if tokenizer.vocab_size != vocab_size:
-        tokens = f"its tokenizer, {tokenizer.name}, has {tokenizer.vocab_size}"
-        raise UserError(f"{str(folder)!r} has {vocab_size} tokens, but {tokens}")
+    if (size := tokenizer.vocab_size) != vocab_size:
+        raise UserError(f"{str(folder)!r} has {vocab_size} tokens, but its tokenizer, {tokenizer.name}, has {size}")
     return tokenizer
 
 
@@ -244,7 +242,7 @@ def export(folder: str | os.PathLike, model: GPT, tokenizer: Tokenizer) -> None:
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not an empty folder: --export takes the name of a new one")
     weights |= {WTE: weights[WTE][: config.vocab_size]}
-    texts = _tokenizer_files(tokenizer, config.block_size) | {"config.json": _config_json(config, tokenizer)}
+    texts = _json_files(config, tokenizer)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent) as temporary:
@@ -259,28 +257,23 @@ def export(folder: str | os.PathLike, model: GPT, tokenizer: Tokenizer) -> None:
                     os.fsync(file.fileno())
             new.rename(folder)
     except (OSError, SafetensorError) as error:
-        reason = f"{folder} could not be written ({_one_line(error)})"
-        raise UserError(f"{reason}: make room there, or export elsewhere") from error
+        raise UserError(f"{folder} could not be written ({_one_line(error)}): make room there") from error
 
 
-def _config_json(config: GPTConfig, tokenizer: Tokenizer) -> str:
+def _json_files(config: GPTConfig, tokenizer: Tokenizer) -> dict[str, str]:
+    """Return file name -> text, for transformers and for `load`."""
     fields = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "dtype": "float32"}
     fields |= {theirs: getattr(config, ours) for ours, theirs in SHAPE.items()}
     fields |= {field: values[0] for field, values in ONLY_GPT2.items()}
     fields |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
     fields |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eot)
-    return json.dumps(fields, indent=2) + "\n"
-
-
-def _tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
-    """Return file name -> text, for AutoTokenizer and for `load`."""
     content, is_gpt2 = tokenizer_json(tokenizer), tokenizer.spec() == {"type": "gpt2"}
-    config = {"tokenizer_class": "GPT2Tokenizer" if is_gpt2 else "PreTrainedTokenizerFast"}
-    config |= {"model_max_length": block_size, "clean_up_tokenization_spaces": False}
+    options = {"tokenizer_class": "GPT2Tokenizer" if is_gpt2 else "PreTrainedTokenizerFast"}
+    options |= {"model_max_length": config.block_size, "clean_up_tokenization_spaces": False}
     for token in content["added_tokens"]:
         if token["id"] == tokenizer.eot:
-            config |= dict.fromkeys(["bos_token", "eos_token"] + ["unk_token"] * is_gpt2, token["content"])
-    files = {"tokenizer.json": content, "tokenizer_config.json": config, SPEC: tokenizer.spec()}
+            options |= dict.fromkeys(["bos_token", "eos_token"] + ["unk_token"] * is_gpt2, token["content"])
+    files = {"config.json": fields, "tokenizer.json": content, "tokenizer_config.json": options, SPEC: tokenizer.spec()}
     texts = {name: json.dumps(value, ensure_ascii=False) + "\n" for name, value in files.items()}
     if is_gpt2:  # the files that OpenAI published, byte for byte, which other programs read
         model = content["model"]
