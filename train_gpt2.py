@@ -423,7 +423,7 @@ def run_step(trainer: Trainer, data: Data, watch: diagnostics.Diagnostics, step:
     tokens_per_s = config.batch_tokens / seconds
     flops = tokens_per_s * trainer.raw_model.flops_per_token()
     memory = devices.peak_memory(trainer.device)
-    record = {
+    return {
         "step": step,
         "tokens": step * config.batch_tokens,
         "loss": loss,
@@ -433,8 +433,7 @@ def run_step(trainer: Trainer, data: Data, watch: diagnostics.Diagnostics, step:
         "tokens_per_s": round(tokens_per_s, 1),
         "mfu": flops / (peak * dist.world_size) if peak else None,
         "memory_gb": round(memory / 1e9, 3) if memory else None,
-    }
-    return record | ({"diagnostics": found} if found else {})
+    } | ({"diagnostics": found} if found else {})
 
 
 def train(config: Config, dist: Distributed) -> int:
@@ -547,9 +546,9 @@ def main(arguments: list[str] | None = None) -> None:
             raise SystemExit(show_presets())
         config = files.parse_options(lambda: parse(arguments))
         chosen = [as_flag(name) for name in ("plan", "find_lr", "ladder") if getattr(config, name)]
-        if len(chosen) + (grid is not None) > 1:
-            names = " and ".join(chosen)
-            raise UserError(f"{names} and --sweep are commands of their own: give one of them")
+        chosen += ["--sweep"] if grid is not None else []
+        if len(chosen) > 1:
+            raise UserError(f"{' and '.join(chosen)} are commands of their own: give one of them")
         if config.plan:
             status = show_plan(config)
         elif grid is not None:

@@ -1,5 +1,6 @@
 """Tiny runs for tests: their command lines, in this process and in others, and what they left."""
 
+import resource
 import subprocess
 import sys
 import time
@@ -43,6 +44,11 @@ def start(arguments, **options) -> subprocess.Popen:
     """Run it as a process of its own."""
     script = [sys.executable, str(ROOT / "train_gpt2.py"), *arguments]
     return subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def limit_files(size: int):
+    """Return a preexec_fn: no file of the process can grow above `size` bytes, as on a full disk."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def torchrun(processes: int, arguments: list[str], script: str = SCRIPT, options: tuple[str, ...] = (), **popen):

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from runs import assert_same_run, command, curve, finished, torchrun, train, weights
+from runs import command, curve, finished, torchrun, train, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as gpt
@@ -153,16 +153,6 @@ def test_two_ranks_train_as_one_and_resume_in_another_mode(dataset, tmp_path):
         assert curve(out, name) == pytest.approx(curve(tmp_path / "alone", name), abs=2e-5), name
     for (name, a), b in zip(weights(out).items(), weights(tmp_path / "alone").values(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-4, msg=name)
-
-
-def test_a_muon_run_repeats_its_bits_and_resumes_with_them(dataset, tmp_path):
-    constant = {"optimizer": "muon", "min_lr": 4e-3, "eval_every": 4}
-    for name in ("once", "again"):
-        assert train(dataset, tmp_path / name, max_steps=8, **constant) == 0
-    for steps in (4, 8):
-        assert train(dataset, tmp_path / "resumed", max_steps=steps, **constant) == 0
-    assert_same_run(tmp_path / "once", tmp_path / "again")
-    assert_same_run(tmp_path / "once", tmp_path / "resumed")
 
 
 # ------------------------------------------------------------------------------------------------ groups and schedule

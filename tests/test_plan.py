@@ -349,21 +349,12 @@ def test_auto_leaves_attention_with_dropout_or_small_heads_to_pytorch():
     assert "--kernels layernorm,gelu,cross_entropy\n" in plan.report(train_gpt2.PRESETS["shakespeare-char"][1], 65, 1)
 
 
-@pytest.mark.parametrize(
-    "words, complaint",
-    [
-        (["--parallel", "fsdp"], "--parallel fsdp"),
-        (["--parallel", "zero1"], "--parallel zero1"),
-        (["--parallel", "fsdp", "--optimizer", "muon"], "--optimizer muon"),
-        (["--optimizer", "muon", "--n-layer", "0"], "--optimizer muon"),
-    ],
-    ids=" ".join,
-)
-def test_what_training_refuses_is_not_planned(capsys, words, complaint):
+@pytest.mark.parametrize("words", [["--parallel", "fsdp"], ["--parallel", "zero1"]])
+def test_what_training_refuses_is_not_planned(capsys, words):
     with pytest.raises(SystemExit) as end:
         train_gpt2.main(["gpt2-124m", "--plan", *words])
     shown = capsys.readouterr()
-    assert end.value.code == 2 and complaint in shown.err and shown.out == ""
+    assert end.value.code == 2 and " ".join(words) in shown.err and shown.out == ""
 
 
 @pytest.mark.parametrize("name", train_gpt2.PRESETS)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from hellaswag_questions import write_questions
-from runs import assert_same_run, command, curve, start, train, wait_for_step, weights
+from runs import assert_same_run, command, curve, limit_files, start, train, wait_for_step, weights
 
 import train_gpt2
 from data import pydocs, shards, text, tokenizer
@@ -339,15 +339,9 @@ def test_an_output_folder_that_cannot_be_written_is_named(dataset, tmp_path, cap
 
 
 def test_a_full_disk_is_named_and_leaves_nothing_half_written(dataset, tmp_path):
-    import resource
-
     out = tmp_path / "run"
     assert train(dataset, out, max_steps=4) == 0
-
-    def small_files_only():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-    process = start(command(dataset, out, max_steps=8), preexec_fn=small_files_only)
+    process = start(command(dataset, out, max_steps=8), preexec_fn=limit_files(100_000))
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2, errors
     assert "Traceback" not in errors and re.search(r"^error: .*(too large|space)", errors, re.MULTILINE), errors

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import safetensors.torch
 import tiktoken
 import torch
 import transformers
-from runs import random_model, save_run
+from runs import limit_files, random_model, save_run
 from safetensors.torch import load_file, save_file
 from tiktoken_ext.openai_public import r50k_pat_str
 
@@ -165,12 +164,8 @@ def test_an_export_never_touches_what_is_there(tmp_path):
 
 def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path):
     run = save_run(tmp_path / "run", random_model(3), ABC)
-
-    def small_files_only():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-
     command = [sys.executable, sampling.__file__, run, "--export", str(tmp_path / "export")]
-    done = subprocess.run(command, preexec_fn=small_files_only, capture_output=True, text=True)
+    done = subprocess.run(command, preexec_fn=limit_files(10_000), capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(f"error: {tmp_path}/export could not be written (")
     assert "File too large" in done.stderr and "make room there" in done.stderr

@@ -237,10 +237,9 @@ class Plan:
                 weights = all_reduce(blocks + ends) / 2
                 seconds, exposed = seconds + weights, exposed + weights
         total = compute + (update if c.parallel == "ddp" else update / n) + exposed
-        sent = [share * (blocks + ends) for share in shares]
-        efficiency = (compute + update / n) / total
-        return dict(zip(("nvlink", "network"), sent, strict=True)) | {
-            "seconds": seconds, "exposed": exposed, "efficiency": efficiency,
+        return {
+            "nvlink": shares[0] * (blocks + ends), "network": shares[1] * (blocks + ends), "seconds": seconds,
+            "exposed": exposed, "efficiency": (compute + update / n) / total,
         }  # fmt: skip
 
     def checkpoint_bytes(self) -> int:
