@@ -341,13 +341,14 @@ def finish(folder: Path, inputs: dict, groups: Sequence[Sequence[File]], command
     check_same(folder, inputs, groups, finished)
     done = [finished[i] for i in sorted(finished)]
     documents, empty = sum(progress.documents for progress in done), sum(progress.empty for progress in done)
-    shards = {"train": [e for progress in done for e in progress.train], "val": [e for p in done for e in p.val]}
-    tokens = sum(entry["tokens"] for entries in shards.values() for entry in entries)
+    entries = [entry for progress in done for entry in progress.val + progress.train]
+    shards = {"train": entries[1:], "val": entries[:1]}  # the first: of a later group if group 0 holds no text
+    tokens = sum(entry["tokens"] for entry in entries)
     if missing := [files[0].name for i, files in enumerate(groups) if i not in finished]:
         some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         counts = f"{len(done)} of {len(groups)} groups of files are finished, {tokens:,} tokens"
         return f"{folder}: {counts}; still missing: from {some}"
-    if not shards["train"] or not shards["val"]:
+    if not shards["train"]:
         clear_dataset(folder)
         if not tokens:
             raise UserError(f"there is no text in the files: {empty} rows are empty")

@@ -172,6 +172,14 @@ def test_corrupt_progress_and_missing_shards_are_named_and_what_is_deleted_is_ma
     assert shards_of(out) == before
 
 
+def test_a_first_group_without_text_leaves_the_validation_split_to_the_next(tmp_path):
+    texts = documents(30)
+    files = [write_jsonl(tmp_path / name, rows) for name, rows in {"a.jsonl": ["  "] * 500, "b.jsonl": texts}.items()]
+    prepare(input=files, folder=tmp_path / "out", shard_tokens=1000, processes=1)
+    assert open_split(tmp_path / "out", "val").n_tokens == 1000
+    assert np.array_equal(ids_in(tmp_path / "out"), ids_of(texts))
+
+
 def test_small_files_share_shards_and_large_ones_have_their_own(tmp_path):
     texts = [f"{i} " * (400 if i == 7 else 20) for i in range(20)]
     files = []
