@@ -493,7 +493,9 @@ def find_learning_rate(config: Config, dist: Distributed) -> int:
         trainer.config = dataclasses.replace(config, lr=rate, min_lr=rate, warmup_steps=0)
         return train_step(trainer, *data.loader.batch(step - 1), step)[0]
 
-    lr_finder.run_finder(loss_at, Path(config.out_dir), quiet=dist.rank > 0)
+    # AdamW comes last, and its rate keeps its distance from Muon's during the sweep
+    ratio = trainer.optimizers[-1].param_groups[0]["lr_ratio"]
+    lr_finder.run_finder(loss_at, Path(config.out_dir), dist.rank > 0, ratio)
     return 0
 
 

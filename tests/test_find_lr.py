@@ -134,7 +134,7 @@ def test_a_step_that_diverges_ends_the_command_with_a_suggestion_and_other_ranks
             raise UserError("loss inf")
         return 3 + (math.log10(rate) + 2.5) ** 2 / 4
 
-    find_lr.run_finder(loss_at, tmp_path / "one", quiet=False)
+    find_lr.run_finder(loss_at, tmp_path / "one", quiet=False, adamw_ratio=2.0)
     find_lr.run_finder(loss_at, tmp_path / "other", quiet=True)
-    assert "--lr 0.005" in capsys.readouterr().out
+    assert "--lr 0.0059 --adamw-lr 0.0118: " in capsys.readouterr().out
     assert [path.name for path in tmp_path.glob("**/*.png")] == ["find_lr.png"] and not (tmp_path / "other").exists()

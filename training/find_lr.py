@@ -133,12 +133,13 @@ def draw(result: Result, path: Path, title: str) -> None:
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=100))
 
 
-def run_finder(loss_at: Callable[[float, int], float], folder: Path, quiet: bool) -> None:
+def run_finder(loss_at: Callable[[float, int], float], folder: Path, quiet: bool, adamw_ratio: float = 1.0) -> None:
     """
     Sweep with a progress bar, draw find_lr.png in `folder`, and print the suggestion.
 
     loss_at: trains step 1, 2, ... at a rate and returns its loss, in nats per token; UserError if it diverged
     quiet:   sweep only; for every rank but 0
+    adamw_ratio: --adamw-lr over --lr, which the sweep keeps: with Muon, both are suggested
     """
     seconds = 0.1 if sys.stderr.isatty() else 10.0  # between refreshes: a log file needs few
     with tqdm(total=STEPS, unit="step", mininterval=seconds, disable=quiet, dynamic_ncols=True) as bar:
@@ -155,5 +156,6 @@ def run_finder(loss_at: Callable[[float, int], float], folder: Path, quiet: bool
     if not quiet:
         folder.mkdir(parents=True, exist_ok=True)
         draw(result, folder / "find_lr.png", f"{folder.name}: learning rates")
-        print(f"--lr {result.suggestion:g}: {result.reason}")
+        adamw = f" --adamw-lr {result.suggestion * adamw_ratio:.3g}" if adamw_ratio != 1.0 else ""
+        print(f"--lr {result.suggestion:g}{adamw}: {result.reason}")
         print(f"{folder / 'find_lr.png'} shows the sweep")
