@@ -50,27 +50,21 @@ def serve(repositories):
             self.answer(found + [{"type": "directory", "path": path, "oid": COMMIT} for path in folders])
 
         def about(self, name, files):
-            siblings = [
-                {"rfilename": e["path"], "size": e["size"], "lfs": e["lfs"]}
-                for e in map(entry, *zip(*files.items(), strict=True))
-            ]
-            for sibling in siblings:
-                sibling["lfs"] = {"sha256": sibling["lfs"]["oid"], "size": sibling["size"], "pointerSize": 130}
-            return {
-                "_id": "0",
-                "id": name,
-                "sha": COMMIT,
-                "siblings": siblings,
-                "private": False,
-                "tags": [],
-                "downloads": 0,
-            }
+            siblings = [{"rfilename": path, "size": len(content)} for path, content in files.items()]
+            for sibling, content in zip(siblings, files.values(), strict=True):
+                sha256 = hashlib.sha256(content).hexdigest()
+                sibling["lfs"] = {"sha256": sha256, "size": len(content), "pointerSize": 130}
+            rest = {"_id": "0", "private": False, "tags": [], "downloads": 0}
+            return {"id": name, "sha": COMMIT, "siblings": siblings, **rest}
 
         def answer(self, content):
             body = json.dumps(content or {"error": "not found"}).encode()
-            self.send_response(200 if content is not None and content is not False else 404)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
+            self.send(404 if content is None or content is False else 200, {"Content-Type": "application/json"}, body)
+
+        def send(self, status, headers, body):
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": len(body)}.items():
+                self.send_header(name, str(value))
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(body)
@@ -78,31 +72,20 @@ def serve(repositories):
         def send_file(self, path, content):
             if content is None or path == server.gone:
                 return self.answer(None)
+            headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
+            headers["Accept-Ranges"] = "bytes"
+            if path == server.damage:
+                content = bytes([content[0] ^ 1]) + content[1:]
             start, end = 0, len(content)
             if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
                 start, end = int(wanted[1]), min(int(wanted[2] or end) + 1, end)
-            self.send_response(206 if wanted else 200)
-            if wanted:
-                self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(content)}")
-            self.send_header("Content-Length", str(end - start))
-            self.send_header("Accept-Ranges", "bytes")
-            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-            self.send_header("X-Repo-Commit", COMMIT)
-            self.end_headers()
-            if self.command == "HEAD":
-                return
-            if path == server.damage:
-                content = bytes([content[0] ^ 1]) + content[1:]
-            self.wfile.write(content[start:end])
+                headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(content)}"
+            self.send(206 if wanted else 200, headers, content[start:end])
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    server.endpoint, server.damage, server.gone, server.requests = (
-        f"http://127.0.0.1:{server.server_port}",
-        None,
-        None,
-        [],
-    )
+    server.endpoint = f"http://127.0.0.1:{server.server_port}"
+    server.damage, server.gone, server.requests = None, None, []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield server

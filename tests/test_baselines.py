@@ -73,7 +73,6 @@ def test_what_cannot_be_counted_is_left_out():
 def test_a_dataset_carries_its_baselines_and_both_splits_show_them(tmp_path):
     documents = [np.array([26, 0, 1, 2, 0, 1]), np.array([26, 0, 1, 3])]
     meta = write_dataset(tmp_path, LETTERS, {"train": documents, "val": documents[1:]}, shard_tokens=3)
-    assert meta == json.loads((tmp_path / "meta.json").read_text("utf-8"))
     train, val = (open_split(tmp_path, split) for split in ("train", "val"))
     assert train.baselines == val.baselines == meta["baselines"] == baselines.measure(train, val, 27)
     text = np.concatenate(documents).tolist()

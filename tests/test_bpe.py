@@ -41,17 +41,13 @@ def judged(texts, n_merges, pattern="gpt2"):
     judge = tokenizers.Tokenizer(models.BPE())
     if pattern == "gpt2":
         judge.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # brings GPT-2's pattern along
-    else:
-        words = tokenizers.Regex(
-            PATTERNS["gpt4"].replace("{1,3}+", "{1,3}")
-        )  # a + behind {1,3} is "once or more" there
+    else:  # a + behind {1,3} is "once or more" there
+        words = tokenizers.Regex(PATTERNS["gpt4"].replace("{1,3}+", "{1,3}"))
         of_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         judge.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "isolated"), of_bytes])
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    judge.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(vocab_size=256 + n_merges, min_frequency=2, initial_alphabet=alphabet, show_progress=False),
-    )
+    options = {"vocab_size": 256 + n_merges, "min_frequency": 2, "show_progress": False}
+    options["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
+    judge.train_from_iterator(texts, trainers.BpeTrainer(**options))
     vocabulary = judge.get_vocab()
     return sorted(vocabulary, key=vocabulary.get)[256:]
 
@@ -74,12 +70,6 @@ def folder(tmp_path_factory):
     line = train((folder / "a.txt",), 600, folder / "tokenizer")
     assert line.startswith(f"{folder}/tokenizer/bpe.json: 600 tokens, learned from ")
     return folder / "tokenizer"
-
-
-def run(*arguments, cwd=None):
-    return subprocess.run(
-        [sys.executable, "-m", "data.bpe", *map(str, arguments)], capture_output=True, text=True, cwd=cwd
-    )
 
 
 # ------------------------------------------------------------------------------------------------------------- learning
@@ -108,12 +98,9 @@ def test_a_pair_is_merged_only_if_it_occurs_twice():
     assert learn(Counter({"abc": 2}), 0) == []
 
 
-def test_more_merges_begin_with_the_same_ones(english):
+def test_more_merges_begin_with_the_same_ones_and_counts_past_32_bits_are_counted(english):
     words = count_words([english], "gpt2")
     assert learn(words, 500)[:100] == learn(words, 100)
-
-
-def test_counts_past_32_bits_are_counted():
     assert learn(Counter({"ab": 2**33, "cd": 2**33 + 1, "ce": 2**40}), 3) == [b"ce", b"cd", b"ab"]
     assert learn(Counter({"xab": 2**31 - 1, "yab": 2**31 - 1, "cd": 2**31}), 2) == [b"ab", b"cd"]
 
@@ -145,26 +132,20 @@ def test_the_words_of_a_text_are_the_text():
         assert "".join(regex.findall(PATTERNS[pattern], every)) == every
 
 
-def test_memory_does_not_grow_with_the_length_of_the_text():
-    def peak(n_chunks):
-        tracemalloc.start()
-        count_words((chunk for _ in range(n_chunks)), "gpt2")
-        most = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        return most
-
-    chunk = CODE * 10
-    assert peak(16) < 1.2 * peak(3)
-
-
-def test_learning_takes_at_most_fifty_bytes_a_byte_of_different_words():
-    rng = random.Random(0)
-    words = {"".join(rng.choices("etaoinshrdlu", k=30)): 2 for _ in range(10_000)}
+def peak_bytes(call, *arguments):
     tracemalloc.start()
-    assert len(learn(words, 300)) == 300
+    call(*arguments)
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert most < 50 * 31 * len(words)
+    return most
+
+
+def test_memory_does_not_grow_with_the_text_and_is_fifty_bytes_a_byte_of_different_words():
+    short, long = (peak_bytes(count_words, itertools.repeat(CODE * 10, times), "gpt2") for times in (3, 16))
+    assert long < 1.2 * short
+    rng = random.Random(0)
+    words = {"".join(rng.choices("etaoinshrdlu", k=30)): 2 for _ in range(10_000)}
+    assert peak_bytes(learn, words, 300) < 50 * 31 * len(words) and len(learn(words, 300)) == 300
 
 
 def test_a_file_is_read_in_pieces_as_data_text_reads_it_whole(tmp_path, monkeypatch):
@@ -182,10 +163,9 @@ def test_a_file_that_is_not_utf8_is_named_with_the_place(tmp_path, monkeypatch):
         path.write_bytes(content)
         for size in (1, 4, 100):
             monkeypatch.setattr("data.bpe.CHUNK_BYTES", size)
-            with pytest.raises(UserError, match=f"latin.txt is not UTF-8: byte {place}: convert it"):
-                [*read_chunks(path)]
-        with pytest.raises(UserError, match=f"latin.txt is not UTF-8: byte {place}: convert it"):
-            read_text(path)
+            for read in (read_text, lambda path: [*read_chunks(path)]):
+                with pytest.raises(UserError, match=f"latin.txt is not UTF-8: byte {place}: convert it"):
+                    read(path)
 
 
 # ------------------------------------------------------------------------------------------------- the tokenizer itself
@@ -228,24 +208,16 @@ def test_any_text_round_trips(folder):
             assert ids.dtype == np.uint16 and tokenizer.decode_bytes(ids) == text.encode()
 
 
-def test_end_of_text_is_the_last_id_and_no_text_becomes_it(folder):
+def test_its_description_makes_it_again_and_its_last_id_is_the_end_of_text(folder):
     tokenizer = load(str(folder))
     assert (tokenizer.name, tokenizer.vocab_size, tokenizer.eot) == ("bpe", 600, 599)
     assert tokenizer.decode([599]) == "<|endoftext|>" and 599 not in tokenizer.encode("a<|endoftext|>b")
-
-
-def test_its_description_makes_it_again_also_through_a_dataset(folder, tmp_path):
-    tokenizer = load(str(folder))
     spec = json.loads((folder / "bpe.json").read_text(encoding="utf-8"))
     assert spec == tokenizer.spec() and from_spec(json.loads(json.dumps(spec))) == tokenizer
     assert load(str(folder / "bpe.json")) == tokenizer
     assert tokenizer != byte_pairs("gpt4", [tokenizer.decode_bytes([i]) for i in range(256, 599)])
-    (tmp_path / "mine.txt").write_text(CODE, encoding="utf-8")
-    line = prepare((tmp_path / "mine.txt",), tmp_path / "mine", tokenizer=str(folder))
-    assert "bpe tokenizer, vocabulary 600, tokens: " in line
-    opened = open_split(tmp_path / "mine", "train")
-    again = from_spec(opened.tokenizer_spec)
-    assert again == tokenizer and CODE.startswith(again.decode(opened.read(0, opened.n_tokens)))
+    with pytest.raises(UserError, match="tokenizer.json holds no tokenizer: .*: bpe.json beside it does"):
+        load(str(folder / "tokenizer.json"))  # Hugging Face's file in place of ours
 
 
 def test_every_data_script_takes_it(folder, tmp_path):
@@ -257,7 +229,9 @@ def test_every_data_script_takes_it(folder, tmp_path):
         ("lines", prepare((path,), tmp_path / "lines", str(folder), lines=True)),
     ):
         assert line.startswith(f"{tmp_path / name}: bpe tokenizer, vocabulary 600, tokens: ")
-        assert open_split(tmp_path / name, "val").tokenizer_spec == load(str(folder)).spec()
+        assert from_spec(open_split(tmp_path / name, "val").tokenizer_spec) == load(str(folder))
+    opened = open_split(tmp_path / "shakespeare", "train")
+    assert CODE.startswith(load(str(folder)).decode(opened.read(0, opened.n_tokens)))
     assert open_split(tmp_path / "pydocs", "train").read(0, 1) == [599]
 
 
@@ -330,14 +304,10 @@ def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path):
         (["learn"], "train, compare"),
         (["train", "--vocab-siez", "300"], "Unrecognized options: --vocab-siez"),
     ):
-        done = run(*arguments)
+        command = [sys.executable, "-m", "data.bpe", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 2 and done.stdout == "" and complaint in done.stderr
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-
-
-def test_hugging_face_s_file_in_place_of_ours_is_named(folder):
-    with pytest.raises(UserError, match="tokenizer.json holds no tokenizer: .*: bpe.json beside it does"):
-        load(str(folder / "tokenizer.json"))
 
 
 def test_compare_prints_the_bytes_a_token_of_each_tokenizer_on_each_file(folder, tmp_path):

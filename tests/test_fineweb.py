@@ -182,10 +182,9 @@ def test_a_first_group_without_text_leaves_the_validation_split_to_the_next(tmp_
 
 def test_small_files_share_shards_and_large_ones_have_their_own(tmp_path):
     texts = [f"{i} " * (400 if i == 7 else 20) for i in range(20)]
-    files = []
-    for i, text in enumerate(texts):
-        files.append(tmp_path / f"{i}.txt")
-        files[-1].write_text(text, "utf-8")
+    files = [tmp_path / f"{i}.txt" for i in range(20)]
+    for file, text in zip(files, texts, strict=True):
+        file.write_text(text, "utf-8")
     prepare(input=files, folder=tmp_path / "out", shard_tokens=100, processes=1)
     assert np.array_equal(ids_in(tmp_path / "out"), ids_of(texts))
     assert 3 <= len(list((tmp_path / "out").glob("progress_*.json"))) <= 10
@@ -194,59 +193,57 @@ def test_small_files_share_shards_and_large_ones_have_their_own(tmp_path):
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
-def bad_file(tmp_path, case):
-    path = tmp_path / f"bad.{case.split()[0]}"
-    if case == "parquet schema":
-        pq.write_table(pa.table({"content": ["x"], "id": [1]}), path)
-    elif case == "parquet type":
-        pq.write_table(pa.table({"text": [1, 2]}), path)
-    elif case == "parquet cut":
-        whole = write_parquet(path, documents(50)).read_bytes()
-        path.write_bytes(whole[: len(whole) // 2])
-    elif case == "parquet damaged":
-        whole = bytearray(write_parquet(path, documents(200)).read_bytes())
-        whole[1000:1400] = random.Random(0).randbytes(400)
-        path.write_bytes(whole)
-    elif case == "jsonl cut":
-        path.write_text('{"text": "fine"}\n{"text": "brok', "utf-8")
-    elif case == "jsonl key":
-        path.write_text('{"text": "fine"}\n\n{"content": "x"}\n', "utf-8")
-    elif case == "jsonl type":
-        path.write_text('{"text": "fine"}\n{"text": ["x"]}\n', "utf-8")
-    elif case == "jsonl list":
-        path.write_text('{"text": "fine"}\n["x"]\n', "utf-8")
-    elif case == "txt latin":
-        path.write_bytes("Stra\xdfe".encode("latin-1"))
-    elif case in ("jsonl empty", "txt blank"):
-        path.write_text("\n" * (case == "txt blank"), "utf-8")
-    elif case == "jsonl small":
-        path.write_text('{"text": "hardly any text"}\n', "utf-8")
-    elif case == "csv":
-        path.write_text("text\nx\n", "utf-8")
-    return path
+def parquet_bytes(texts):
+    buffer = io.BytesIO()
+    write_parquet(buffer, texts)
+    return buffer.getvalue()
+
+
+def table_bytes(columns):
+    pq.write_table(pa.table(columns), buffer := io.BytesIO())
+    return buffer.getvalue()
+
+
+PAGES = parquet_bytes(documents(200))
+DAMAGED = PAGES[:1000] + random.Random(0).randbytes(400) + PAGES[1400:]
 
 
 @pytest.mark.parametrize(
-    "case, message",
-    {
-        "parquet schema": r"cannot read bad.parquet past row 0 .*text.*content",
-        "parquet type": 'cannot read bad.parquet past row 0 .*"text" is not a string',
-        "parquet cut": "cannot read bad.parquet past row 0 .*Parquet",
-        "parquet damaged": r"cannot read bad.parquet past row \d+ \(.*\): mend it",
-        "jsonl cut": r"cannot read bad.jsonl past row 1 \(JSONDecodeError: .*\): mend it and repeat the same command",
-        "jsonl key": "cannot read bad.jsonl past row 2 .*KeyError: 'text'",
-        "jsonl list": "cannot read bad.jsonl past row 1 .*TypeError",
-        "jsonl type": 'cannot read bad.jsonl past row 1 .*"text" is not a string',
-        "txt latin": "cannot read bad.txt past row 0 .*UnicodeDecodeError",
-        "jsonl empty": "there is no text in the files: 0 rows are empty",
-        "txt blank": "there is no text in the files: 1 rows are empty",
-        "jsonl small": "all 5 tokens fit into one shard, .*lower --shard-tokens, for example to 1",
-        "csv": "bad.csv is of an unknown kind: its name must end in .parquet, .jsonl or .txt",
-        "jsonl missing": "bad.jsonl does not exist: give the names of",
-    }.items(),
+    "name, content, message",
+    [
+        ("x.parquet", table_bytes({"content": ["x"], "id": [1]}), r"cannot read x.parquet past row 0 .*text.*content"),
+        ("x.parquet", table_bytes({"text": [1, 2]}), 'cannot read x.parquet past row 0 .*"text" is not a string'),
+        ("x.parquet", PAGES[: len(PAGES) // 2], "cannot read x.parquet past row 0 .*Parquet"),
+        (
+            "x.parquet",
+            PAGES[:1000] + random.Random(0).randbytes(400) + PAGES[1400:],
+            r"x.parquet past row \d+ .*: mend",
+        ),
+        (
+            "x.jsonl",
+            b'{"text": "fine"}\n{"text": "brok',
+            r"cannot read x.jsonl past row 1 \(JSONDecodeError: .*\): mend it and repeat the same command",
+        ),
+        ("x.jsonl", b'{"text": "fine"}\n\n{"content": "x"}\n', "cannot read x.jsonl past row 2 .*KeyError: 'text'"),
+        ("x.jsonl", b'{"text": "fine"}\n["x"]\n', "cannot read x.jsonl past row 1 .*TypeError"),
+        ("x.jsonl", b'{"text": "fine"}\n{"text": ["x"]}\n', 'read x.jsonl past row 1 .*"text" is not a string'),
+        ("x.txt", b"Stra\xdfe", "cannot read x.txt past row 0 .*UnicodeDecodeError"),
+        ("x.jsonl", b"", "there is no text in the files: 0 rows are empty"),
+        ("x.txt", b"\n", "there is no text in the files: 1 rows are empty"),
+        (
+            "x.jsonl",
+            b'{"text": "hardly any text"}\n',
+            "all 5 tokens fit into one shard, .*lower --shard-tokens, .* to 1",
+        ),
+        ("x.csv", b"text\nx\n", "x.csv is of an unknown kind: its name must end in .parquet, .jsonl or .txt"),
+        ("x.jsonl", None, "x.jsonl does not exist: give the names of"),
+    ],
+    ids=lambda value: "" if isinstance(value, bytes) else None,
 )
-def test_a_file_that_cannot_be_used_is_named_with_what_to_do(tmp_path, case, message):
-    path = bad_file(tmp_path, case)
+def test_a_file_that_cannot_be_used_is_named_with_what_to_do(tmp_path, name, content, message):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
     for _ in range(2):  # the second time, nothing of the first is in the way
         with pytest.raises(UserError, match=message):
             prepare(input=[path], folder=tmp_path / "out", processes=1)
@@ -435,12 +432,6 @@ def test_machines_that_share_a_folder_do_not_wait_for_each_other_but_others_are_
 
 
 # ----------------------------------------------------------------------------------------------------------------- Hub
-
-
-def parquet_bytes(texts):
-    buffer = io.BytesIO()
-    write_parquet(buffer, texts)
-    return buffer.getvalue()
 
 
 def bin_bytes(ids):

@@ -32,7 +32,7 @@ from training.hellaswag import (
     summary,
 )
 
-BLOCK_SIZE = 40  # tokens: shorter than some of the twenty questions, longer than others
+BLOCK_SIZE = 28  # tokens: shorter than some of the twenty questions, longer than others
 
 
 @pytest.fixture(scope="module")

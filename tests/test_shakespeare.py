@@ -23,24 +23,18 @@ def text_of(folder, split):
 
 
 @real
-def test_as_characters_it_has_the_known_counts(tmp_path, capsys):
-    line = prepare(tmp_path, REAL)
-    assert line.endswith("char tokenizer, vocabulary 65, tokens: 1,003,854 train, 111,540 val")
-    assert capsys.readouterr().err == ""
-    assert open_split(tmp_path, "train").vocab_size == 65
-    assert text_of(tmp_path, "train") + text_of(tmp_path, "val") == REAL.read_text()
-
-
-@real
-def test_as_gpt2_tokens_it_has_the_known_counts(tmp_path):
-    line = prepare(tmp_path, REAL, tokenizer="gpt2")
-    assert line.endswith("gpt2 tokenizer, vocabulary 50,257, tokens: 301,966 train, 36,059 val")
-    assert text_of(tmp_path, "train") + text_of(tmp_path, "val") == REAL.read_text()
-
-
-@real
-def test_a_download_of_the_real_text_is_accepted(tmp_path):
-    assert prepare(tmp_path, url=REAL.as_uri()).endswith("1,003,854 train, 111,540 val")
+@pytest.mark.parametrize(
+    "tokenizer, counts",
+    [
+        ("char", "char tokenizer, vocabulary 65, tokens: 1,003,854 train, 111,540 val"),
+        ("gpt2", "gpt2 tokenizer, vocabulary 50,257, tokens: 301,966 train, 36,059 val"),
+    ],
+)
+def test_a_file_and_a_download_of_it_have_the_known_counts(tmp_path, capsys, tokenizer, counts):
+    for source in ({"input": REAL}, {"url": REAL.as_uri()}):
+        assert prepare(tmp_path, tokenizer=tokenizer, **source).endswith(counts)
+        assert capsys.readouterr().err == ""
+        assert text_of(tmp_path, "train") + text_of(tmp_path, "val") == REAL.read_text()
 
 
 def test_another_text_of_your_own_is_used_with_a_note(tmp_path, capsys):
@@ -93,13 +87,9 @@ def test_without_network_the_error_names_the_way_out_and_an_older_dataset_stays(
 def test_a_bad_input_file_is_named(tmp_path):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    for name, complaint in (
-        ("empty.txt", "empty.txt is empty"),
-        ("latin.txt", "0xe9 at offset 3"),
-        ("none", "No such file"),
-    ):
+    for name, complaint in {"empty": "empty.txt is empty", "latin": "0xe9 at offset 3", "none": "No such file"}.items():
         with pytest.raises(UserError, match=complaint):
-            prepare(tmp_path / "out", tmp_path / name)
+            prepare(tmp_path / "out", tmp_path / f"{name}.txt")
     (tmp_path / "fine.txt").write_text("fine")
     with pytest.raises(UserError, match="no tokenizer 'word'"):
         prepare(tmp_path / "out", tmp_path / "fine.txt", tokenizer="word")

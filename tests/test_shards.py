@@ -16,22 +16,17 @@ from data.tokenizer import CharTokenizer, from_spec, gpt2
 LETTERS = CharTokenizer.train("abcdefghijklmnopqrstuvwxyz", documents=True)
 
 
-class WideTokenizer(CharTokenizer):
-    """A vocabulary of any size, since only the sizes matter here."""
-
-    def __init__(self, vocab_size):
-        super().__init__("ab", documents=False)
-        self.vocab_size = vocab_size
-
-
-def write(folder, n_tokens, shard_tokens, tokenizer=None, val_tokens=5):
-    """A dataset whose train split is 0, 1, 2, ..., so that a token tells its place."""
-    splits = {"train": [np.arange(n_tokens)], "val": [np.arange(val_tokens)]}
-    return write_dataset(folder, tokenizer or WideTokenizer(max(n_tokens, val_tokens)), splits, shard_tokens)
+def wide(vocab_size):
+    """A tokenizer whose vocabulary has any size, since only the size matters here."""
+    tokenizer = CharTokenizer("ab", documents=False)
+    tokenizer.vocab_size = vocab_size
+    return tokenizer
 
 
 def counting(folder, n_tokens, shard_tokens=7):
-    write(folder, n_tokens, shard_tokens)
+    """The train split 0, 1, 2, ... of a new dataset: a token tells its place."""
+    splits = {"train": [np.arange(n_tokens)], "val": [np.arange(5)]}
+    write_dataset(folder, wide(max(n_tokens, 5)), splits, shard_tokens)
     return open_split(folder, "train")
 
 
@@ -46,9 +41,9 @@ def write_bin(path, tokens, magic=20240520, version=1, promised=None):
 
 def test_a_dataset_comes_back_as_it_was_written(tmp_path):
     documents = [np.array([26, 0, 1, 2]), np.array([26]), np.array([], int), np.array([26, 25, 24])]
-    meta = write_dataset(
-        tmp_path / "a" / "b", LETTERS, {"train": iter(documents), "val": documents[:1]}, shard_tokens=3
-    )
+    splits = {"train": iter(documents), "val": documents[:1]}
+    meta = write_dataset(tmp_path / "a" / "b", LETTERS, splits, shard_tokens=3)
+    assert meta == json.loads((tmp_path / "a" / "b" / "meta.json").read_text())
     train, val = (open_split(tmp_path / "a" / "b", name) for name in ("train", "val"))
     assert train.read(0, train.n_tokens).tolist() == [26, 0, 1, 2, 26, 26, 25, 24]
     assert val.read(0, 4).tolist() == [26, 0, 1, 2]
@@ -60,8 +55,8 @@ def test_a_dataset_comes_back_as_it_was_written(tmp_path):
 
 
 def test_the_files_are_plain_numpy_arrays_with_their_true_checksums(tmp_path):
-    meta = write(tmp_path, 10, shard_tokens=4)
-    assert meta == json.loads((tmp_path / "meta.json").read_text())
+    counting(tmp_path, 10, shard_tokens=4)
+    meta = json.loads((tmp_path / "meta.json").read_text())
     for i, shard in enumerate(meta["shards"]["train"]):
         path = tmp_path / f"train_{i:06d}.npy"
         assert shard["file"] == path.name
@@ -72,7 +67,7 @@ def test_the_files_are_plain_numpy_arrays_with_their_true_checksums(tmp_path):
 @pytest.mark.parametrize("vocab_size, dtype", [(65_536, np.uint16), (65_537, np.uint32)])
 def test_ids_take_two_bytes_up_to_65536_tokens_and_four_above(tmp_path, vocab_size, dtype):
     documents = [np.array([0, vocab_size - 1])]
-    write_dataset(tmp_path, WideTokenizer(vocab_size), {"train": documents, "val": documents})
+    write_dataset(tmp_path, wide(vocab_size), {"train": documents, "val": documents})
     assert np.load(tmp_path / "train_000000.npy").dtype == dtype
     split = open_split(tmp_path, "train")
     split.verify()
@@ -80,8 +75,10 @@ def test_ids_take_two_bytes_up_to_65536_tokens_and_four_above(tmp_path, vocab_si
 
 
 @pytest.mark.parametrize("shard_tokens", [1, 2, 7, 19, 20, 21, 100])
-def test_reading_crosses_shard_borders(tmp_path, shard_tokens):
-    split = counting(tmp_path, 20, shard_tokens)
+def test_documents_of_any_length_are_cut_into_shards_and_read_across_their_borders(tmp_path, shard_tokens):
+    documents = np.split(np.arange(20), [1, 10, 10, 12, 19])
+    write_dataset(tmp_path, wide(20), {"train": documents, "val": documents}, shard_tokens)
+    split = open_split(tmp_path, "train")
     for start in range(21):
         for count in range(21 - start):
             assert split.read(start, count).tolist() == [*range(start, start + count)]
@@ -90,20 +87,13 @@ def test_reading_crosses_shard_borders(tmp_path, shard_tokens):
             split.read(start, count)
 
 
-def test_documents_longer_than_a_shard_are_cut_and_none_is_lost(tmp_path):
-    documents = np.split(np.arange(100), [1, 50, 50, 52, 99])
-    write_dataset(tmp_path, WideTokenizer(100), {"train": documents, "val": documents}, shard_tokens=8)
-    assert open_split(tmp_path, "train").read(0, 100).tolist() == [*range(100)]
-
-
 def test_preparing_again_leaves_no_stale_shard_and_other_files_alone(tmp_path):
-    write(tmp_path, 40, shard_tokens=4)
+    counting(tmp_path, 40, shard_tokens=4)
     (tmp_path / ".train_000003.npy.0123abcd.tmp").write_bytes(b"half")
     (tmp_path / "notes.txt").write_text("mine")
-    write(tmp_path, 9, shard_tokens=4)
+    assert counting(tmp_path, 9, shard_tokens=4).n_tokens == 9
     shards = ["train_000000.npy", "train_000001.npy", "train_000002.npy", "val_000000.npy", "val_000001.npy"]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["meta.json", "notes.txt", *shards])
-    assert open_split(tmp_path, "train").n_tokens == 9
 
 
 def test_what_a_killed_preparation_left_is_no_dataset(tmp_path):
@@ -119,10 +109,8 @@ def documents():
 tokenizer = CharTokenizer("abcdefgh", False)
 write_dataset(sys.argv[1], tokenizer, {"train": documents(), "val": documents()}, shard_tokens=20)
 """
-    write(tmp_path, 30, shard_tokens=7)
-    killed = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)],
-    )
+    counting(tmp_path, 30)
+    killed = subprocess.run([sys.executable, "-c", program, str(tmp_path)])
     assert killed.returncode == -signal.SIGKILL
     assert (tmp_path / "train_000001.npy").exists()
     with pytest.raises(UserError, match="there is no dataset in .*prepare one"):
@@ -143,9 +131,8 @@ def test_no_dataset_is_made_of_nothing_or_of_ids_past_the_vocabulary(tmp_path, d
 
 
 def test_a_flipped_bit_is_named(tmp_path):
-    write_dataset(
-        tmp_path, WideTokenizer(50), {"train": [np.arange(50)], "val": [np.arange(9)]}, 20, command="python -m data.x"
-    )
+    splits = {"train": [np.arange(50)], "val": [np.arange(9)]}
+    write_dataset(tmp_path, wide(50), splits, 20, command="python -m data.x")
     path = tmp_path / "train_000001.npy"
     damaged = bytearray(path.read_bytes())
     damaged[-3] ^= 1
@@ -188,14 +175,6 @@ def test_any_flipped_bit_of_a_header_is_a_data_error(tmp_path):
             open_split(tmp_path, "train").verify()
 
 
-def test_bytes_behind_a_shard_are_named(tmp_path):
-    split = counting(tmp_path, 10, shard_tokens=10)
-    with open(tmp_path / "train_000000.npy", "ab") as file:
-        file.write(b"more")
-    with pytest.raises(UserError, match="train_000000.npy has 152 bytes, but 148 are expected"):
-        split.verify()
-
-
 def test_a_missing_shard_and_one_of_another_kind_are_named(tmp_path):
     counting(tmp_path, 10)
     path = tmp_path / "train_000001.npy"
@@ -208,13 +187,16 @@ def test_a_missing_shard_and_one_of_another_kind_are_named(tmp_path):
         open_split(tmp_path, "train")
 
 
-def test_an_id_past_the_vocabulary_is_named(tmp_path):
-    write(tmp_path, 10, shard_tokens=10)
-    meta = json.loads((tmp_path / "meta.json").read_text())
-    meta["vocab_size"] = 9
-    (tmp_path / "meta.json").write_text(json.dumps(meta))
+def test_bytes_behind_a_shard_and_an_id_past_the_vocabulary_are_named(tmp_path):
+    split = counting(tmp_path, 10, shard_tokens=10)
+    path = tmp_path / "meta.json"
+    path.write_text(path.read_text().replace('"vocab_size": 10', '"vocab_size": 9'))
     with pytest.raises(UserError, match="train_000000.npy holds token id 9, but the vocabulary is 9"):
         open_split(tmp_path, "train").verify()
+    with open(tmp_path / "train_000000.npy", "ab") as file:
+        file.write(b"more")
+    with pytest.raises(UserError, match="train_000000.npy has 152 bytes, but 148 are expected"):
+        split.verify()
 
 
 HEAD = '{"format": 1, "tokenizer": {}, "vocab_size": '
@@ -231,7 +213,10 @@ def test_a_damaged_meta_json_is_named(tmp_path, text):
         open_split(tmp_path, "train")
 
 
-def test_a_later_format_and_an_unknown_split_are_named(tmp_path):
+def test_a_later_format_an_unknown_split_and_a_folder_without_a_dataset_are_named(tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match=r"there is no dataset in .*: name one of pydocs, .* or prepare one"):
+            open_split(folder, "train")
     counting(tmp_path, 10)
     with pytest.raises(UserError, match="no 'test' split, only .'train', 'val'."):
         open_split(tmp_path, "test")
@@ -241,18 +226,12 @@ def test_a_later_format_and_an_unknown_split_are_named(tmp_path):
         open_split(tmp_path, "train")
 
 
-@pytest.mark.parametrize("name", [".", "nowhere"])
-def test_a_folder_without_a_dataset_is_named(tmp_path, name):
-    with pytest.raises(UserError, match=r"there is no dataset in .*: name one of pydocs, .* or prepare one"):
-        open_split(tmp_path / name, "train")
-
-
 def test_the_fingerprint_tells_datasets_apart(tmp_path):
     one = counting(tmp_path / "1", 30, 7).fingerprint
     assert one == counting(tmp_path / "2", 30, 7).fingerprint
     assert one != counting(tmp_path / "3", 30, 8).fingerprint
     documents = {"train": [np.array([*range(29), 0])], "val": [np.arange(5)]}
-    write_dataset(tmp_path / "4", WideTokenizer(30), documents, shard_tokens=7)
+    write_dataset(tmp_path / "4", wide(30), documents, shard_tokens=7)
     assert one != open_split(tmp_path / "4", "train").fingerprint
 
 

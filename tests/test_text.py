@@ -31,11 +31,8 @@ def test_one_file_is_cut_at_nine_tenths_of_its_characters(tmp_path, tokenizer):
     prepare(files(tmp_path, text), tmp_path / "out", tokenizer)
     train, val = (decoded(tmp_path / "out", split) for split in ("train", "val"))
     assert train + val == text and len(train) == int(0.9 * len(text))
-
-
-def test_a_single_document_has_no_end_of_text_token(tmp_path):
     prepare(files(tmp_path, "abcabc", "", " \n"), tmp_path / "out")
-    assert open_split(tmp_path / "out", "train").vocab_size == 3
+    assert open_split(tmp_path / "out", "train").vocab_size == 3  # no end-of-text token for a single document
 
 
 def test_from_ten_files_on_the_last_tenth_of_them_is_held_out(tmp_path):
@@ -75,22 +72,18 @@ def test_byte_order_marks_and_carriage_returns_are_gone(tmp_path):
     assert read_documents(files(tmp_path, b"\xef\xbb\xbfa\r\nb\rc"), lines=False) == ["a\nb\rc"]
 
 
-def test_a_file_that_is_not_utf8_is_named_with_the_byte_and_its_offset(tmp_path):
-    paths = files(tmp_path, "fine", b"\xef\xbb\xbfcaf\xe9!")
-    with pytest.raises(UserError, match=r"01.txt is not UTF-8: byte 0xe9 at offset 6: .*iconv"):
-        prepare(paths, tmp_path / "out")
-    with pytest.raises(UserError, match="byte 0xff at offset 0"):
-        prepare(files(tmp_path, "hello".encode("utf-16")), tmp_path / "out")
-    with pytest.raises(UserError, match="byte 0xf0 at offset 1"):
-        prepare(files(tmp_path, "a🙂".encode()[:-1]), tmp_path / "out")
+def test_files_that_cannot_be_read_are_named_with_the_byte_that_is_not_utf8_and_its_offset(tmp_path):
+    for content, place in (
+        (b"\xef\xbb\xbfcaf\xe9!", "byte 0xe9 at offset 6: .*iconv"),
+        ("hello".encode("utf-16"), "byte 0xff at offset 0"),
+        ("a🙂".encode()[:-1], "byte 0xf0 at offset 1"),
+    ):
+        with pytest.raises(UserError, match=f"01.txt is not UTF-8: {place}"):
+            prepare(files(tmp_path, "fine", content), tmp_path / "out")
+    for path, complaint in ((tmp_path / "nothing", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(UserError, match=f"cannot read {path}: {complaint}"):
+            prepare([path], tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_files_that_cannot_be_read_are_named(tmp_path):
-    with pytest.raises(UserError, match="cannot read .*nothing: No such file"):
-        prepare([tmp_path / "nothing"], tmp_path / "out")
-    with pytest.raises(UserError, match=f"cannot read {tmp_path}: Is a directory"):
-        prepare([tmp_path], tmp_path / "out")
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["", "\n \n"], ["x"]])
