@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as gpt
 import train_gpt2
-from data.files import UserError
 from training import optimizer
 from training.checkpoint import newest_checkpoint
 from training.distributed import Distributed
@@ -158,12 +157,6 @@ def test_two_ranks_train_as_one_and_resume_in_another_mode(dataset, tmp_path):
 # ------------------------------------------------------------------------------------------------ groups and schedule
 
 
-def test_muon_without_blocks_is_refused():
-    model = tiny(0)
-    with pytest.raises(UserError, match="--optimizer muon needs blocks"):
-        optimizer.make_optimizers(model, train_gpt2.Config(optimizer="muon"), Distributed(), torch.float32)
-
-
 def test_only_matrices_decay():
     model = tiny()
     decay, rest = optimizer.parameter_groups(model.parameters(), 0.1)
@@ -184,9 +177,8 @@ def test_learning_rate_warms_up_from_above_zero_and_ends_at_a_tenth():
 
 
 def test_the_linear_schedule_is_flat_after_the_warmup_then_falls_to_the_last_step():
-    config = train_gpt2.Config(
-        lr=1.0, min_lr=0.0, warmup_steps=10, max_steps=110, schedule="linear", decay_fraction=0.5
-    )
+    linear = {"min_lr": 0.0, "schedule": "linear", "decay_fraction": 0.5}
+    config = train_gpt2.Config(lr=1.0, warmup_steps=10, max_steps=110, **linear)
     rates = [optimizer.learning_rate(step, config) for step in range(1, 111)]
     assert rates[0] == pytest.approx(0.1) and rates[9:55] == [1.0] * 46
     assert rates[82] == pytest.approx(27 / 55) and rates[109] == 0.0

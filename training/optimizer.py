@@ -25,7 +25,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from data.files import UserError
 from training import devices
 from training.distributed import Distributed
 
@@ -76,9 +75,8 @@ def make_optimizers(model: nn.Module, config, dist: Distributed, dtype: torch.dt
     """
     Return AdamW for every parameter; with --optimizer muon, Muon for the blocks' matrices and AdamW for the rest.
 
-    config: the run's options (train_gpt2.Config)
+    config: the run's options (train_gpt2.Config), which refuses Muon for a model without blocks
     dtype:  of the run's matrix products; Muon takes it unless the hardware only emulates it
-    Raise UserError if there is nothing for Muon to train.
     """
     device = next(model.parameters()).device
     adamw = {"lr": config.lr, "betas": BETAS, "fused": device.type in ("cpu", "cuda")}
@@ -86,8 +84,6 @@ def make_optimizers(model: nn.Module, config, dist: Distributed, dtype: torch.dt
         groups = parameter_groups(model.parameters(), config.weight_decay)
         return [dist.optimizer(torch.optim.AdamW, groups, **adamw)]
     matrices = {name: p for name, p in model.transformer.h.named_parameters() if p.dim() == 2}
-    if not matrices:
-        raise UserError("--optimizer muon needs blocks, whose matrices it trains: use --n-layer 1 or more, or adamw")
     chosen = {id(p) for p in matrices.values()}
     others = [p for p in model.parameters() if id(p) not in chosen]
     rest = parameter_groups(others, config.weight_decay, (config.adamw_lr or config.lr) / config.lr)
