@@ -1,10 +1,10 @@
 """
-The switchboard: six operations of a GPT, each in a Triton and in a PyTorch version, chosen by family.
+Six operations of a GPT, each in a Triton and a PyTorch version, selected by family.
 
     ops = select("layernorm,attention", torch.device("cuda"))     # the other families use PyTorch
     y = ops.layer_norm(x, weight, bias, 1e-5)
 
-B sequences, T tokens, C channels, N = B * T rows, V vocabulary (weight and logits may hold more, padded, columns):
+B sequences, T tokens, C channels, N = B * T rows, V vocabulary (weight and logits may be padded past V):
 
     layer_norm(x, weight, bias, eps)                        x (..., C)              -> y (..., C)
     add_layer_norm(x, residual, weight, bias, eps)          x, residual (..., C)    -> y, residual + x
@@ -25,14 +25,14 @@ from kernels import attention, cross_entropy, gelu, layernorm
 from kernels.common import unavailable
 
 MODULES = {"layernorm": layernorm, "gelu": gelu, "attention": attention, "cross_entropy": cross_entropy}
-FAMILIES = {  # name on the command line, which is also the file -> its operations
+FAMILIES = {  # name on the command line, also the file's -> its operations
     "layernorm": ("layer_norm", "add_layer_norm"),
     "gelu": ("linear_gelu",),
     "attention": ("causal_attention",),
     "cross_entropy": ("cross_entropy", "linear_cross_entropy"),
 }
 
-VOCAB_MULTIPLE = 128  # columns of the logits are padded to it: tensor cores and 128-bit loads want even shapes
+VOCAB_MULTIPLE = 128  # the logits' width is padded to it, for tensor cores and 128-bit loads
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def families(names: str) -> tuple[str, ...]:
 
 
 def unsupported(n_embd: int | None = None, n_head: int | None = None, dropout: float = 0.0) -> dict[str, str]:
-    """Return, per family whose kernels cannot run a model of this shape, the reason. None leaves a size unchecked."""
+    """Return family -> reason for each family whose kernels cannot run this shape. None: size not checked."""
     reasons = {
         "layernorm": layernorm.unsupported(n_embd) if n_embd else "",
         "attention": attention.unsupported(n_embd // n_head if n_embd and n_head else None, dropout),
@@ -81,8 +81,8 @@ def select(
     names:          "all", "none" or a comma-separated list of FAMILIES; "auto": on a GPU every family whose kernels can
                     run this model, elsewhere none
     device:         the device of the tensors
-    dropout:        of attention, whose Triton version has none
-    n_embd, n_head: of the model, if known
+    dropout:        attention's dropout, which the Triton version lacks
+    n_embd, n_head: the model's, if known
     say:            called with one sentence per family that auto leaves to PyTorch on a GPU
     Raise ValueError for an unknown family, and for a named one that cannot run on this device or this model.
     """

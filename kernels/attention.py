@@ -3,12 +3,12 @@ Causal self-attention from the packed projection; forward and backward.
 
 For one head with queries, keys and values q, k, v, each (T, D):
 
-    s = q @ k.T / sqrt(D)                  D channels per head; keys after the query are left out
+    s = q @ k.T / sqrt(D)                  D channels per head; keys after the query are masked
     y = softmax(s) @ v
     lse = log(sum(exp(s)))                 per row
 
-The forward walks along the keys in blocks. Per row it keeps the largest s so far, the sum of exp(s - largest) and the
-sum of exp(s - largest) * v, and rescales both sums when a larger s comes along; no (T, T) tensor ever exists.
+The forward loops over blocks of keys. Per row it keeps the largest s so far, the sum of exp(s - largest) and the
+sum of exp(s - largest) * v, and rescales both sums when a larger s appears; no (T, T) tensor ever exists.
 Given dy = dL/dy, with p = exp(s - lse) recomputed:
 
     dv    = p.T @ dy
@@ -24,8 +24,8 @@ diagonal are skipped; only those on it are masked. q, k and v are read from the 
 written to a packed one: nothing is transposed, copied or concatenated.
 
 Saved: qkv, y and lse.
-Elements moved per token, at least: forward 3C in and C out; dq 5C in and C out; dk and dv 4C in and 2C out. What is
-read again, k and v per block of queries and q and dy per block of keys, comes mostly from the L2 cache.
+Elements moved per token, at least: forward 3C in and C out; dq 5C in and C out; dk and dv 4C in and 2C out. Rereads,
+of k and v per block of queries and of q and dy per block of keys, should mostly hit the L2 cache.
 
 Source: Dao, "FlashAttention-2", 2023, https://arxiv.org/abs/2307.08691
 """
@@ -62,14 +62,14 @@ class Tile(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """The tile of a kernel on one GPU. What else was tried, with registers and spills, is in kernels/README.md."""
+    """The tile of a kernel on one GPU. Alternatives tried, with registers and spills: kernels/README.md."""
 
     even: Tile  # if its blocks divide T: no masks
     ragged: Tile  # if they do not
 
 
 class Heads(NamedTuple):
-    """What a set of launches is for."""
+    """The heads that a set of launches is for."""
 
     bits: int  # of the dtype
     max_channels: int  # BLOCK_D at most

@@ -2,12 +2,12 @@
 Time the kernels on and off, on the GPU at hand.
 
     python -m kernels.bench                            every operation: Triton, PyTorch, torch.compile of PyTorch
-    python -m kernels.bench --train --steps 50         a training run for every useful choice of --kernels
+    python -m kernels.bench --train --steps 50         a training run per useful choice of --kernels
     python -m kernels.bench --device cpu               PyTorch alone, at the shapes of the laptop preset
     python -m kernels.bench --train -- --data FOLDER   what follows -- goes to train_gpt2.py
 
-Operations: the median time of forward and of backward, by CUDA events, on copies of the arguments that together are
-four times the L2 cache, so that no run finds its data there. GB/s and TFLOP/s are the compulsory bytes and the FLOPs,
+Operations: the median time of forward and of backward, by CUDA events, on copies of the arguments that together exceed
+four times the L2 cache, so that no run finds its data cached. GB/s and TFLOP/s are the compulsory bytes and the FLOPs,
 as kernels.report counts them, over the time of both directions; roofline is the fraction of the roofline's speed.
 liger-kernel and flash-attn are timed too if they are installed.
 
@@ -50,7 +50,7 @@ class Options:
     """Time the kernels on and off, on the GPU at hand. What follows -- goes to train_gpt2.py."""
 
     train: bool = False  # time training runs instead of single operations
-    preset: str | None = None  # shapes to take; by default gpt2-124m on a GPU, laptop on a CPU
+    preset: str | None = None  # preset of the shapes; default: gpt2-124m on a GPU, laptop on a CPU
     shape: tuple[str, ...] = ()  # sizes other than the preset's, such as T=2048: letters B T C H L V
     device: str = "cuda"  # cuda, cuda:1, cpu
     dtype: str = "auto"  # float32 or bfloat16; auto: bfloat16 on a GPU that has it, else float32
@@ -75,7 +75,7 @@ def versions(operation: str, compiled: bool, triton: bool) -> dict:
         if triton and importlib.util.find_spec(package):
             try:
                 theirs = offered()
-            except ImportError as error:  # built for another PyTorch, most often
+            except ImportError as error:  # most often built for another PyTorch
                 print(f"{package} cannot be imported and is left out: {first_line(error)}", file=sys.stderr)
                 continue
             if operation in theirs:

@@ -22,7 +22,7 @@ class _Missing:
 try:
     import triton
     import triton.language as tl
-except ModuleNotFoundError:  # no Triton wheel on macOS and Windows: the kernels are text there, PyTorch does the work
+except ModuleNotFoundError:  # no Triton wheel for macOS and Windows: kernels cannot run, PyTorch does the work
     triton = tl = _Missing()
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what every kernel reads and writes
@@ -57,7 +57,7 @@ def architecture(x: torch.Tensor) -> str:
     """
     Return the GPU whose launch parameters suit this tensor: "sm_80", "sm_90", "gfx942" and so on.
 
-    A tensor on a GPU gives that GPU. On a CPU, kernels are only interpreted: with the parameters of an A100, or of the
+    For a tensor on a GPU, that GPU. On a CPU, kernels are only interpreted: with the parameters of an A100, or of the
     GPU that a surrounding emulate_gpu() names.
     """
     return _architecture_of_gpu(x.device.index) if x.device.type == "cuda" else _emulated_gpu.get()
@@ -76,8 +76,8 @@ def emulate_gpu(name: str) -> Iterator[None]:
     """
     Interpret kernels on a CPU with the launch parameters of this GPU.
 
-    A context rather than an argument of every operation, which would have to pass through the operators, their fake and
-    autograd rules and the model, only for kernels.report and the tests.
+    A context, since an argument would have to pass through the model, the operators and their autograd rules, only for
+    kernels.report and the tests.
     """
     before = _emulated_gpu.set(name)
     try:
@@ -107,7 +107,7 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def check_tensors(**tensors: torch.Tensor) -> None:
-    """Raise ValueError unless all tensors are float32, float16 or bfloat16 and live on one device."""
+    """Raise ValueError unless all tensors are float32, float16 or bfloat16 and are on one device."""
     first = next(iter(tensors))
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
@@ -117,7 +117,7 @@ def check_tensors(**tensors: torch.Tensor) -> None:
 
 
 def forbid_double_backward(operator: torch.library.CustomOpDef) -> None:
-    """Make a gradient of this operator, itself a gradient, a RuntimeError that says so."""
+    """Make differentiating this operator, itself a gradient, raise a RuntimeError."""
 
     def refuse(ctx, *grads):
         raise RuntimeError(f"{operator._qualname} has no second derivative: use --kernels none for that")

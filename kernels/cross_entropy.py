@@ -1,25 +1,25 @@
 """
 Cross-entropy of a softmax over the vocabulary, alone or fused with the output head; forward and backward.
 
-For one row of logits and its target t, over the V real columns (padded ones after V are left out):
+For one row of logits and its target t, over the V real columns (padding after V is ignored):
 
     lse  = log(sum(exp(logits))) = largest + log(sum(exp(logits - largest)))
-    loss = lse - logits[t]                 mean over the rows, in nats per token; target -100 leaves a row out
+    loss = lse - logits[t]                 mean over the rows, in nats per token; rows with target -100 are ignored
 
 Given the gradient of the mean, with n rows counted:
 
-    dlogits = (exp(logits - lse) - [column is t]) * dloss / n        0 in padded columns and in rows left out
+    dlogits = (exp(logits - lse) - [column is t]) * dloss / n        0 in padded columns and ignored rows
 
-The two terms of lse are kept apart throughout: at logits of 1e4 their sum would lose the digits that matter.
+The two terms of lse are never added up: at logits of 1e4 the sum would lose the digits that matter.
 
 `cross_entropy` saves its logits and two statistics per row, and writes a new dlogits: the logits belong to the caller
 and are never overwritten. The forward reads each logit once; the backward reads it once and writes once.
 
 `linear_cross_entropy` makes its own logits, so it may overwrite them: per chunk of tokens it multiplies x by the
 weight, turns the logits into (dlogits * n / dloss) in place, adds to dweight in float32 and stores dx; then it reuses
-the chunk. All of it happens in the forward, if a gradient is wanted at all. Saved are dx and dweight; the backward only
+the chunk. All of it happens in the forward, if a gradient is wanted. Saved are dx and dweight; the backward only
 multiplies them by dloss / n. A logit is read twice and written once; the second read, 100 KB after the first, should
-come from the L2 cache, with two rows at a time per multiprocessor. A row does not fit in registers beside a second one.
+come from the L2 cache, with two rows at a time per multiprocessor. Two rows do not fit in registers at once.
 
 Masks stop at the padded width, and the columns past V are replaced in registers: a mask at 50,257 would split every
 access into 16-bit ones. Logits that are not padded to a multiple of 16 columns work, slowly, 16 bits at a time.
@@ -45,13 +45,13 @@ from kernels.common import (
     triton,
 )
 
-IGNORE = -100  # a target with this value adds nothing to the loss: PyTorch's default
+IGNORE = -100  # rows with this target are ignored: PyTorch's default
 CHUNK_BYTES = 2**14  # per column of logits: 8,192 tokens in 16 bits, 4,096 in 32; 824 MB per chunk for GPT-2
 VECTOR = tl.constexpr(8)  # neighboring logits share a running maximum: one 128-bit access in 16 bits
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
 IGNORE_TARGET = tl.constexpr(IGNORE)
-# GPU -> columns at a time, so that two rows fit on a multiprocessor. What else was tried is in kernels/README.md
+# GPU -> columns at a time, so that two rows fit on a multiprocessor. Alternatives tried: kernels/README.md
 BLOCK = {"sm_80": 8192, "sm_86": 4096, "sm_90": 8192, "sm_120": 4096}
 
 
@@ -115,7 +115,7 @@ def _add_block(logits, largest, total):
 
 @triton.jit
 def _row_loss(row_ptr, target, largest, total, V: tl.constexpr):
-    """Return the loss of one row: 0 if it is left out, nan for a target out of range, which must not be read."""
+    """Return the loss of one row: 0 if it is ignored, nan for a target out of range, which must not be read."""
     in_range = (target >= 0) & (target < V)
     at_target = tl.load(row_ptr + tl.where(in_range, target, 0)).to(tl.float32)
     loss = (largest - at_target) + tl.math.log2(total) * LN2
@@ -130,7 +130,7 @@ def _write_gradient(
     FULL: tl.constexpr = V // BLOCK * BLOCK
     in_range = (target >= 0) & (target < V)
     column = tl.where(in_range, target, 0)
-    # exp2(-inf) = 0: a row left out; nan marks a target out of range
+    # exp2(-inf) = 0: an ignored row; nan marks a target out of range
     log2_total = tl.where(in_range, tl.math.log2(total), tl.where(target == IGNORE_TARGET, float("inf"), float("nan")))
     at_target = tl.math.exp2((tl.load(row_ptr + column).to(tl.float32) - largest) * LOG2E - log2_total)
     at_target = tl.where(in_range, at_target - 1.0, at_target) * scale
@@ -147,7 +147,7 @@ def _write_gradient(
         softmax = tl.where(start + cols < V, softmax, 0.0)
         tl.store(drow_ptr + start + cols, softmax * scale, mask=start + cols < WIDTH)
 
-    tl.debug_barrier()  # the blocks are written: now the one element that differs, instead of a test per logit
+    tl.debug_barrier()  # after the blocks, overwrite the one element that differs: no test per logit
     tl.store(drow_ptr + column, at_target)
 
 
@@ -156,7 +156,7 @@ def _forward_kernel(
     logits_ptr,  # in  (N, WIDTH), rows row_stride apart
     targets_ptr,  # in  (N,) int64
     losses_ptr,  # out (N,) float32
-    largest_ptr,  # out (N,) float32, or None: no backward will follow
+    largest_ptr,  # out (N,) float32, or None without a backward
     total_ptr,  # out (N,) float32, or None
     row_stride,
     V: tl.constexpr,
@@ -239,7 +239,7 @@ def _cross_entropy_outputs(logits, targets, vocab_size):
 
 
 def _rows_counted(targets: Tensor) -> Tensor:
-    """Return n, which stays on the device; at least 1, so that a batch with no rows has a loss of 0, not nan."""
+    """Return n, which stays on the device; at least 1, so that a batch without rows has a loss of 0, not nan."""
     return (targets != IGNORE).sum().clamp(min=1).float()
 
 
@@ -267,7 +267,7 @@ forbid_double_backward(_backward)
 
 
 def _save(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # only the loss is used further: allocate no zeros for the other outputs
+    ctx.set_materialize_grads(False)  # only the loss has a gradient: allocate no zeros for the other outputs
     logits, targets, ctx.vocab_size = inputs
     ctx.save_for_backward(logits, targets, *output[1:])
 
@@ -319,10 +319,10 @@ def _linear_cross_entropy_outputs(x, weight, targets, vocab_size, with_gradient)
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
     """
-    Set total = a @ b, plus total if it is to be kept; added up in float32 whatever the dtype of a and b.
+    Set total = a @ b, plus total if `keep`, accumulated in float32 whatever the dtype of a and b.
 
     On NVIDIA's GPUs, 16-bit operands are multiplied straight into float32. aten::addmm.dtype_out has no CPU kernel,
-    takes a float32 total from PyTorch 2.10 on, and is not promised on AMD's GPUs, so it is not used there.
+    takes a float32 total from PyTorch 2.10 on, and is not documented for AMD GPUs, so those use float32 operands.
     """
     beta = 1 if keep else 0
     if a.is_cuda and not torch.version.hip and a.dtype != torch.float32:
@@ -332,7 +332,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
 
 
 def _linear_save(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # no zeros the size of dx and dweight
+    ctx.set_materialize_grads(False)  # allocate no zeros the size of dx and dweight
     ctx.weight_dtype = inputs[1].dtype
     ctx.save_for_backward(*output[1:])
 
@@ -355,7 +355,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
     Return the mean cross-entropy of the first vocab_size columns; differentiable in logits, which are not changed.
 
     logits:  (N, W), W >= vocab_size, float32, float16 or bfloat16; copied unless the elements of a row are adjacent
-    targets: (N,) int64; -100 leaves a row out
+    targets: (N,) int64; rows with -100 are ignored
     Return a float32 scalar in nats per token; 0, with gradients of 0, if no row counts (PyTorch: nan).
     A target out of range makes the loss and the gradient of its row nan.
     Raise ValueError for other dtypes and shapes, and for mixed devices.
@@ -374,7 +374,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size:
 
     x:       (N, C), float32, float16 or bfloat16; cast to autocast's dtype if that is enabled
     weight:  (W, C), W >= vocab_size, any of these dtypes; rows past vocab_size get a gradient of 0
-    targets: (N,) int64; -100 leaves a row out
+    targets: (N,) int64; rows with -100 are ignored
     Return a float32 scalar in nats per token; 0, with gradients of 0, if no row counts.
     The gradients are computed in the forward, unless torch.no_grad() or the tensors ask for none.
     Raise ValueError for other dtypes and shapes, and for mixed devices.

@@ -1,5 +1,5 @@
 """
-The first half of a GPT-2 feed-forward layer: matrix product, bias, GELU in its tanh form; forward and backward.
+The first half of the GPT-2 MLP: matrix product, bias, GELU in its tanh form; forward and backward.
 
     z = x @ weight.T + bias
     u = sqrt(2 / pi) * (z + 0.044715 * z^3)
@@ -48,7 +48,7 @@ ROW_PROGRAMS = {  # GPU -> backward programs per block of columns: with GPT-2's 
     "sm_100": 8 * 148 // 3,
     "sm_120": 8 * 170 // 3,
 }
-LAUNCH = {  # tiles of 4,096 and 2,048 elements: 32 and 16 per thread. What else was tried is in kernels/README.md
+LAUNCH = {  # tiles of 4,096 and 2,048 elements: 32 and 16 per thread. Alternatives tried: kernels/README.md
     "forward": {"ROWS": 8, "COLS": 512, "num_warps": 4},
     "backward": {"ROWS": 2, "COLS": 1024, "num_warps": 4},
 }
@@ -99,7 +99,7 @@ def _backward_kernel(
     COLS: tl.constexpr,
 ):
     """One program of P per block of columns: every P-th tile (ROWS, COLS) of dz, and the sum over those rows."""
-    program = tl.program_id(0).to(tl.int64)  # makes first_row, too, an int64
+    program = tl.program_id(0).to(tl.int64)  # so first_row is int64 too
     rows = tl.arange(0, ROWS)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
     bias = tl.load(bias_ptr + cols, mask=cols < W, other=0.0).to(tl.float32)

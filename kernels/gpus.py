@@ -1,4 +1,4 @@
-"""The one table of GPUs: what the makers' data sheets say that each reaches at best, with the source."""
+"""The one table of GPUs: peak rates and memory from the makers' data sheets, with sources."""
 
 import dataclasses
 
@@ -7,13 +7,13 @@ import dataclasses
 class GPU:
     flops: float  # FLOP/s of dense bf16 matrix products with float32 accumulation
     bandwidth: float  # bytes/s of its memory
-    memory: float  # bytes; drivers show some 5 % more than 10^9 bytes per GB
+    memory: float  # bytes; drivers report about 5% more than 10^9 bytes per GB
     arithmetic: float  # float32 FLOP/s outside the tensor cores
     architecture: str
-    source: str  # of SOURCES; a "?" after it: no copy of it had the numbers named in the comment
+    source: str  # key of SOURCES; with "?": unconfirmed for the numbers named in the comment
 
 
-SOURCES = {  # read in copies and in tables that cite them; data sheets print bf16 with sparsity, twice the dense figure
+SOURCES = {  # read in copies and citing tables; data sheets print bf16 with sparsity, twice the dense figure
     "blackwell": "NVIDIA Blackwell data sheet, column HGX B200 or GB200, https://nvdam.widen.net/s/wwnsxrhm2w",
     "hopper": "NVIDIA H100 and H200 data sheets, https://resources.nvidia.com/en-us-tensor-core",
     "a100": "NVIDIA A100 data sheet, https://www.nvidia.com/en-us/data-center/a100",
@@ -23,14 +23,14 @@ SOURCES = {  # read in copies and in tables that cite them; data sheets print bf
     "rtx": "NVIDIA architecture white papers: RTX Blackwell, Ada, GA102, https://www.nvidia.com/en-us/technologies",
     "mi300x": "AMD Instinct MI300X data sheet, https://www.amd.com/en/products/accelerators/instinct/mi300/mi300x.html",
 }
-# words of a GPU's name -> the source's figures. Memory was read on the pages of the A100, H100 and H200; for the others
-# it is the maker's figure without a page (B200: 192 GB on some pages, so the smaller counts).
+# words of a GPU's name -> figures. Memory was checked against a page for the A100, H100 and H200 only (B200: some pages
+# say 192 GB; the smaller figure counts).
 GPUS = {
     "B200": GPU(2250e12, 7700e9, 180e9, 75e12, "sm_100", "blackwell"),
     "GB200": GPU(2500e12, 8000e9, 186e9, 80e12, "sm_100", "blackwell"),
-    "H200 NVL": GPU(836e12, 4800e9, 141e9, 60e12, "sm_90", "hopper?"),  # arithmetic. Before the plain name, the SXM's
+    "H200 NVL": GPU(836e12, 4800e9, 141e9, 60e12, "sm_90", "hopper?"),  # arithmetic. Must precede the SXM's plain name
     "H200": GPU(989e12, 4800e9, 141e9, 67e12, "sm_90", "hopper"),
-    "H100 PCIe": GPU(756e12, 2000e9, 80e9, 51e12, "sm_90", "hopper"),  # likewise before it
+    "H100 PCIe": GPU(756e12, 2000e9, 80e9, 51e12, "sm_90", "hopper"),  # likewise
     "H100 NVL": GPU(835e12, 3900e9, 94e9, 60e12, "sm_90", "hopper?"),  # arithmetic
     "H100": GPU(989e12, 3350e9, 80e9, 67e12, "sm_90", "hopper"),
     "A100 SXM4 40GB": GPU(312e12, 1555e9, 40e9, 19.5e12, "sm_80", "a100?"),  # bandwidth
@@ -47,7 +47,7 @@ GPUS = {
     "RTX 3090": GPU(71e12, 936e9, 24e9, 35.6e12, "sm_86", "rtx"),
     "MI300X": GPU(1307.4e12, 5300e9, 192e9, 163.4e12, "gfx942", "mi300x"),
 }
-OTHER_CHIPS = {"Laptop", "Ti", "SUPER", "D", "Max", "MIG"}  # words that make a name another GPU's, or a slice of one
+OTHER_CHIPS = {"Laptop", "Ti", "SUPER", "D", "Max", "MIG"}  # in the names of other GPUs, or of a slice of one
 
 
 def named_gpu(name: str) -> GPU | None:

@@ -41,15 +41,15 @@ from kernels.common import (
     triton,
 )
 
-MAX_C = 8192  # a longer row does not fit into the registers of eight warps
+MAX_C = 8192  # a longer row does not fit in the registers of eight warps
 ROWS = 16  # a backward program takes at least this many rows, so that its partial dw and db are small beside them
-FORWARD_ELEMENTS = 1280  # at most, per warp: 40 per thread, so that GPT-2's rows up to there need no barrier
+FORWARD_ELEMENTS = 1280  # most per warp: 40 per thread, so that rows up to this length need no barrier
 
 
 class Launch(NamedTuple):
-    """The backward on one GPU: fixed per GPU, so that bits are too. What else was tried is in kernels/README.md."""
+    """Backward launch config, fixed per GPU so that results are too. Alternatives tried: kernels/README.md."""
 
-    elements_per_warp: int  # at most; the row is held beside the sums for dw and db
+    elements_per_warp: int  # at most; registers hold the row and the sums for dw and db
     warps: int  # in flight, 8 per multiprocessor
 
 
@@ -68,7 +68,7 @@ def launch_parameters(C: int, elements_per_warp: int = FORWARD_ELEMENTS) -> dict
 
 
 def backward_launch_parameters(N: int, C: int, gpu: str) -> tuple[int, dict[str, int]]:
-    """Return how many programs share the N rows, and their block and warps."""
+    """Return the number of programs that divide the N rows, and their block and warps."""
     elements_per_warp, warps = for_architecture(LAUNCH, gpu)
     launch = launch_parameters(C, elements_per_warp)
     return min(triton.cdiv(N, ROWS), max(1, warps // launch["num_warps"])), launch
@@ -154,7 +154,7 @@ def _backward_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """One program of P: rows p, p + P, p + 2P, ... of dx, and their sums for dw and db."""
-    program = tl.program_id(0).to(tl.int64)  # makes row, too, an int64
+    program = tl.program_id(0).to(tl.int64)  # so row is int64 too
     cols = tl.arange(0, BLOCK_C)
     mask = cols < C
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
@@ -168,7 +168,7 @@ def _backward_kernel(
         rstd = tl.load(rstd_ptr + row)
 
         xhat = (x - mean) * rstd
-        dxhat = weight * dy  # 0 past C, also in both sums
+        dxhat = weight * dy  # 0 past C, so in both sums too
         avg_dxhat = tl.sum(dxhat, axis=0) / C
         avg_dxhat_xhat = tl.sum(dxhat * xhat, axis=0) / C
         dx = rstd * (dxhat - avg_dxhat - xhat * avg_dxhat_xhat)
@@ -239,7 +239,7 @@ forbid_double_backward(_backward)
 
 
 def _save(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # nothing uses summed after the last layer norm: no zeros to write and read
+    ctx.set_materialize_grads(False)  # the last layer norm's summed is unused: allocate no zero gradient for it
     x, residual, weight = inputs[:3]
     _, summed, mean, rstd = output
     ctx.x_dtype, ctx.alone = x.dtype, residual is None

@@ -1,5 +1,5 @@
 """
-Every kernel on every GPU, without one: machine code, traffic, and the time that both allow.
+Report machine code, traffic and least time of every kernel on every GPU, without a GPU.
 
     python -m kernels.report                                         all targets, at the shapes of gpt2-124m
     python -m kernels.report --preset gpt2-1558m --shape T=2048 --arch sm_80 sm_90
@@ -32,24 +32,24 @@ from kernels.report import roofline
 from kernels.report.machine_code import ARCHITECTURES, MULTIPROCESSORS
 from kernels.report.shapes import Shape, parse_shape
 
-LIMITS = {  # of --check, per kernel and target; AMD code is compiled only, and not held to them
+LIMITS = {  # of --check, per kernel and NVIDIA target; AMD code is only compiled
     "stack_bytes": 0,  # hold spilled registers
     "spills": 0,  # instructions that store or load them
     "local_bytes": 0,
-    "atomics": 0,  # would add in another order every time
+    "atomics": 0,  # add in a different order every time
     "compile_seconds": 30,
 }
 NARROWEST_BITS = 128  # of bulk accesses to global memory: the widest there is
 UNIQUE_OVER_COMPULSORY = 1.06  # partial sums, which weigh more if rows are few
 TENSOR_CORE = {"sm_90": "HGMMA"}  # for tl.dot; on other targets any tensor-core instruction will do
-AMPLIFICATION = 1.1  # bytes issued / compulsory bytes: what is read again, most of it from a cache. Except:
+AMPLIFICATION = 1.1  # bytes issued / compulsory bytes: rereads, mostly from a cache. Exceptions:
 AMPLIFICATION_OF = {  # attention: at T = 1,024; it grows with T
     "layer_norm.forward": 2.4,  # weight and bias again for every row: 14 bytes per element instead of 6
     "add_layer_norm.forward": 1.7,  # likewise, 20 instead of 12
     "linear_gelu.forward": 1.15,  # the bias again for every 8 rows
     "causal_attention.forward": 2.8,  # a head's keys and values again for every block of its queries
     "causal_attention.backward_dq": 2.2,  # likewise
-    "causal_attention.backward_dkdv": 2.25,  # its queries again for every block of keys
+    "causal_attention.backward_dkdv": 2.25,  # queries again for every block of keys
     "linear_cross_entropy.in_place": 1.55,  # the logits twice, the second time soon after: 6 instead of 4
 }
 
@@ -80,7 +80,7 @@ def count(shape: Shape, architectures: list[str]) -> dict[str, list[dict]]:
 
 
 def compile_all(kernels: dict[str, list[dict]]) -> dict[str, list[dict]]:
-    """Return, by architecture, machine_code.figures of every kernel; as many compile at a time as there are cores."""
+    """Return, by architecture, machine_code.figures of every kernel; one process per core at a time."""
 
     def one(architecture: str) -> list[dict]:
         work = [{"launch": kernel["launch"], "sites": kernel["sites"]} for kernel in kernels[architecture]]
@@ -135,7 +135,7 @@ def broken_by_code(kernel: dict, found: dict, architecture: str) -> Iterator[str
 
 
 def table(title: str, header: list[str], rows: list[list]) -> str:
-    """Format text columns, each as wide as it must be; the first is aligned left, the others right."""
+    """Format text columns; the first is aligned left, the others right."""
     cells = [header, *([str(cell) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]

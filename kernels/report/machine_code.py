@@ -1,5 +1,5 @@
 """
-Compile kernels ahead of time for a GPU that need not be there, and read their machine code.
+Compile kernels ahead of time for any GPU, without one, and read their machine code.
 
     python -m kernels.report.machine_code sm_80 < kernels.json      in a process without TRITON_INTERPRET; prints JSON
 
@@ -8,7 +8,7 @@ integers divisible by 16 are marked so, an integer 1 and a None become constants
 with the triton package. For AMD the assembly text is read.
 
 Bulk accesses: lines of the kernel in which one access spans at least 16 bytes per thread of the program. Only those can
-move 128 bits per thread at a time, and only for those does it matter.
+move 128 bits per thread, and only for those does it matter.
 
 Occupancy: programs that fit on a multiprocessor at once, limited by warps, registers and shared memory.
 """

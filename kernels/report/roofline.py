@@ -1,8 +1,8 @@
 """
-The least time that counted traffic allows on a GPU, and what a training step adds up to.
+The least time that counted traffic allows on a GPU, per kernel and per training step.
 
 A kernel takes at least the longest of: unique bytes / memory bandwidth, tl.dot FLOPs / peak of the tensor cores, other
-arithmetic / float32 peak. Bytes that are read again are assumed to come from a cache. A training step is the sum of the
+arithmetic / float32 peak. Rereads are assumed to hit a cache. A training step is the sum of the
 kernels (counted) and of the matrix products, the PyTorch versions of the operations and AdamW (modeled, from their
 published algorithms, run eagerly under bfloat16 autocast, each pass at the ceilings above). Left out: embeddings,
 communication, launches. Ceilings are those of the data sheets, in kernels.gpus.GPUS: no real kernel reaches them.
@@ -79,7 +79,7 @@ def torch_passes(operation: str, shape: Shape) -> list[tuple[float, float]]:
         backward = 4 + (8 + 4 + 12) + 6 + 12  # delta; main; round dq, summed in float32; stack three into dqkv
         return [(8 * elements, 2 * product), (backward * elements, 5 * product)]
     if operation == "linear_cross_entropy":
-        forward = [6, 8]  # to float32; log_softmax, whose second reading of a row is assumed to hit a cache
+        forward = [6, 8]  # to float32; log_softmax, whose second read of a row is assumed to hit a cache
         backward = [4, 12, 6, 6]  # zeros for nll_loss; log_softmax; to bfloat16; into zeros of the padded width
         return [(each * shape.N * shape.W, 0) for each in forward + backward]
     return []

@@ -1,5 +1,5 @@
 """
-What a training step asks of the kernels: sizes, operations, their arguments, and how often each is called.
+The operations of a training step: their sizes, arguments and number of calls.
 
 kernels/ imports nothing outside itself, so PRESETS repeats the shapes of train_gpt2.py; a test keeps them equal.
 """
@@ -45,7 +45,7 @@ def _gpt2(C: int, H: int, L: int) -> Shape:
     return Shape(GPU_TOKENS // 1024, 1024, C, H, L, 50257)
 
 
-PRESETS = {  # the vocabularies of the first two are those of their texts
+PRESETS = {  # the first two have the vocabularies of their texts
     "laptop": Shape(16, 128, 128, 4, 4, 104),
     "shakespeare-char": Shape(64, 256, 384, 6, 6, 65),
     "gpt2-124m": _gpt2(768, 12, 12),
@@ -78,7 +78,7 @@ def calls_per_step(shape: Shape) -> dict[str, int]:
         "linear_gelu": shape.L,
         "causal_attention": shape.L,
         "linear_cross_entropy": 1,
-        "cross_entropy": 0,  # only if the logits are wanted too
+        "cross_entropy": 0,  # only called if the logits are wanted too
     }
 
 

@@ -1,18 +1,18 @@
 """
-What the kernels are launched with, and the bytes and FLOPs that each launch moves, counted without a GPU.
+Launch parameters of the kernels, and the bytes and FLOPs of each launch, counted without a GPU.
 
     python -m kernels.report.traffic < work.json       in a process with TRITON_INTERPRET=1; prints report() as JSON
 
 Launches: every operation runs as in training, forward and backward under bfloat16 autocast, at the full shape, with the
 launch parameters of each GPU (kernels.common.emulate_gpu). Torch functions return uninitialized memory, and a kernel is
-recorded instead of run: the types and alignment of its arguments, its constants, warps and grid. So nothing in this
-file repeats what the operators know.
+recorded instead of run: the types and alignment of its arguments, its constants, warps and grid. So this file
+repeats nothing that the operators know.
 
 Traffic: the same operations run for real, at a few rows, in Triton's interpreter, whose loads, stores and dots are
-observed. Per kernel, in bytes: `loaded` and `stored` as issued, masked lanes excluded; `unique_bytes`, each different
+observed. Per kernel, in bytes: `loaded` and `stored` as issued, masked lanes excluded; `unique_bytes`, each distinct
 byte counted once for reading and once for writing; `compulsory_bytes`, the same without partial sums (pointers named
-*_parts_ptr), which belong to the algorithm, not to the operation. `flops` are those of tl.dot; `arithmetic` is every
-other float operation, once per lane, masked lanes included. A loop to the end of a row runs at the real length.
+*_parts_ptr), which the algorithm needs, not the operation. `flops` are those of tl.dot; `arithmetic` is every
+other float operation, once per lane, masked lanes included. Loops over a row run at the real length.
 
 Scaling: a kernel's figures are exactly a * units + b * programs + c * launches: what it does per row (in attention, per
 head of a sequence, at the real T and D), per program and per launch. Small runs give a, b and c; the known grid at the
@@ -40,7 +40,7 @@ import kernels
 from kernels.common import emulate_gpu
 from kernels.report.shapes import Shape, arguments, calls_per_step, forward_and_backward
 
-ROWS = (16, 24, 42)  # of the small runs: not proportional to programs, of which some take up to 16 rows
+ROWS = (16, 24, 42)  # of the small runs: not proportional to programs, some of which take up to 16 rows
 HEADS = (1, 2)  # of the small runs of attention
 FIGURES = ("loaded", "stored", "unique_bytes", "compulsory_bytes", "flops", "arithmetic", "atomics")
 POINTERS = {
@@ -60,7 +60,7 @@ class Launch:
     kernel: str
     arguments: dict  # name -> ["*bf16", aligned to 16 bytes], an int, a float, or None
     constants: dict  # name -> value, of tl.constexpr parameters
-    options: dict  # num_warps, num_stages where given
+    options: dict  # num_warps and num_stages, if given
     programs: int
 
 
@@ -152,7 +152,7 @@ def run_operation(operation: str, shape: Shape) -> None:
 
 
 class Count:
-    """What one launch moves. Each tensor of its arguments has two maps: the elements read, the elements written."""
+    """The traffic of one launch. Each tensor argument has two maps: elements read, elements written."""
 
     def __init__(self, arguments: dict):
         self.figures = dict.fromkeys(FIGURES, 0)
@@ -196,7 +196,7 @@ def line_of_kernel() -> int:
 
 @contextlib.contextmanager
 def observing(counts: list[Count]):
-    """Add what the interpreter does to the last of the counts."""
+    """Add the interpreter's operations to the last count."""
 
     def load(builder, original, pointers, mask, *rest):
         counts[-1].access(pointers, mask, stored=False)
@@ -290,7 +290,7 @@ def scaled(operation: str, shape: Shape, launches: list[Launch], runs: list[tupl
 
 def report(shape: Shape, architectures: list[str]) -> dict[str, list[dict]]:
     """Return, by GPU, each kernel: name, calls per step, first launch, launches per call, FIGURES, sites."""
-    result, done = {}, {}  # done: the small runs, shared by GPUs that launch an operation alike
+    result, done = {}, {}  # done: small runs, shared by GPUs with equal launches
     for architecture in architectures:
         result[architecture] = []
         for operation, calls in calls_per_step(shape).items():
