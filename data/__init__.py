@@ -23,14 +23,14 @@ DATASETS = {  # name -> the module that prepares it, and how
 
 
 def dataset_dir(name: str) -> Path:
-    """Return the folder of a dataset: datasets/NAME for a name of DATASETS, anything else is a folder itself."""
+    """Return the folder of a dataset: datasets/NAME for a name in DATASETS; anything else is itself a folder."""
     return Path("datasets", name) if name in DATASETS else Path(name)
 
 
 def prepare_if_missing(name: str) -> None:
-    """Prepare a dataset of DATASETS unless it exists. Raise UserError if it cannot be had.
+    """Prepare a dataset of DATASETS unless it exists. Raise UserError if it cannot be prepared.
 
-    Of several processes of a machine one prepares it, and the others report that they wait, however long it takes.
+    One process per machine prepares it; the others report that they wait, however long it takes.
     """
     folder = dataset_dir(name)
     if name not in DATASETS or (folder / "meta.json").exists():
@@ -42,6 +42,6 @@ def prepare_if_missing(name: str) -> None:
         print(f"waiting until another process has prepared {folder}", file=sys.stderr, flush=True)
         held = lock(folder / ".lock")
     with held:
-        if not (folder / "meta.json").exists():  # another process may have made it while this one waited
+        if not (folder / "meta.json").exists():  # unless another process prepared it while this one waited
             module, options = DATASETS[name]
             print(importlib.import_module(module).prepare(folder=folder, **options))

@@ -1,18 +1,18 @@
-"""The losses that counting n-grams reaches, to compare a model with.
+"""The losses of n-gram counts, as baselines for a model.
 
-An n-gram is n tokens in a row. With c(...) the count in the training text, V the vocabulary size, and one added to
-every count so that nothing is impossible:
+An n-gram is n tokens in a row. With c(...) the count in the training text, V the vocabulary size, and add-one
+smoothing so that nothing is impossible:
 
     P(z | context) = (c(context, z) + 1) / (c(context) + V)
 
-The context is nothing (unigram), the token before (bigram) or the two before (trigram), and c(context) counts its
+The context is empty (unigram), the previous token (bigram) or the previous two (trigram), and c(context) counts its
 occurrences that a token follows. The baseline is the mean of -ln P over the n-grams of the validation text, in nats
-per token, end-of-text tokens included; `uniform`, guessing at random, is ln V. With a vocabulary as large as GPT-2's
-most trigrams of the validation text were never seen, add-one gives them about 1 / V, and the trigram is worse than
-the bigram.
+per token, end-of-text tokens included; `uniform`, guessing at random, is ln V. With a vocabulary as large as GPT-2's,
+most trigrams of the validation text are unseen, add-one gives them about 1 / V, and the trigram is worse than the
+bigram.
 
 Only the n-grams of the validation text are looked up, and the training text is read in pieces, so memory does not grow
-with V^n or with the training text. Only the first tokens of a large dataset are counted: `tokens_counted` of them.
+with V^n or with the training text. For a large dataset, only the first `tokens_counted` tokens are counted.
 """
 
 import math

@@ -1,16 +1,16 @@
 """A byte-level BPE of your own, learned from text: `python -m data.bpe train --vocab-size N FILES --out FOLDER`.
 
-A text is cut into words by GPT-2's pattern, or GPT-4's, and every distinct word is taken as its UTF-8 bytes, with its
-count. Then, again and again, the most frequent pair of neighboring tokens becomes a token of its own, everywhere. Of
-equally frequent pairs, the one with the smaller left id goes first, then the one with the smaller right id. Pairs in a
+Text is split into words by GPT-2's pattern, or GPT-4's, and every distinct word is taken as its UTF-8 bytes, with its
+count. Then the most frequent pair of adjacent tokens is merged into a new token everywhere, again and again. Ties go
+to the pair with the smaller left id, then to the one with the smaller right id. Pairs in a
 run overlap when they are counted ("aaa" has two of "aa") and are merged from the left. A pair that occurs once is not
 merged. These are the rules of the byte-level BPE trainer in Hugging Face's `tokenizers` (min_frequency=2), and the
-tests hold the two against each other. Two differences to know: a file is one text here, while its `train(files)` takes
-every line as a text of its own (`train_from_iterator` does not); and letters that Unicode added in recent years are
-letters to one library before they are to the other.
+tests compare the two. Two differences: a file is one text here, while its `train(files)` takes every line as a separate
+text (`train_from_iterator` does not); and the two libraries may have different versions of Unicode, so that new letters
+are letters to only one of them.
 
 The vocabulary is the 256 bytes, the merges in order, and <|endoftext|> last: N counts them all. `python -m data.bpe
-compare` sets several tokenizers side by side.
+compare` compares several tokenizers.
 """
 
 import codecs
@@ -31,11 +31,11 @@ from data.text import not_utf8, read_text
 from data.tokenizer import BYTE_TO_UNICODE, PATTERNS, TRAINED_FILE, byte_pairs, choose
 from data.tokenizer_json import tokenizer_json
 
-CHUNK_BYTES = 1 << 20  # of a file in memory at once
+CHUNK_BYTES = 1 << 20  # read at a time
 LOOK_AHEAD = 2  # characters after an apostrophe that decide whether it begins a word: those of 'll
-MIN_COUNT = 2  # occurrences that make a pair worth a token
+MIN_COUNT = 2  # least occurrences of a pair that is merged
 SEPARATOR = 0xFF  # between words: no UTF-8 text has this byte
-NOTHING = -1  # the id at which no token begins: a separator, or the inside of what was merged
+NOTHING = -1  # id of a position at which no token begins: a separator, or inside a token
 
 
 # ------------------------------------------------------------------------------------------------------------- counting
@@ -46,8 +46,8 @@ def count_words(chunks: Iterable[str], pattern: str) -> Counter[str]:
     words_of, counts, rest = regex.compile(PATTERNS[pattern]).findall, Counter(), ""
     for chunk in chunks:
         text = rest + chunk
-        # A word may continue in the next chunk, so the last ones are put back. White space at the end of a text is
-        # one word and goes back entirely. (The words of a text, joined, are the text.)
+        # A word may continue in the next chunk, so the last ones are put back. Trailing white space is one word and is
+        # put back entirely. (The words of a text, joined, are the text.)
         words, end, settled = words_of(text), len(text), len(text) - LOOK_AHEAD
         while words and end > settled:
             end -= len(words.pop())
@@ -121,7 +121,7 @@ def learn(words: Mapping[str, int], n_merges: int) -> list[bytes]:
 
 
 def _laid_out(words: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return ids (n,) int32, the bytes of each word and then NOTHING; and weights (n,) integers, the word's count."""
+    """Return ids (n,) int32, each word's bytes followed by NOTHING; and weights (n,), integers, the word's count."""
     id_of_byte = np.full(256, NOTHING, np.int32)
     id_of_byte[[*BYTE_TO_UNICODE]] = np.arange(256)
     id_of_byte[SEPARATOR] = NOTHING
@@ -132,7 +132,7 @@ def _laid_out(words: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _int_dtype(most: int) -> type[np.integer]:
-    """A dtype that counts up to `most`, in half the memory if possible."""
+    """Return the smaller of int32 and int64 that holds `most`."""
     return np.int32 if most < 1 << 31 else np.int64
 
 
@@ -167,20 +167,20 @@ def train(
     """Learn a byte-level BPE from text files.
 
     Return a one-line summary; if the text is too small for so many tokens, the vocabulary is smaller and a note on
-    stderr says so. Raise UserError if the vocabulary has no room for the bytes, if a file cannot be read or is not
+    stderr says so. Raise UserError if the vocabulary is too small for the bytes, if a file cannot be read or is not
     UTF-8, or if there is no text.
 
     Args:
         files: Text files in UTF-8.
-        vocab_size: How many tokens: the 256 bytes, what is learned, and the end of text.
+        vocab_size: Number of tokens: the 256 bytes, the learned ones, and the end of text.
         out: The folder to write: bpe.json, and tokenizer.json for Hugging Face's libraries. A name that ends in .json
             is the file to write instead of bpe.json, alone.
-        pattern: How text is cut into words: as GPT-2 does, or as GPT-4.
+        pattern: The pattern that splits text into words: GPT-2's or GPT-4's.
     """
     if vocab_size < 257:
         raise UserError(f"--vocab-size {vocab_size} is too small: the 256 bytes and the end of text make at least 257")
     words = Counter()
-    for path in files:  # one by one, since no word continues in the next file
+    for path in files:  # one by one, since no word spans two files
         words.update(count_words(read_chunks(path), pattern))
     if not any(map(str.strip, words)):
         raise UserError(f"there is no text in {', '.join(map(str, files)) or 'no files'}: give files that hold some")
@@ -203,7 +203,7 @@ def compare(
     files: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FILES")],
     tokenizer: Annotated[tuple[str, ...], tyro.conf.arg(metavar="char|gpt2|FILE ...")] = ("char", "gpt2"),
 ) -> str:
-    """Show the bytes per token of each text file under each of several tokenizers.
+    """Show the bytes per token of each text file for each tokenizer.
 
     Return a table, a row per tokenizer. Raise UserError if a file cannot be read, is not UTF-8 or is empty, if there
     is no such tokenizer, or if it lacks a character.

@@ -1,4 +1,4 @@
-"""What all commands share: the error that a user can fix, one exit path, command lines, locks and atomic files."""
+"""Shared by all commands: the error that a user can fix, the exit path, command lines, locks and atomic files."""
 
 import errno
 import functools
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class UserError(Exception):
-    """An error that the user can fix: one sentence that names the thing, its value and what would be right."""
+    """An error that the user can fix: one sentence that names the option or file, its value and the fix."""
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def exit_on_user_error() -> Iterator[None]:
         try:
             yield
         finally:
-            sys.stdout.flush()  # here, so that a reader that is gone is noticed before the interpreter ends
+            sys.stdout.flush()  # now, to notice a closed pipe before the interpreter exits
         return
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would flush again
@@ -79,7 +79,7 @@ def parse_options(command_line: Callable[[], T]) -> T:
     except SystemExit as stop:
         if stop.code in (None, 0):  # --help
             raise
-    # tyro draws a box: a title, the message, a rule, perhaps a hint, a rule, where to find help.
+    # tyro draws a box: a title, the message, a rule, perhaps a hint, a rule, a pointer to --help.
     lines = [line.strip("│| ") for line in shown.getvalue().splitlines()[1:]]
     sections = [list(part) for text, part in itertools.groupby(lines, lambda line: any(map(str.isalnum, line))) if text]
     message = " ".join(sections[0])
@@ -94,7 +94,7 @@ def parse_options(command_line: Callable[[], T]) -> T:
 def run_script(commands: Callable[..., str] | dict[str, Callable[..., str]], prog: str, description: str = "") -> None:
     """Run a data script: print what its function, or that of the subcommand typed, returns for the options typed."""
 
-    def delayed(command):  # so that an error in the command line is told apart from what the command prints
+    def delayed(command):  # so that parsing, whose errors are caught, ends before the command runs
         return functools.wraps(command)(lambda *args, **options: functools.partial(command, *args, **options))
 
     with exit_on_user_error():
@@ -134,7 +134,7 @@ def lock(path: Path, refusal: str | None = None) -> TextIO:
         except BlockingIOError:
             file.close()
             raise UserError(refusal) from None
-        except OSError as error:  # a network file system without locks: better no lock than no run
+        except OSError as error:  # a network file system without locks: run without one
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
             hint = "is on a file system without locks: start one process at a time"
@@ -144,7 +144,7 @@ def lock(path: Path, refusal: str | None = None) -> TextIO:
 
 @contextmanager
 def writing(folder: Path, shared: bool = False) -> Iterator[None]:
-    """Lock `folder` against other processes that write a dataset to it, except those that share it if `shared`.
+    """Lock `folder` against other processes that write a dataset to it; with `shared`, admit others that share it.
 
     Raise UserError if another process has locked it. No lock on Windows.
     """
@@ -164,7 +164,7 @@ def writing(folder: Path, shared: bool = False) -> Iterator[None]:
 
 
 def atomic_write(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> None:
-    """Make the file at `path` by calling `write(file)`: it appears complete, replacing an older one, or not at all.
+    """Write a file atomically by calling `write(file)`: `path` appears complete, replacing an older one, or not at all.
 
     The bytes go to a temporary file `.NAME.XXXXXXXX.tmp` in the same folder, which is renamed once they are on the
     disk. An exception removes it; a killed process leaves it, and nothing reads it.
@@ -181,8 +181,8 @@ def atomic_write(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> 
         temporary.unlink(missing_ok=True)
         raise
     if os.name == "posix":
-        # The new name survives a power cut only once the folder is on the disk too. Some network file systems refuse
-        # to sync a folder; the file is complete all the same.
+        # The new name survives a power cut only once the folder is on the disk too. Some network file systems cannot
+        # sync a folder; the file is complete all the same.
         folder = os.open(path.parent, os.O_RDONLY)
         with suppress(OSError):
             os.fsync(folder)

@@ -1,8 +1,8 @@
 """Batches of token ids: a pure function of (split, seed, step).
 
 The training text is cut into windows of block_size tokens. An epoch is every window once, in an order drawn from
-(seed, epoch), and step s takes the sequences s * batch_sequences ... of that endless list, whatever the number of
-ranks. So a resumed run sees the batches that the uninterrupted run would have seen.
+(seed, epoch), and step s takes batch_sequences of them from index s * batch_sequences on, for any number of ranks. So
+a resumed run sees the batches that the uninterrupted run would have seen.
 """
 
 import functools
@@ -17,12 +17,12 @@ from data.shards import Split
 
 
 class Loader:
-    """Batches of (inputs, targets) as a pure function of (seed, step): no state changes what a batch holds.
+    """Batches of (inputs, targets) as a pure function of (seed, step): no state affects a batch.
 
     An epoch is the windows that start at offset, offset + block_size, ...: no token is the input of two of them, and
     they cross shard borders. With shuffle, epoch e draws the offset from [0, block_size) and the order of the windows
-    from the seed [seed, e], so that fewer than 2 * block_size tokens at the two ends are left out, others each time.
-    Without, the offset is 0 and the windows keep the order of the text.
+    from the seed [seed, e], so that fewer than 2 * block_size tokens at the two ends are skipped, others each time.
+    Without it, the offset is 0 and the windows keep the order of the text.
 
     Rank r takes the sequences step * batch_sequences + j with j in [r * b, (r + 1) * b), b = batch_sequences /
     world_size. Raise UserError if that does not divide, or if the split is shorter than one window.
@@ -46,7 +46,7 @@ class Loader:
             raise UserError(f"the seed is {seed}: it must be 0 or more")
         self.split, self.block_size, self.batch_sequences = split, block_size, batch_sequences
         self.seed, self.shuffle, self.device = seed, shuffle, torch.device(device)
-        if self.device == torch.device("cuda"):  # which one: the thread that reads ahead would take GPU 0
+        if self.device == torch.device("cuda"):  # fix the index: the prefetch thread would take GPU 0
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.sequences = batch_sequences // world_size
         self.first = rank * self.sequences
@@ -56,7 +56,7 @@ class Loader:
         # Two epochs, since one batch can end an epoch and begin the next.
         self._epoch_starts = functools.lru_cache(maxsize=2)(self._draw_epoch)
         self._thread = ThreadPoolExecutor(max_workers=1)
-        self._ahead = None  # (step, future): the batch that is read while the caller computes
+        self._ahead = None  # (step, future): the batch being prefetched
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return this rank's (inputs, targets) of a step: each (batch_sequences // world_size, block_size) int64."""

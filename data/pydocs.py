@@ -29,7 +29,7 @@ def prepare(
 ) -> str:
     """Prepare a dataset of the language topics of Python's help().
 
-    Return a one-line summary. Raise UserError if this Python lacks the topics, or if there is no such tokenizer.
+    Return a one-line summary. Raise UserError if this Python lacks the topics or the tokenizer does not exist.
 
     Args:
         folder: The folder to write; datasets/pydocs if not given, or datasets/pydocs-TOKENIZER for other tokens.
@@ -54,7 +54,7 @@ def read_topics(module: str = "pydoc_data.topics") -> dict[str, str]:
         topics = {}
     if not topics:
         raise UserError(
-            f"{sys.executable} comes without {module}, the text of Python's help(): use another Python, or your own "
+            f"{sys.executable} lacks {module}, the text of Python's help(): use another Python, or your own "
             "text with `python -m data.text FILES --out FOLDER`"
         )
     return topics

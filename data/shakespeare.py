@@ -1,7 +1,7 @@
 """Tiny Shakespeare: 1.1 MB of plays, as characters (65 of them) or as GPT-2's tokens (338,025).
 
-`python -m data.shakespeare` downloads the text and accepts no other; `--input FILE` takes your own copy, with a note if
-it is another text. The first 90% of the characters are for training, the rest for validation, cut before tokenizing.
+`python -m data.shakespeare` downloads the text and checks its sha256; `--input FILE` reads your own copy, with a note
+if it differs. The first 90% of the characters are for training, the rest for validation, cut before tokenizing.
 """
 
 import hashlib
@@ -30,12 +30,12 @@ def prepare(
 ) -> str:
     """Prepare a dataset of tiny Shakespeare.
 
-    Return a one-line summary. Raise UserError, and keep an older dataset in the folder, if the download fails or is
-    another text, or if the file cannot be read, is not UTF-8 or is empty.
+    Return a one-line summary. Raise UserError, and keep an older dataset in the folder, if the download fails or
+    differs, or if the file cannot be read, is not UTF-8 or is empty.
 
     Args:
         folder: The folder to write; datasets/shakespeare-TOKENIZER if not given.
-        input: A file to read in place of the download.
+        input: A file to read instead of the download.
         tokenizer: Characters, GPT-2's tokens, or those of a file or folder that holds a tokenizer.
     """
     folder = folder or Path("datasets", f"shakespeare-{Path(tokenizer).stem}")

@@ -4,12 +4,12 @@ A dataset is a folder. It exists if and only if it holds `meta.json`, which is w
 
     meta.json          {"format": 1, "tokenizer": SPEC, "vocab_size": V, "command": HOW IT WAS PREPARED or null,
                         "shards": {"train": [{"file": ..., "tokens": N, "sha256": ...}, ...], "val": [...]},
-                        "baselines": THE LOSSES THAT COUNTING REACHES, see baselines.py, or absent}
+                        "baselines": LOSSES OF N-GRAM COUNTS, see baselines.py, or absent}
     train_000000.npy   one-dimensional, little-endian uint16, or uint32 if V > 65,536
     val_000000.npy
 
-A shard may also be a `.bin` file of llm.c and modded-nanogpt: 256 int32 (magic 20240520, version 1, number of tokens,
-zeros), then uint16 GPT-2 tokens. A folder of .bin files alone is a dataset too: `train` or `val` in the file name says
+A shard may also be a `.bin` file of llm.c or modded-nanogpt: 256 int32 (magic 20240520, version 1, number of tokens,
+zeros), then uint16 GPT-2 tokens. A folder of .bin files alone is a dataset too: `train` or `val` in the file name gives
 the split.
 """
 
@@ -68,7 +68,7 @@ def write_meta(
 
     shards: {"train": entries, "val": entries}, each entry what `write_shard` returned, in reading order
     The baselines are counted from the files, in under a minute for any size. Raise UserError if a shard is missing or
-    is not what its entry says.
+    does not match its entry.
     """
     folder, V = Path(folder), tokenizer.vocab_size
     meta = {"format": 1, "tokenizer": tokenizer.spec(), "vocab_size": V, "command": command, "shards": shards}
@@ -92,7 +92,7 @@ def write_shard(path: Path, tokens: np.ndarray) -> dict:
     """Write one shard atomically and return its entry in meta.json; tokens: (n,) uint16 or uint32."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(tokens))
-    # Hashed from memory, not read back: a corrupt write must not get a checksum that fits it.
+    # Hashed from memory, not read back: a corrupt write must not get a matching checksum.
     digest = hashlib.sha256(header.getvalue())
     digest.update(tokens.data)
 
@@ -137,7 +137,7 @@ def cut(documents: Iterable[np.ndarray], shard_tokens: int, vocab_size: int) -> 
 
 
 class Shard(NamedTuple):
-    """One file of a split. tokens: (n,) uint16 or uint32, memory-mapped; sha256 is None if no meta.json states it."""
+    """One file of a split. tokens: (n,) uint16 or uint32, memory-mapped; sha256 is None without meta.json."""
 
     path: Path
     tokens: np.memmap
@@ -147,8 +147,8 @@ class Shard(NamedTuple):
 class Split:
     """One split of a dataset, read as if its shards were a single array of n_tokens token ids.
 
-    `baselines` holds the losses that counting reaches (see baselines.py), or {}. `fingerprint` is a hex string that is
-    the same for two processes if they see the same list of shards (names, lengths, checksums).
+    `baselines` holds the losses of n-gram counts (see baselines.py), or {}. `fingerprint` is a hex string that is equal
+    in two processes if they see the same list of shards (names, lengths, checksums).
     """
 
     def __init__(self, label: str, tokenizer_spec: dict, vocab_size: int, shards: list[Shard], hint: str):
@@ -197,8 +197,8 @@ class Split:
 def open_split(folder: str | Path, split: str) -> Split:
     """Open "train" or "val" of the dataset in `folder`, memory-mapped.
 
-    Raise UserError if there is no dataset or no such split, if meta.json is corrupt, or if a shard is missing or not
-    what meta.json says (dtype, length). `Split.verify` does the checks that read every byte.
+    Raise UserError if there is no dataset or no such split, if meta.json is corrupt, or if a shard is missing or does
+    not match it (dtype, length). `Split.verify` does the checks that read every byte.
     """
     folder = Path(folder)
     if (folder / "meta.json").exists():
@@ -234,7 +234,7 @@ def _open_with_meta(folder: Path, split: str) -> Split:
 
 
 def _split_from_meta(folder: Path, meta: dict, split: str, hint: str) -> Split:
-    """The split that `meta` describes, perhaps without shards; ValueError, KeyError ... if it is corrupt."""
+    """Return the split that `meta` describes, perhaps without shards; ValueError, KeyError ... if it is corrupt."""
     vocab_size, shards = int(meta["vocab_size"]), []
     for entry in meta["shards"].get(split, ()):
         path, n_tokens, sha256 = folder / Path(str(entry["file"])).name, int(entry["tokens"]), str(entry["sha256"])
@@ -258,7 +258,7 @@ def _map_npy(path: Path, hint: str) -> np.memmap:
 
 
 def map_bin(path: Path, hint: str = "download it again") -> Shard:
-    """Memory-map a .bin shard. Raise UserError, which ends with `hint`, if it is truncated or not one."""
+    """Memory-map a .bin shard. Raise UserError, with `hint` at its end, if it is truncated or not a shard."""
     header = np.fromfile(path, "<i4", 256)
     if len(header) < 256 or tuple(header[:2]) != (BIN_MAGIC, BIN_VERSION):
         raise UserError(f"{path} is not a token shard: bad magic/version {header[:2].tolist()}: {hint}")

@@ -1,8 +1,8 @@
 """Your own text: `python -m data.text FILES --out FOLDER` makes a dataset of any UTF-8 files.
 
-A file is a document, or with --lines every line is. Empty documents are left out. If there are several, each follows an
+Each file is a document, or with --lines each line. Empty documents are skipped. If there are several, each follows an
 end-of-text token. Validation gets the last tenth of the documents if there are at least ten, else the last tenth of the
-characters. Lines are shuffled first, always the same way, since lists are often sorted; files keep their order. All the
+characters. Lines are shuffled first, with a fixed seed, since lists are often sorted; files keep their order. All the
 text is held in memory at once.
 """
 
@@ -21,7 +21,7 @@ from data.files import UserError, run_script
 from data.shards import open_split, summary, write_dataset
 from data.tokenizer import choose, encode_documents, from_spec
 
-MOST_DOCUMENT_TOKENS = 100_000_000  # that training_documents holds in memory, as text
+MOST_DOCUMENT_TOKENS = 100_000_000  # most that training_documents holds in memory, as text
 
 
 def prepare(
@@ -55,7 +55,7 @@ def prepare(
 
 
 def read_text(path: str | Path) -> str:
-    """Return a UTF-8 file without byte order mark, \\r\\n as \\n. Raise UserError with the offset of a wrong byte."""
+    """Read a UTF-8 file without byte order mark, \\r\\n as \\n. Raise UserError with the offset of an invalid byte."""
     try:
         content = Path(path).read_bytes()
     except OSError as error:
@@ -67,7 +67,7 @@ def read_text(path: str | Path) -> str:
 
 
 def not_utf8(path: str | Path, byte: int, offset: int) -> UserError:
-    """Return the error for a file that is not UTF-8, with its first wrong byte."""
+    """Return the error for a file that is not UTF-8, with its first invalid byte."""
     what = f"byte 0x{byte:02x} at offset {offset}"
     return UserError(f"{path} is not UTF-8: {what}: convert it, for example with `iconv -f latin1 -t utf-8`")
 
@@ -88,7 +88,7 @@ def read_documents(files: Sequence[str | Path], lines: bool) -> list[str]:
 def split_documents(documents: list[str]) -> tuple[list[str], list[str]]:
     """Return (train, val), neither empty: the last tenth of ten or more documents, else of the characters.
 
-    A document across the cut becomes two.
+    A document that spans the cut becomes two.
     """
     if len(documents) >= 10:
         cut = len(documents) - len(documents) // 10
@@ -104,9 +104,9 @@ def split_documents(documents: list[str]) -> tuple[list[str], list[str]]:
 
 def documents_of(run: str | Path) -> set[str]:
     """
-    Return the documents that a run was trained on; run: its folder or one of its checkpoints.
+    Return the documents that a run was trained on. run: its folder or one of its checkpoints.
 
-    Raise UserError if it is no run, or if its training text is not here, has no documents, or is too large for memory.
+    Raise UserError if it is not a run, or if its training text is missing, has no documents, or is too large.
     """
     folder = Path(run).parents[1] if Path(run).is_file() else Path(run)
     try:

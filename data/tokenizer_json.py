@@ -1,8 +1,8 @@
-"""tokenizer.json: a tokenizer of ours in the format of Hugging Face's `tokenizers` library, which writes it.
+"""tokenizer.json: one of our tokenizers in the format of Hugging Face's `tokenizers` library, which writes it.
 
-That library cuts a text into words (pre-tokenizer), looks the words up or merges their bytes (model), and knows special
-tokens by their spelling. Its BPE takes the merges, pairs in order; tiktoken keeps only the tokens with their ranks, so
-`merges` finds the pairs.
+That library splits text into words (pre-tokenizer), looks the words up or merges their bytes (model), and recognizes
+special tokens by their spelling. Its BPE needs the merges, as ordered pairs; tiktoken keeps only tokens with their
+ranks, so `merges` recovers the pairs.
 """
 
 import json
@@ -59,7 +59,7 @@ def merges(ranks: dict[bytes, int]) -> dict[bytes, tuple[bytes, bytes] | None]:
     """Return, in order of rank, each token of several bytes and the pair that it is merged from.
 
     ranks: bytes -> id, lower ids merged first. The pair is what merging by lower ids alone makes of the token's bytes;
-    None if more than two pieces remain, for then no merge makes the token: it only stands for a whole word.
+    None if more than two pieces remain: no merge makes the token, which only matches a full word.
     """
     pairs = {}
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):

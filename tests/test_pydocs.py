@@ -55,7 +55,7 @@ def test_topics_that_share_a_paragraph_are_never_held_out():
 
 @pytest.mark.parametrize("module", ["no_such_module", "no_such_package.topics", "string"])
 def test_a_python_without_the_topics_is_a_data_error(module):
-    with pytest.raises(UserError, match=f"comes without {module}.*python -m data.text FILES"):
+    with pytest.raises(UserError, match=f"lacks {module}.*python -m data.text FILES"):
         read_topics(module)
 
 
