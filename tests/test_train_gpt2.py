@@ -273,8 +273,8 @@ def refused(capsys, *args, **options) -> str:
         ({"optimizer": "muon", "n_layer": 0}, "--n-layer 0 has none: use adamw"),
         ({"optimizer": "muon", "parallel": "fsdp"}, "--optimizer muon needs full matrices"),
         ({"diagnose": 5, "parallel": "zero1"}, "--diagnose needs all weights on one rank"),
-        ({"parallel": "zero1"}, "--parallel zero1 shares memory among processes"),
-        ({"parallel": "fsdp", "optimizer": "adamw"}, "--parallel fsdp shares memory among processes"),
+        ({"parallel": "zero1"}, "--parallel zero1 needs several processes"),
+        ({"parallel": "fsdp", "optimizer": "adamw"}, "--parallel fsdp needs several processes"),
         ({"max_step": 5}, "(?i)perhaps.*--max-steps"),
         ({"resume": "no/such.pt"}, "no/such.pt cannot be read"),
         ({"init_from": "no/such/model"}, "--init-from no/such/model: use one of gpt2"),
@@ -362,10 +362,10 @@ def test_a_checkpoint_of_another_shape_is_refused(dataset, tmp_path, capsys):
     (tmp_path / "text").write_text("another text, of fewer characters\n" * 100, encoding="utf-8")
     text.prepare([tmp_path / "text"], other)
     assert "another vocabulary" in refused(capsys, other, out, max_steps=2)
-    assert "reads other tokens" in refused(capsys, other, tmp_path / "new", init_from=out)
+    assert "has another tokenizer" in refused(capsys, other, tmp_path / "new", init_from=out)
     (tmp_path / "text").write_text("".join(map(chr, range(1000, 1104))) * 10, encoding="utf-8")  # 104 other characters
     text.prepare([tmp_path / "text"], other)
-    assert "reads other tokens" in refused(capsys, other, tmp_path / "new", init_from=out)
+    assert "has another tokenizer" in refused(capsys, other, tmp_path / "new", init_from=out)
     assert (out / "log.jsonl").read_bytes() == before
 
 

@@ -2,7 +2,7 @@
 Checkpoints, checkpoints/step_NNNNNN.pt of a run's folder: a dict by torch.save, and its sha256 in a file beside it.
 
 A file whose sha256 differs is corrupt, and the one before it is used. It is read with weights_only=True, which runs no
-code, and mapped rather than read: memory holds what is used of it, once for all ranks of a machine.
+code, and memory-mapped: only what is used takes memory, once for all ranks of a machine.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ import torch
 from data.files import UserError, as_flag, atomic_write
 from training.distributed import Distributed
 
-# what a checkpoint holds at least
+# what every checkpoint holds
 KEYS = {"step", "model", "optimizers", "config", "tokenizer", "run", "micro_batch"}
-# options that a run keeps for life
+# options that must not change when a run resumes
 FIXED = ("n_layer", "n_head", "n_embd", "block_size", "optimizer", "batch_tokens", "seed", "shuffle")
 
 
@@ -47,7 +47,7 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 
 
 class _Hashed:
-    """A file that hashes what is written to it: from memory, so that a write gone wrong does not match."""
+    """A file that hashes what is written to it: from memory, so that a corrupt write does not match."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.digest, self.error = file, hashlib.sha256(), None
@@ -76,7 +76,7 @@ def step_of(path: Path) -> int:
 
 def load_checkpoint(path: Path, verify: bool = True) -> dict:
     """
-    Return a checkpoint, its tensors mapped from the file: memory holds what is used of them, once for all ranks.
+    Return a checkpoint with memory-mapped tensors: only what is used takes memory, once for all ranks.
 
     verify: compare its sha256 with the one beside it first
     Raise UserError if the file is missing, corrupt or something else.

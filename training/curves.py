@@ -1,4 +1,4 @@
-"""The curves of a run, loss.png, and the figures that they are compared with: counted, published, or of pure chance."""
+"""Draw a run's curves, loss.png, with values to compare: counted n-grams, published models, random guessing."""
 
 import math
 from pathlib import Path
@@ -10,15 +10,15 @@ from data.shards import Split
 
 GPT2_124M = "OpenAI's GPT-2 (124M)"
 # GPT-2 (124M)'s loss in nats per token on a validation shard, as build-nanogpt (FineWeb-Edu) and llm.c (FineWeb)
-# publish it. The name tells the shard: folder and file of one that data.fineweb made, the file of a ready-made one.
+# publish it. Keys: FOLDER/FILE of a shard that data.fineweb made, or FILE of a ready-made one.
 PUBLISHED_LOSSES = {
     "fineweb-edu-10B/val_00000_000.npy": 3.2924,
     "finewebedu_val_000000.bin": 3.2924,
     "fineweb_val_000000.bin": 3.425,
 }
 HELLASWAG_CHANCE = 1 / 4
-# acc_norm on all 10,042 questions. GPT-2: the released weights scored as here, by llm.c's dev/data/hellaswag.py. GPT-3:
-# as its makers report it, zero-shot, for their smallest model: https://arxiv.org/abs/2005.14165, table H.1.
+# acc_norm on all 10,042 questions. GPT-2: the released weights, scored the same way by llm.c's dev/data/hellaswag.py.
+# GPT-3: as its authors report it, zero-shot, for their smallest model: https://arxiv.org/abs/2005.14165, table H.1.
 HELLASWAG_GPT2_124M = 0.2955
 HELLASWAG_GPT3_124M = 0.337
 HELLASWAG = {GPT2_124M: HELLASWAG_GPT2_124M, "GPT-3 (124M)": HELLASWAG_GPT3_124M}
@@ -43,7 +43,7 @@ def draw(records: list[dict], path: Path, title: str, losses: dict[str, float], 
 
     losses, scores: what to compare the loss and HellaSwag's accuracy with, by name
     """
-    from matplotlib.figure import Figure  # here: it takes half a second to import
+    from matplotlib.figure import Figure  # imported late: it takes half a second
     from matplotlib.ticker import EngFormatter
 
     metric, (tokens, accuracies) = EngFormatter(sep=""), _curve(records, "hellaswag_acc_norm")
@@ -66,7 +66,7 @@ def draw(records: list[dict], path: Path, title: str, losses: dict[str, float], 
 def _draw_losses(axes, records: list[dict], references: dict[str, float]) -> None:
     tokens, losses = _curve(records, "loss")
     top = 1.04 * max([*references.values(), losses[0]])
-    losses = [min(loss, top) for loss in losses]  # one that explodes must not flatten the others
+    losses = [min(loss, top) for loss in losses]  # a spike must not flatten the rest
     axes.plot(tokens, losses, color="C0", linewidth=0.7, alpha=0.3)
     axes.plot(tokens, smoothed(losses), color="C0", linewidth=1.8, label="training, smoothed")
     tokens, losses = _curve(records, "val_loss")
@@ -92,7 +92,7 @@ def draw_levels(axes, levels: dict[str, float]) -> None:
 
 
 def smoothed(losses: list[float]) -> list[float]:
-    """Return the mean of each loss and its neighbors, up to a 50th of them on either side; fewer at the steep start."""
+    """Return a centered moving average over up to a 50th of the losses on either side, fewer at the steep start."""
     sums, n = np.cumsum([0.0, *losses]), len(losses)
     reach = max(1, n // 50)
     spans = ((max(0, i - reach), min(n, i + min(i, reach) + 1)) for i in range(n))

@@ -1,4 +1,4 @@
-"""The hardware: which device a run takes, the dtype that it multiplies fast, its peak FLOP/s, what its memory holds."""
+"""The hardware: device, fast dtype, peak FLOP/s, and the largest micro-batch that fits in memory."""
 
 import contextlib
 import gc
@@ -30,7 +30,7 @@ def choose_device(name: str, dist: Distributed = Distributed()) -> torch.device:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0][:150]
-        raise UserError(f"--device {name} cannot be used: {reason}; --device auto takes what is there") from error
+        raise UserError(f"--device {name} cannot be used: {reason}; --device auto picks what is available") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -55,7 +55,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Return the most bytes that this process has held on its GPU, or without one in RAM; None if it is not known."""
+    """Return the peak bytes of this process on its GPU, or in RAM on a CPU; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type != "cpu" or sys.platform == "win32":
@@ -66,7 +66,7 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Tell whether an exception says that memory ran out, in any of PyTorch's ways."""
+    """Return whether an exception means out of memory, in any of PyTorch's wordings."""
     texts = ("out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
@@ -87,10 +87,10 @@ def explain_out_of_memory(hint: str = "lower --micro-batch, or take a smaller mo
 
 def largest_that_fits(candidates: list[int], attempt: Callable[[int], None]) -> int:
     """
-    Return the first candidate that attempt() takes, 0 if memory holds none.
+    Return the first candidate that attempt() accepts, 0 if none fits in memory.
 
-    Any refusal leads to the next candidate: memory may run out, and a kernel may be asked for more blocks than a GPU
-    launches. If the last one fails for another reason than memory, that error is raised.
+    Any failure leads to the next candidate: memory may run out, or a kernel may exceed a GPU's launch limits. If the
+    last one fails for a reason other than memory, raise that error.
     """
     refusal = None
     for n in candidates:
@@ -98,7 +98,7 @@ def largest_that_fits(candidates: list[int], attempt: Callable[[int], None]) -> 
             attempt(n)
             return n
         except (RuntimeError, ValueError, MemoryError) as error:
-            refusal = error.with_traceback(None)  # whose frames would keep the attempt's tensors alive
+            refusal = error.with_traceback(None)  # its frames would keep the attempt's tensors alive
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -109,12 +109,12 @@ def largest_that_fits(candidates: list[int], attempt: Callable[[int], None]) -> 
 
 def choose_micro_batch(config, model: nn.Module, dist: Distributed, autocast: Callable, previous: int | None) -> int:
     """
-    Return --micro-batch; for auto the largest divisor of a rank's sequences that every rank's memory holds.
+    Return --micro-batch; for auto the largest divisor of a rank's sequences that fits in every rank's memory.
 
     On a CPU, the largest of at most CPU_TOKENS tokens. Collective.
     config:   the run's options (train_gpt2.Config)
-    autocast: gives the context that the model is called in
-    previous: the size of the run that is resumed: kept if it divides, so that results stay bit-identical
+    autocast: returns the context that the model runs in
+    previous: the resumed run's size, kept if it divides, so that results stay bit-identical
     """
     if config.micro_batch != "auto":
         return config.micro_batch
@@ -124,7 +124,7 @@ def choose_micro_batch(config, model: nn.Module, dist: Distributed, autocast: Ca
     divisors = [n for n in range(sequences, 0, -1) if sequences % n == 0]
     if device.type != "cuda":
         return next((n for n in divisors if n * config.block_size <= CPU_TOKENS), 1)
-    # held meanwhile: AdamW's two moments, and with several ranks DDP's copy of the gradients; fsdp shards later
+    # allocated as well: AdamW's two moments, and with several ranks DDP's copy of the gradients; fsdp shards later
     copies = 2 if dist.world_size == 1 else 3
 
     def attempt(n: int) -> None:

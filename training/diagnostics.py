@@ -4,7 +4,7 @@ Diagnostics (train_gpt2.py --diagnose N): what happens inside a GPT while it tra
 A diagnosed step adds a dict "diagnostics" to its line in log.jsonl. Its lists have one entry per layer, h.0 first, null
 for anything not finite; RMS is the root of the mean square:
 
-    update_ratio         log10 of RMS(update) / RMS(weight) per kind of matrix; the update is all that the step did
+    update_ratio         log10 of RMS(update) / RMS(weight) per kind of matrix; the update is the step's total change
     gradient_ratio       log10 of RMS(gradient) / RMS(weight); gradients as the optimizer sees them, clipped
     gradient_mean, _std  of the same gradients
     gelu_mean, _std      of the GELU's output; gelu_dead: fraction of its inputs below -3, whose slope is under 0.012
@@ -70,8 +70,8 @@ class Diagnostics:
     @contextlib.contextmanager
     def watching(self, inputs: Tensor, targets: Tensor) -> Iterator[dict]:
         """
-        Surround one training step over this batch. Yield a dict that holds the activations at once, and everything else
-        when the context ends without an exception. inputs, targets: (sequences, T) int64, on the model's device.
+        Wrap one training step on this batch. Yield a dict with the activations at once, and the rest when the context
+        exits without an exception. inputs, targets: (sequences, T) int64, on the model's device.
         """
         began = time.perf_counter()
         updates = _Updates(self.model)
@@ -90,7 +90,7 @@ class Diagnostics:
         found["warnings"] = find_warnings(found, self.model.config.vocab_size)
 
     def new_warnings(self, found: dict) -> list[str]:
-        """Return the warnings of a kind that this method has not returned before: for the terminal."""
+        """Return warnings of kinds that were not returned before, for the terminal."""
         new = {kind: text for kind, text in found["warnings"].items() if kind not in self._reported}
         self._reported |= set(new)
         return list(new.values())
@@ -146,7 +146,7 @@ class _Updates:
 def measure_activations(
     model: nn.Module, inputs: Tensor, targets: Tensor, autocast: Callable = contextlib.nullcontext
 ) -> dict:
-    """Return what a forward pass without dropout tells. inputs, targets: (sequences, T) int64."""
+    """Return activation statistics of a forward pass without dropout. inputs, targets: (sequences, T) int64."""
     stats = defaultdict(list)
 
     def add_moments(name: str, y: Tensor) -> None:

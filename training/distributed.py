@@ -1,5 +1,5 @@
 """
-Several processes, one run: ranks, what they agree on, and how they share the weights.
+Multi-process training: ranks, collectives, and how weights and state are replicated or sharded.
 
     ddp     every rank holds all weights and optimizer state; gradients are averaged during the backward
     zero1   ddp, but each rank holds a shard of the optimizer state (Rajbhandari et al. 2020, arXiv:1910.02054)
@@ -27,14 +27,14 @@ from torch.nn.parallel import DistributedDataParallel
 from data.files import UserError
 
 Mode = Literal["ddp", "zero1", "fsdp"]
-JOIN_TIMEOUT = timedelta(days=7)  # to wait for a machine that still prepares its data
-# what gloo and NCCL say when a process is gone
+JOIN_TIMEOUT = timedelta(days=7)  # a machine may still be preparing its data
+# in the errors of gloo and NCCL when a process is gone
 PEER_LOST = ("closed by peer", "reset by peer", "remote process exited", "Broken pipe", "Connection refused")
 
 
 @dataclasses.dataclass(frozen=True)
 class Distributed:
-    """The rank of this process, among all and on its machine, how many there are, and how they share the weights."""
+    """The global and local rank of this process, the number of ranks, and the mode of parallelism."""
 
     rank: int = 0
     local_rank: int = 0
@@ -43,16 +43,16 @@ class Distributed:
 
     @classmethod
     def from_env(cls, mode: Mode) -> "Distributed":
-        """Read torchrun's environment, a single process without it. Raise UserError if the mode needs several."""
+        """Read torchrun's environment; without it, a single process. Raise UserError if the mode needs several."""
         variables = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
         found = cls(*(int(os.environ.get(name, default)) for name, default in variables), mode)
         if found.world_size == 1 and mode != "ddp":
-            raise UserError(f"--parallel {mode} shares memory among processes: start several with torchrun, or use ddp")
+            raise UserError(f"--parallel {mode} needs several processes: start them with torchrun, or use ddp")
         return found
 
     @contextlib.contextmanager
     def process_group(self, gpus: bool) -> Iterator[None]:
-        """Join the other ranks, however late they are: NCCL for GPUs, else gloo. UserError if a rank is lost within."""
+        """Join the other ranks, however late they start: NCCL for GPUs, else gloo. UserError if a rank is lost."""
         if self.world_size == 1:
             yield
             return
@@ -71,8 +71,8 @@ class Distributed:
     def _agreed_name(self, store: dist.Store) -> str:
         """Return a name for the group, the same on all ranks, once all have joined.
 
-        After a restart torchrun's store still holds what the processes before wrote. So each rank asks under a random
-        name that no earlier one had, and rank 0 answers until all have confirmed.
+        After a restart, torchrun's store still holds entries of the previous processes. So each rank asks under a new
+        random name, and rank 0 answers until all have confirmed.
         """
         mine = secrets.token_hex(8)
         store.set(f"asks/{self.rank}", mine)
@@ -132,9 +132,9 @@ class Distributed:
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def set_grad_sync(self, model: nn.Module, enabled: bool) -> None:
-        """ddp, zero1: say whether the next backward averages gradients. Call it before the forward, which reads it too.
+        """ddp, zero1: set whether the next backward averages gradients. Call it before the forward, which reads it too.
 
-        fsdp averages after every backward: until then it would hold full gradients.
+        fsdp averages in every backward: to accumulate locally, it would have to hold full gradients.
         """
         if self.mode != "fsdp" and self.world_size > 1:
             model.require_backward_grad_sync = enabled
@@ -184,7 +184,7 @@ class Distributed:
                 from torch.distributed.tensor import distribute_tensor
 
                 return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
-            # a checkpoint's tensors are mapped from its file, and a state that stays on the CPU must outlive it
+            # a checkpoint's tensors are memory-mapped, and state that stays on the CPU must outlive the file
             return value.clone() if isinstance(value, Tensor) and parameter.device.type == "cpu" else value
 
         moments = {i: {k: placed(k, v, parameters[i]) for k, v in held.items()} for i, held in state["state"].items()}

@@ -2,14 +2,13 @@
 HellaSwag: which of four endings continues a text? 10,042 questions; random guessing gets a quarter right.
 
 `python -m training.hellaswag --model RUN_OR_NAME` scores a model. An ending is read after its context, as one text, and
-the loss of its tokens alone counts. The model's answer is the ending with the lowest sum of losses (acc), or with the
-lowest mean per token (acc_norm, which does not favor short endings); the first one of a tie.
+only the loss of its own tokens counts. The model's answer is the ending with the lowest sum of losses (acc), or with
+the lowest mean per token (acc_norm, which does not favor short endings); ties go to the first.
 
     context                          endings, label 3
     A man is sitting on a roof. he   is using wrap to wrap a pair of skis. | ... | starts pulling up roofing on a roof.
 
-A file of questions is JSON lines, of which ctx, endings and label are read. A text longer than the model's block size
-loses its beginning.
+Input is JSON lines with ctx, endings and label. A text longer than the block size is truncated on the left.
 Source: Zellers et al., "HellaSwag: Can a Machine Really Finish Your Sentence?", 2019, https://arxiv.org/abs/1905.07830
 """
 
@@ -89,7 +88,7 @@ def prepare_if_missing(
 
 
 def is_validation_set(path: Path, sha256: str = SHA256) -> bool:
-    """Return whether a file is HellaSwag's validation set: published scores compare with no other."""
+    """Return whether a file is HellaSwag's validation set: published scores hold for no other file."""
     return hashlib.sha256(path.read_bytes()).hexdigest() == sha256
 
 
@@ -171,7 +170,7 @@ def evaluate(
     The sum over the ranks is the same for every world size: the batches are the same, whichever rank scores them. All
     ranks call logits_of equally often, as a sharded model requires. nan counts as wrong.
     """
-    # Similar lengths together, so that little is padded; the longest first, so that memory runs out at once or never.
+    # Batch similar lengths, to pad little; the longest first, so that memory runs out at once or never.
     longest_first = sorted(rendered, key=lambda question: -max(map(len, question.rows)))
     batches = [longest_first[first : first + batch] for first in range(0, len(rendered), batch)]
     counts = torch.zeros(3, dtype=torch.int64)
@@ -259,7 +258,7 @@ def score(
 
 
 def summary(model: str, counts: Tensor, comparable: bool) -> str:
-    """Return the counts in words. comparable: whether these are the questions of the published scores."""
+    """Return the result as one line. comparable: whether these are the questions of the published scores."""
     correct, correct_norm, total = counts.tolist()
     acc_norm = correct_norm / total
     error = math.sqrt(acc_norm * (1 - acc_norm) / total)

@@ -1,5 +1,5 @@
 """
-What changes the weights: which parameters decay, the learning-rate schedule, AdamW, and Muon for the blocks' matrices.
+Parameter groups, the learning-rate schedule, AdamW, and Muon for the blocks' matrices.
 
 One step of Muon for a matrix W (n, m), with gradient G, momentum M, learning rate lr and weight decay wd:
 
@@ -8,10 +8,8 @@ One step of Muon for a matrix W (n, m), with gradient G, momentum M, learning ra
     O = orthogonalize(U)                                   U's singular vectors, every singular value near 1
     W = (1 - lr wd) W - lr 0.2 sqrt(max(n, m)) O           an update of RMS 0.2, about AdamW's: one --lr serves both
 
-c_attn's matrix holds three, of the queries, the keys and the values. They are orthogonalized apart: together, the
-largest of the three would decide how far the others move.
-
---lr is the rate of Muon's matrices, --adamw-lr that of what AdamW trains beside them.
+c_attn stacks three matrices, for queries, keys and values. Each is orthogonalized alone: together, the largest would
+decide how far the others move. --lr is Muon's rate, --adamw-lr that of the parameters that AdamW trains beside it.
 
 Sources: Jordan et al., "Muon", 2024, https://kellerjordan.github.io/posts/muon; the scale of the update from Liu et
 al., "Muon is Scalable for LLM Training", 2025, https://arxiv.org/abs/2502.16982.
@@ -28,8 +26,8 @@ from torch import Tensor, nn
 from training import devices
 from training.distributed import Distributed
 
-BETAS = (0.9, 0.95)  # of AdamW, GPT-3's
-MOMENTUM = 0.95  # of Muon
+BETAS = (0.9, 0.95)  # AdamW's, from GPT-3
+MOMENTUM = 0.95  # Muon's
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c: a steep slope at 0 lifts small singular values in few iterations
 ITERATIONS = 5  # take singular values from 0.01 up to between 0.68 and 1.14
 
@@ -38,9 +36,9 @@ ITERATIONS = 5  # take singular values from 0.01 up to between 0.68 and 1.14
 
 def learning_rate(step: int, config) -> float:
     """
-    Return the rate of step 1 to max_steps: a linear warmup to --lr, then down to --min-lr at the last step.
+    Return the learning rate at step 1 to max_steps: linear warmup to --lr, then decay to --min-lr at the last step.
 
-    cosine goes down all the way; linear stays flat until the last --decay-fraction of the steps.
+    cosine decays from the end of the warmup; linear stays flat until the last --decay-fraction of the steps.
     config: the run's options (train_gpt2.Config)
     """
     low = config.lr / 10 if config.min_lr is None else config.min_lr
@@ -62,7 +60,7 @@ def parameter_groups(parameters: Iterable[Tensor], weight_decay: float, lr_ratio
     """
     Return two groups: matrices decay; biases and layer norms, which set offsets and scales, do not.
 
-    lr_ratio: the groups' learning rate over `learning_rate`'s
+    lr_ratio: the groups' learning rate, as a multiple of `learning_rate`'s
     """
     parameters = list(parameters)
     return [
@@ -103,11 +101,11 @@ class Muon(torch.optim.Optimizer):
     """
     Momentum whose update is orthogonalized, for float32 matrices.
 
-    Every matrix is its own: ZeroRedundancyOptimizer gives each rank some of them, with their momentum and their work.
+    Updates are independent per matrix, so ZeroRedundancyOptimizer can divide matrices and momenta among the ranks.
 
-    params: matrices (n, m), or groups of them; a group's "split" says how many matrices stand above one another in
-            each of its parameters, (split n, m), 1 by default
-    dtype:  of the products in `orthogonalize`: bfloat16 costs little accuracy, and pays if the hardware multiplies it
+    params: matrices (n, m), or groups of them; a group's "split" is the number of matrices stacked in each of
+            its parameters, (split n, m), 1 by default
+    dtype:  of the products in `orthogonalize`: bfloat16 costs little accuracy, and pays off if the hardware has it
     """
 
     def __init__(self, params, lr: float, weight_decay: float, dtype: torch.dtype = torch.float32):
@@ -116,7 +114,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        # matrices of the same short and long side go through one batched product: a laptop's blocks make two batches
+        # matrices with equal short and long sides share one batched product: the laptop preset makes two batches
         batches = collections.defaultdict(list)
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
@@ -143,7 +141,7 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """
-    Replace the singular values of each matrix by numbers near 1 with Newton and Schulz's iteration.
+    Bring the singular values of each matrix close to 1 by Newton-Schulz iteration.
 
     An iteration X <- a X + b (X X^T) X + c (X X^T)^2 X keeps the singular vectors and takes each singular value s to
     a s + b s^3 + c s^5. Divided by its Frobenius norm, a matrix starts with singular values of at most 1.

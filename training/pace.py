@@ -1,4 +1,4 @@
-"""How fast a run goes: the time that it still takes, and whether its steps are far slower than the machine allows."""
+"""A run's speed: the time remaining, and a warning if steps are far slower than the machine allows."""
 
 import statistics
 import time
@@ -8,11 +8,11 @@ from tqdm import tqdm
 
 SETTLED = 10  # steps after which there is an estimate: the first ones compile and warm up
 SLOW = 10  # times the measured speed of matrix products: a step that takes longer is worth a warning
-OVERHEAD = 0.1  # seconds per step that need no explanation: in a tiny model the products are not what takes time
+OVERHEAD = 0.1  # seconds per step always allowed: in a tiny model, matrix products are not the bottleneck
 
 
 def matmul_speed(device: torch.device) -> float | None:
-    """Measure the float32 matrix products of a CPU, in FLOP/s, for some milliseconds; None for other devices."""
+    """Measure a CPU's float32 matmul FLOP/s, in some milliseconds; None for other devices."""
     if device.type != "cpu":
         return None
     size, best = 512, float("inf")
@@ -38,14 +38,14 @@ class Pace:
         self._began = time.perf_counter()
 
     def add(self, seconds: float) -> None:
-        """Count a step that took so long, without the validation, samples and checkpoints that may follow it."""
+        """Record the seconds of a step, without the validation, samples and checkpoints that may follow it."""
         self.done, self._in_steps = self.done + 1, self._in_steps + seconds
         self._recent = [*self._recent[-49:], seconds]
 
     def remaining(self) -> str:
         """Return the time still to go, "2:05" or "1:02:05", "?" during the first steps.
 
-        What happens between steps counts too: it goes on to take the same fraction of the time as so far.
+        The time between steps counts too, at its mean so far.
         """
         if self.done < SETTLED:
             return "?"
@@ -62,6 +62,6 @@ class Pace:
             return None
         return (
             f"a step takes {seconds:.2f} s, {seconds / possible:.0f} times its matrix products at this machine's speed "
-            f"({self.speed / 1e9:.0f} GFLOP/s): end other processes that compute, leave OMP_NUM_THREADS unset or at "
+            f"({self.speed / 1e9:.0f} GFLOP/s): stop other busy processes, leave OMP_NUM_THREADS unset or at "
             "the number of cores, and use --dtype float32 if --dtype was given"
         )

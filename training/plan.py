@@ -5,11 +5,11 @@ Parameters and FLOPs are counted by the model itself, built without memory on th
 tokens/s = MFU x peak FLOP/s x GPUs / FLOPs per token; validation, samples and checkpoints come on top. Memory is a
 model, which tests/test_plan.py compares with what autograd, the optimizers, DDP, FSDP and the allocator keep on a CPU.
 
-Held all the time, in float32 (P parameters, the padded rows of wte included):
+Always held, in float32 (P parameters, the padded rows of wte included):
 
     weights 4P, gradients 4P, AdamW 8P (two moments); Muon 4 bytes per element of the blocks' matrices
     DDP    gradients are views into its buckets; a second copy, 4P, while micro-steps accumulate before the all-reduce
-    ZeRO-1 as DDP, but each tensor's optimizer state goes to the rank that has least so far
+    ZeRO-1 as DDP, but each tensor's optimizer state goes to the rank with the least so far
     FSDP   weights, gradients and state are sharded along the first dimension. While in use, gathered: the embeddings,
            two blocks of weights (one at work, one prefetched), and the gradients of a block and of the embeddings
 
@@ -66,7 +66,7 @@ class Plan:
     """
     A run's options and what they need.
 
-    config: train_gpt2.Config, whose own checks have refused what cannot be; auto means what a GPU would get
+    config: train_gpt2.Config, already validated; auto means what a GPU would get
     """
 
     config: object
@@ -124,7 +124,7 @@ class Plan:
         return ranks
 
     def memory(self, micro_batch: int) -> dict[str, int]:
-        """Return bytes on one GPU by what they are; their sum is the peak."""
+        """Return bytes on one GPU by purpose; their sum is the peak."""
         c, world_size, parameters = self.config, self.world_size, list(self.model.parameters())
         full, state, micro_steps = 4 * elements(parameters), self.state_bytes(), self.sequences // micro_batch
         if c.parallel == "fsdp":

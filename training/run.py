@@ -1,9 +1,9 @@
 """
-A run's folder: what training leaves on disk and how it is read back; and the signals that end a run early.
+The run folder: what training writes and how it is read back; and the signals that end a run early.
 
     config.json                    the options of the run
     log.jsonl                      a line per step: step, tokens, loss, lr, grad_norm, ms, tokens_per_s, mfu, memory_gb,
-                                   and when they were measured val_loss, hellaswag_acc, hellaswag_acc_norm, diagnostics
+                                   and if measured val_loss, hellaswag_acc, hellaswag_acc_norm, diagnostics
     loss.png                       the same as a picture
     diagnostics.png                with --diagnose: what happens in every layer
     samples.txt                    text that the model wrote
@@ -11,7 +11,7 @@ A run's folder: what training leaves on disk and how it is read back; and the si
     checkpoints/step_NNNNNN.pt.sha256
     checkpoints/step_NNNNNN.pt.old set aside when the run resumed from an earlier one
     trace.json                     with --profile: a few steps of this process
-    find_lr.png                    of --find-lr, which leaves nothing else here
+    find_lr.png                    with --find-lr, which writes nothing else
     .launch                        the torchrun launch that wrote last: a restart resumes what its own launch wrote
 
 Files appear atomically, except log.jsonl and samples.txt, which only grow, and what the profiler, wandb and TensorBoard
@@ -50,7 +50,7 @@ class Run:
     config:     the options of train_gpt2.py; used are max_steps, init_from, hellaswag_input, wandb and tensorboard
     references: validation losses to compare with, by name: see curves.reference_losses
     fresh:      move an older run out of the way first; otherwise lines of log.jsonl past `step` are dropped
-    pace:       of the steps to come
+    pace:       estimates the time that the remaining steps take
     Raise UserError if another process writes to the folder, or the package of a service is missing.
     """
 
@@ -58,7 +58,7 @@ class Run:
         self, folder: Path, config: dict, step: int, references: dict[str, float], fresh=False, pace: Pace | None = None
     ):
         self.folder, self.references = folder, references
-        self.published = {} if config.get("hellaswag_input") else curves.HELLASWAG  # of HellaSwag's own questions only
+        self.published = {} if config.get("hellaswag_input") else curves.HELLASWAG  # for HellaSwag's own questions only
         self._untrained = not config.get("init_from")
         busy = f"another process is writing to {folder}: wait for it, or use --out-dir"
         if fresh and folder.exists():
@@ -80,7 +80,7 @@ class Run:
         self._bar = tqdm(initial=step, total=config["max_steps"], unit="step", mininterval=seconds, dynamic_ncols=True)
 
     def log(self, record: dict) -> None:
-        """Log a step: a line in log.jsonl, the bar, and wandb and TensorBoard if they were asked for."""
+        """Log a step: a line in log.jsonl, the bar, and wandb and TensorBoard if enabled."""
         if record["step"] == 1 and self._untrained:
             random = self.references[curves.RANDOM]
             if abs(record["loss"] - random) > 0.5:  # to an untrained model every token is equally likely
@@ -106,12 +106,12 @@ class Run:
         return self
 
     def __exit__(self, *_) -> None:
-        self._bar.close()  # ends its line: what follows, an error for example, begins a new one
+        self._bar.close()  # ends its line, so that what follows, such as an error, starts a new one
         self._log.close()
         self._lock.close()
 
     def finish(self) -> None:
-        """Print the last sample, the summary and where the files are."""
+        """Print the last sample, the summary and what the folder holds."""
         if self._sample is not None:
             print(self._sample)
         for name, value in self.summary().items():
@@ -122,7 +122,7 @@ class Run:
         print(f'python sample.py {self.folder} --prompt "..." writes more')
 
     def summary(self) -> dict[str, str]:
-        """Return the run's figures by name; of HellaSwag the last score, with its verdict if the model overfits."""
+        """Return the run's figures by name, with a verdict if the model overfits."""
         last, losses = self.records[-1], [record["loss"] for record in self.records]
         minutes, seconds = divmod(round(sum(record["ms"] for record in self.records) / 1000), 60)
         tail = losses[-max(1, len(losses) // 10) :]
@@ -210,13 +210,13 @@ def _clean(folder: Path, step: int) -> None:
 
 
 def read_log(folder: Path) -> list[dict]:
-    """Return the lines of a run's log.jsonl, without a last one that a kill cut short."""
+    """Return the lines of a run's log.jsonl, without a last one that a kill truncated."""
     path = folder / "log.jsonl"
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     try:
         records = [json.loads(line) for line in lines]
         if not all(isinstance(record["step"], int) for record in records):
-            raise TypeError("a step that is no number")
+            raise TypeError("a step that is not a number")
         return records
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is corrupt ({error}): move it away, the checkpoints do not need it") from error
@@ -226,7 +226,7 @@ def read_log(folder: Path) -> list[dict]:
 
 
 class StopRequest:
-    """Catch SIGINT and SIGTERM: `signal` holds it, for the loop to save and end; a second one exits at once."""
+    """Catch SIGINT and SIGTERM in `signal`, for the loop to save and stop; a second one exits at once."""
 
     numbers = signal.SIGINT, signal.SIGTERM
 
@@ -262,7 +262,7 @@ def require(package: str):
 
 
 def _services(config: dict, folder: Path) -> list[Callable[[dict], None]]:
-    """Return a function per service that was asked for; each logs the numbers of a step."""
+    """Return one function per enabled service, which logs the numbers of a step."""
     found = []
     if config.get("wandb"):
         run = require("wandb").init(project="gpt2-triton", dir=folder, config=config)

@@ -1,9 +1,9 @@
 """
 The first seconds of a script, before torch is imported: the scripts import this module first, and it imports no torch.
 
-Between two parallel regions the threads of OpenMP spin, by default for milliseconds, and take a core from whatever else
-wants to run. GOMP_SPINCOUNT bounds the wait, in loops, after which a thread sleeps; libgomp, which PyTorch uses on
-Linux, reads it when it is loaded. Other OpenMP libraries ignore it.
+Between parallel regions, OpenMP threads spin, by default for milliseconds, and take a core from other work.
+GOMP_SPINCOUNT bounds the wait, in loops, after which a thread sleeps; libgomp, which PyTorch uses on Linux, reads it
+when it is loaded. Other OpenMP libraries ignore it.
 """
 
 import os
@@ -24,12 +24,12 @@ def begin() -> None:
 
 
 def end() -> None:
-    """Give Ctrl-C back to Python, once all is imported and KeyboardInterrupt has somebody to catch it."""
+    """Restore Python's Ctrl-C handling, once all is imported and KeyboardInterrupt is caught."""
     if signal.getsignal(signal.SIGINT) is _interrupted:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _interrupted(_number: int, _frame) -> None:
-    """End at once: a KeyboardInterrupt in the middle of some library's import is a traceback, or is swallowed there."""
+    """Exit at once: inside a library's import, KeyboardInterrupt would print a traceback or be swallowed."""
     os.write(2, b"error: interrupted\n")
     os._exit(130)

@@ -9,8 +9,8 @@ a Hugging Face folder:
     tokenizer.json, tokenizer_config.json, and for GPT-2's own tokenizer vocab.json and merges.txt
     tokenizer_spec.json                written by --export only: Tokenizer.spec(), which restores our tokenizer
 
-Parameters have the same names there and here. Two things differ: there the matrices are stored transposed (Conv1D), and
-"transformer." may be missing from the names.
+Hugging Face's parameters have our names, with two differences: matrices are stored transposed (Conv1D), and
+"transformer." may be missing.
 """
 
 import dataclasses
@@ -88,7 +88,7 @@ def init_from(model: GPT, name: str, tokenizer_spec: dict) -> None:
     """Copy the weights of the model called `name`, whose block size may be longer; UserError if the models differ."""
     source, tokenizer = load(name)
     if tokenizer.spec() != tokenizer_spec:
-        raise UserError(f"--init-from {name} reads other tokens than --data: prepare the text with its tokenizer")
+        raise UserError(f"--init-from {name} has another tokenizer than --data: prepare the text with its tokenizer")
     there, now = dataclasses.asdict(source.config), dataclasses.asdict(model.config)
     differ = [field for field in SHAPE if there[field] != now[field]]
     if differ and (differ != ["block_size"] or there["block_size"] < now["block_size"]):
@@ -100,9 +100,9 @@ def init_from(model: GPT, name: str, tokenizer_spec: dict) -> None:
 
 def from_state_dict(config: dict, weights: dict[str, Tensor], name: str, choose_ops: ChooseOps | None) -> GPT:
     """
-    Return a GPT in eval mode that takes these tensors as its own: no random ones are drawn first.
+    Return a GPT in eval mode that adopts these tensors, without initializing its own first.
 
-    config: the fields of GPTConfig. weights: wte with or without its padding. UserError if they do not fit each other.
+    config: the fields of GPTConfig. weights: wte with or without its padding. UserError if the two do not match.
     """
     with as_user_error(), torch.device("meta"):
         shape = GPTConfig(**config)
@@ -134,19 +134,19 @@ def from_hugging_face(name: str, choose_ops: ChooseOps | None = None) -> GPT:
             raise _unreadable(single, f"no such file{hint}")
     head = weights.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, weights.get(WTE, torch.empty(0))):
-        raise UserError(f"{name!r} is a variant of GPT-2 that is not supported: its head is not its token embedding")
+        raise UserError(f"{name!r} is a variant of GPT-2 that is not supported: its head is not tied to its embedding")
     return from_state_dict(shape, weights, name, choose_ops)
 
 
 def _download(name: str) -> Path:
     """
-    Return the path of a release's weights in huggingface_hub's cache, downloaded if they are not there.
+    Return the path of a release's weights in huggingface_hub's cache, downloading them if missing.
 
     huggingface_hub checks only the size of a download and trusts its cache, so the content is checked here, every time.
     """
     revision, sha256 = RELEASES[name]
     repository, file_name = f"openai-community/{name}", "model.safetensors"
-    huggingface_hub.logging.set_verbosity_error()  # it warns of what the error below says
+    huggingface_hub.logging.set_verbosity_error()  # its warnings repeat the error below
     try:
         path = Path(huggingface_hub.hf_hub_download(repository, file_name, revision=revision))
         with path.open("rb") as file:
@@ -257,7 +257,7 @@ def export(folder: str | os.PathLike, model: GPT, tokenizer: Tokenizer) -> None:
                     os.fsync(file.fileno())
             new.rename(folder)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder} could not be written ({_one_line(error)}): make room there") from error
+        raise UserError(f"{folder} could not be written ({_one_line(error)}): make room on that disk") from error
 
 
 def _json_files(config: GPTConfig, tokenizer: Tokenizer) -> dict[str, str]:
