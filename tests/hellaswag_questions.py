@@ -6,7 +6,7 @@ from pathlib import Path
 # Context | right ending. The wrong endings of a question are the right ones of the next three.
 _TEXTS = """\
 A woman stands at a kitchen counter and cracks two eggs into a bowl. She | stirs them into the flour with a spoon.
-A boy sits on a swing in a park. His father pushes him, and the swing | goes higher and higher while the boy laughs.
+A boy sits on a swing in a park. His father pushes him. The swing | goes higher and higher while the boy laughs.
 [header] How to sharpen a pencil [title] Choose a sharpener. [step] Push the pencil in and | turn it until it is sharp.
 Two men lean a long ladder against the wall of the house. One of them | climbs up while the other holds it steady.
 A cat is lying on a sunny window sill. A bird lands on the branch outside. The cat | watches the bird.
