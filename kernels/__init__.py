@@ -76,14 +76,11 @@ def select(
     say: Callable[[str], object] = print,
 ) -> Ops:
     """
-    Return the operations with the named families in Triton and the others in PyTorch.
+    Return the operations with the named families in Triton and the others in PyTorch, for tensors on this device.
 
-    names:          "all", "none" or a comma-separated list of FAMILIES; "auto": on a GPU every family whose kernels can
-                    run this model, elsewhere none
-    device:         the device of the tensors
-    dropout:        attention's dropout, which the Triton version lacks
-    n_embd, n_head: the model's, if known
-    say:            called with one sentence per family that auto leaves to PyTorch on a GPU
+    names: "all", "none" or a comma-separated list of FAMILIES; "auto": on a GPU every family whose kernels can run a
+           model with this dropout and, if known, n_embd and n_head; elsewhere none
+    say:   called with one sentence per family that auto leaves to PyTorch on a GPU
     Raise ValueError for an unknown family, and for a named one that cannot run on this device or this model.
     """
     device_reason, reasons = unavailable(torch.device(device)), unsupported(n_embd, n_head, dropout)
@@ -95,18 +92,14 @@ def select(
     else:
         chosen = families(names)
     if chosen and device_reason:
-        raise ValueError(
-            f"--kernels {names} asks for Triton kernels, but {device_reason}: "
-            "use --kernels none to train, or set TRITON_INTERPRET=1 to study the kernels on a CPU"
-        )
+        cure = "use --kernels none to train, or set TRITON_INTERPRET=1 to study the kernels on a CPU"
+        raise ValueError(f"--kernels {names} asks for Triton kernels, but {device_reason}: {cure}")
     for family in chosen:
         if family in reasons:
             others = ",".join(name for name in FAMILIES if name not in reasons)
             raise ValueError(f"{reasons[family]}: leave {family} to PyTorch with --kernels {others}")
-    return Ops(
-        **{
-            name: getattr(MODULES[family], name if family in chosen else f"{name}_torch")
-            for family, functions in FAMILIES.items()
-            for name in functions
-        }
-    )
+    versions = {}
+    for family, functions in FAMILIES.items():
+        for name in functions:
+            versions[name] = getattr(MODULES[family], name if family in chosen else f"{name}_torch")
+    return Ops(**versions)

@@ -37,16 +37,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.common import (
-    architecture,
-    autocast_dtype,
-    check_tensors,
-    device_guard,
-    for_architecture,
-    forbid_double_backward,
-    tl,
-    triton,
-)
+from kernels import common
+from kernels.common import tl, triton
 
 LOG2E = tl.constexpr(math.log2(math.e))
 STAGES = 2  # blocks of keys or queries in flight: a third would take the shared memory of a second program
@@ -117,7 +109,7 @@ def launch_parameters(kernel: str, T: int, D: int, dtype: torch.dtype, gpu: str)
     BLOCK_D = max(16, triton.next_power_of_2(D))  # tl.dot takes at least 16
     bits = 8 * dtype.itemsize
     fits = [heads for heads in LAUNCH[kernel] if heads.bits == bits and heads.max_channels >= BLOCK_D]
-    even, ragged = for_architecture(LAUNCH[kernel][fits[0]], gpu)
+    even, ragged = common.for_architecture(LAUNCH[kernel][fits[0]], gpu)
     tile = even if T % max(even.queries, even.keys) == 0 else ragged
     EVEN = T % max(tile.queries, tile.keys) == 0
     blocks = {"BLOCK_Q": tile.queries, "BLOCK_K": tile.keys, "BLOCK_D": BLOCK_D, "EVEN": EVEN}
@@ -410,16 +402,16 @@ def _launch(kernel, name: str, tensors: tuple[Tensor, ...], qkv: Tensor, n_head:
     B, T, D = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3 // n_head
     if qkv.numel() == 0:
         return
-    launch = launch_parameters(name, T, D, qkv.dtype, architecture(qkv))
+    launch = launch_parameters(name, T, D, qkv.dtype, common.architecture(qkv))
     blocks = triton.cdiv(T, launch["BLOCK_K" if name == "backward_dkdv" else "BLOCK_Q"])
     sequences = MAX_HEADS // n_head
-    with device_guard(qkv):
+    with common.device_guard(qkv):
         for start in range(0, B, sequences):
             part = [tensor[start : start + sequences] for tensor in tensors]
             kernel[(blocks, len(part[0]) * n_head)](*part, 1 / math.sqrt(D), T, H=n_head, D=D, **launch)
 
 
-forbid_double_backward(_backward)
+common.forbid_double_backward(_backward)
 
 
 def _save(ctx, inputs, output):
@@ -458,10 +450,9 @@ def causal_attention(qkv: Tensor, n_head: int, dropout_p: float) -> Tensor:
     Return y: (B, T, C), in the dtype of qkv or of autocast; sums and softmax are in float32.
     Raise ValueError for any other dropout, head size, shape or dtype.
     """
-    check_tensors(qkv=qkv)
+    common.check_tensors(qkv=qkv)
     if qkv.dim() != 3 or qkv.shape[2] % (3 * n_head) != 0:
         raise ValueError(f"qkv must be (B, T, 3C) with C a multiple of n_head {n_head}, got {tuple(qkv.shape)}")
     if reason := unsupported(qkv.shape[2] // (3 * n_head), dropout_p):
         raise ValueError(f"{reason}: leave attention to PyTorch with --kernels layernorm,gelu,cross_entropy")
-    y, _ = _causal_attention(qkv.to(autocast_dtype(qkv)).contiguous(), n_head)
-    return y
+    return _causal_attention(qkv.to(common.autocast_dtype(qkv)).contiguous(), n_head)[0]

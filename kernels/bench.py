@@ -336,8 +336,8 @@ def run(options: Options, rest: list[str]) -> None:
         rows, title = time_training(options, rest, device), f"{options.preset}, {options.steps} steps on {name}"
     else:
         rows, title = time_operations(options, device, shape), f"{options.preset} on {name}: {shape}"
-    header = list(max(rows, key=len))
-    print(report.table(title, header, [[format_cell(name, row.get(name)) for name in header] for row in rows]))
+    columns = max(rows, key=len)
+    print(report.table(title, [{name: format_cell(name, row.get(name)) for name in columns} for row in rows]))
     if options.json:
         figures = {"device": name, "preset": options.preset, "shape": dataclasses.asdict(shape), "rows": rows}
         options.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")

@@ -57,8 +57,7 @@ def architecture(x: torch.Tensor) -> str:
     """
     Return the GPU whose launch parameters suit this tensor: "sm_80", "sm_90", "gfx942" and so on.
 
-    For a tensor on a GPU, that GPU. On a CPU, kernels are only interpreted: with the parameters of an A100, or of the
-    GPU that a surrounding emulate_gpu() names.
+    That is the GPU of the tensor; on a CPU, an A100 or the GPU that a surrounding emulate_gpu() names.
     """
     return _architecture_of_gpu(x.device.index) if x.device.type == "cuda" else _emulated_gpu.get()
 
@@ -73,12 +72,7 @@ def _architecture_of_gpu(index: int) -> str:
 
 @contextlib.contextmanager
 def emulate_gpu(name: str) -> Iterator[None]:
-    """
-    Interpret kernels on a CPU with the launch parameters of this GPU.
-
-    A context, since an argument would have to pass through the model, the operators and their autograd rules, only for
-    kernels.report and the tests.
-    """
+    """Interpret kernels on a CPU with the launch parameters of this GPU: for kernels.report and the tests."""
     before = _emulated_gpu.set(name)
     try:
         yield
@@ -87,14 +81,12 @@ def emulate_gpu(name: str) -> Iterator[None]:
 
 
 def for_architecture(table: dict[str, Row], name: str) -> Row:
-    """
-    Return the row of this GPU, else of the newest older NVIDIA GPU (sm_121: the row of sm_120), else the first row.
-    """
+    """Return the row of this GPU, else of the newest older NVIDIA GPU (sm_121: that of sm_120), else the first row."""
+    first, *_ = table.values()
     if name in table or not name.startswith("sm_"):
-        return table.get(name, next(iter(table.values())))
-    number = int(name.removeprefix("sm_"))
-    older = [row for other, row in table.items() if other.startswith("sm_") and int(other[3:]) < number]
-    return older[-1] if older else next(iter(table.values()))
+        return table.get(name, first)
+    older = [row for other, row in table.items() if other.startswith("sm_") and int(other[3:]) < int(name[3:])]
+    return older[-1] if older else first
 
 
 # ------------------------------------------------------------------------------ tensors

@@ -21,8 +21,8 @@ the chunk. All of it happens in the forward, if a gradient is wanted. Saved are 
 multiplies them by dloss / n. A logit is read twice and written once; the second read, 100 KB after the first, should
 come from the L2 cache, with two rows at a time per multiprocessor. Two rows do not fit in registers at once.
 
-Masks stop at the padded width, and the columns past V are replaced in registers: a mask at 50,257 would split every
-access into 16-bit ones. Logits that are not padded to a multiple of 16 columns work, slowly, 16 bits at a time.
+Masks stop at the padded width, and columns past V are replaced in registers: a mask at 50,257, like logits that are
+not padded to a multiple of 16 columns, would split every access into 16-bit ones.
 
 Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018, https://arxiv.org/abs/1805.02867
 """
@@ -34,16 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.common import (
-    architecture,
-    autocast_dtype,
-    check_tensors,
-    device_guard,
-    for_architecture,
-    forbid_double_backward,
-    tl,
-    triton,
-)
+from kernels import common
+from kernels.common import tl, triton
 
 IGNORE = -100  # rows with this target are ignored: PyTorch's default
 CHUNK_BYTES = 2**14  # per column of logits: 8,192 tokens in 16 bits, 4,096 in 32; 824 MB per chunk for GPT-2
@@ -57,7 +49,7 @@ BLOCK = {"sm_80": 8192, "sm_86": 4096, "sm_90": 8192, "sm_120": 4096}
 
 def launch_parameters(width: int, gpu: str) -> dict[str, int]:
     """Return, for all three kernels, the block of columns and its warps: 8 elements per thread."""
-    block = min(for_architecture(BLOCK, gpu), max(VECTOR.value, triton.next_power_of_2(width)))
+    block = min(common.for_architecture(BLOCK, gpu), max(VECTOR.value, triton.next_power_of_2(width)))
     return {"BLOCK": block, "num_warps": max(1, block // 256)}
 
 
@@ -65,12 +57,12 @@ def launch_parameters(width: int, gpu: str) -> dict[str, int]:
 
 
 def cross_entropy_torch(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """logits: (N, >= vocab_size); targets: (N,) int64. Return the mean loss, a float32 scalar in nats per token."""
+    """Return the mean loss, a float32 scalar in nats per token. logits: (N, >= vocab_size); targets: (N,) int64."""
     return F.cross_entropy(logits[:, :vocab_size].float(), targets, ignore_index=IGNORE)
 
 
 def linear_cross_entropy_torch(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """x: (N, C); weight: (>= vocab_size, C); targets: (N,) int64. Return the mean loss, a float32 scalar."""
+    """Return the same for logits x @ weight.T. x: (N, C); weight: (>= vocab_size, C); targets: (N,) int64."""
     return cross_entropy_torch(F.linear(x, weight), targets, vocab_size)
 
 
@@ -195,15 +187,8 @@ def _backward_kernel(
 
 
 @triton.jit
-def _in_place_kernel(
-    logits_ptr,  # in  (N, WIDTH), contiguous; out: the gradient of the sum of the losses
-    targets_ptr,  # in  (N,) int64
-    losses_ptr,  # out (N,) float32
-    V: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One program: the loss of one row, and its gradient, which replaces the logits."""
+def _in_place_kernel(logits_ptr, targets_ptr, losses_ptr, V: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: one row's loss (N,), and the gradient of the summed losses, which replaces logits (N, WIDTH)."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * WIDTH
     target = tl.load(targets_ptr + row)
@@ -220,13 +205,7 @@ def _cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int) -> tuple[Te
     """Return the loss, n, and the two statistics of each row."""
     _, _, largest, total = _cross_entropy_outputs(logits, targets, vocab_size)
     losses = torch.empty_like(largest)
-    N, width = logits.shape
-    if N > 0:
-        with device_guard(logits):
-            arguments = (logits, targets, losses, largest, total, logits.stride(0))
-            _forward_kernel[(N,)](
-                *arguments, V=vocab_size, WIDTH=width, **launch_parameters(width, architecture(logits))
-            )
+    _launch(_forward_kernel, logits, targets, losses, largest, total, logits.stride(0), V=vocab_size)
     n = _rows_counted(targets)
     return losses.sum() / n, n, largest, total
 
@@ -238,32 +217,33 @@ def _cross_entropy_outputs(logits, targets, vocab_size):
     return loss, torch.empty_like(loss), largest, torch.empty_like(largest)
 
 
+def _launch(kernel, logits: Tensor, *others: Tensor | int | None, V: int) -> None:
+    """Launch one program per row of logits, the first argument of every kernel."""
+    N, width = logits.shape
+    if N > 0:
+        with common.device_guard(logits):
+            launch = launch_parameters(width, common.architecture(logits))
+            kernel[(N,)](logits, *others, V=V, WIDTH=width, **launch)
+
+
 def _rows_counted(targets: Tensor) -> Tensor:
     """Return n, which stays on the device; at least 1, so that a batch without rows has a loss of 0, not nan."""
     return (targets != IGNORE).sum().clamp(min=1).float()
 
 
 @torch.library.custom_op("gpt2::cross_entropy_backward", mutates_args=())
-def _backward(
-    scale: Tensor, logits: Tensor, targets: Tensor, largest: Tensor, total: Tensor, vocab_size: int
-) -> Tensor:
-    dlogits = _backward_outputs(scale, logits, targets, largest, total, vocab_size)
-    N, width = logits.shape
-    if N > 0:
-        with device_guard(logits):
-            arguments = (logits, targets, largest, total, scale, dlogits, logits.stride(0))
-            _backward_kernel[(N,)](
-                *arguments, V=vocab_size, WIDTH=width, **launch_parameters(width, architecture(logits))
-            )
+def _backward(scale: Tensor, logits: Tensor, targets: Tensor, largest: Tensor, total: Tensor, V: int) -> Tensor:
+    dlogits = _backward_outputs(scale, logits, targets, largest, total, V)
+    _launch(_backward_kernel, logits, targets, largest, total, scale, dlogits, logits.stride(0), V=V)
     return dlogits
 
 
 @_backward.register_fake
-def _backward_outputs(scale, logits, targets, largest, total, vocab_size):
+def _backward_outputs(scale, logits, targets, largest, total, V):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-forbid_double_backward(_backward)
+common.forbid_double_backward(_backward)
 
 
 def _save(ctx, inputs, output):
@@ -286,23 +266,19 @@ def _linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the loss, n, and the gradients of the summed losses, dx and float32 dweight; empty unless wanted."""
     _, _, dx, dweight = _linear_cross_entropy_outputs(x, weight, targets, vocab_size, with_gradient)
-    N, width = x.shape[0], weight.shape[0]
-    chunk = CHUNK_BYTES // x.element_size()
+    N, width, chunk = len(x), len(weight), CHUNK_BYTES // x.element_size()
     if N == 0:
         dweight.zero_()
-    losses = x.new_empty(N, dtype=torch.float32)
-    buffer = x.new_empty(min(N, chunk), width)
+    losses, buffer = x.new_empty(N, dtype=torch.float32), x.new_empty(min(N, chunk), width)
     weight = weight.to(x.dtype)
-    launch = {"V": vocab_size, "WIDTH": width, **launch_parameters(width, architecture(x))}
-    with torch.autocast(x.device.type, enabled=False), device_guard(x):
+    with torch.autocast(x.device.type, enabled=False):
         for start in range(0, N, chunk):
             rows = slice(start, min(start + chunk, N))
             logits = torch.mm(x[rows], weight.T, out=buffer[: rows.stop - start])
             if not with_gradient:
-                arguments = (logits, targets[rows], losses[rows], None, None, width)
-                _forward_kernel[(len(logits),)](*arguments, **launch)
+                _launch(_forward_kernel, logits, targets[rows], losses[rows], None, None, width, V=vocab_size)
                 continue
-            _in_place_kernel[(len(logits),)](logits, targets[rows], losses[rows], **launch)
+            _launch(_in_place_kernel, logits, targets[rows], losses[rows], V=vocab_size)
             torch.mm(logits, weight, out=dx[rows])
             _add_product(dweight, logits.T, x[rows], keep=start > 0)
     n = _rows_counted(targets)
@@ -360,12 +336,10 @@ def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
     A target out of range makes the loss and the gradient of its row nan.
     Raise ValueError for other dtypes and shapes, and for mixed devices.
     """
-    check_tensors(logits=logits)
+    common.check_tensors(logits=logits)
     _check("logits", logits, logits.shape[-1], targets, vocab_size)
-    loss, _, _, _ = _cross_entropy(
-        logits if logits.stride(1) == 1 else logits.contiguous(), targets.contiguous(), vocab_size
-    )
-    return loss
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    return _cross_entropy(logits, targets.contiguous(), vocab_size)[0]
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
@@ -379,22 +353,19 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size:
     The gradients are computed in the forward, unless torch.no_grad() or the tensors ask for none.
     Raise ValueError for other dtypes and shapes, and for mixed devices.
     """
-    check_tensors(x=x, weight=weight)
+    common.check_tensors(x=x, weight=weight)
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"x must be (N, C) and weight (W, C), got {tuple(x.shape)} and {tuple(weight.shape)}")
     _check("x", x, weight.shape[0], targets, vocab_size)
     with_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    x = x.to(autocast_dtype(x)).contiguous()
-    loss, _, _, _ = _linear_cross_entropy(x, weight.contiguous(), targets.contiguous(), vocab_size, with_gradient)
-    return loss
+    x = x.to(common.autocast_dtype(x)).contiguous()
+    return _linear_cross_entropy(x, weight.contiguous(), targets.contiguous(), vocab_size, with_gradient)[0]
 
 
 def _check(name: str, rows: Tensor, width: int, targets: Tensor, vocab_size: int) -> None:
     if rows.dim() != 2 or targets.shape != rows.shape[:1]:
-        raise ValueError(
-            f"{name} must be two-dimensional with one target per row, "
-            f"got {tuple(rows.shape)} and targets {tuple(targets.shape)}"
-        )
+        got = f"got {tuple(rows.shape)} and targets {tuple(targets.shape)}"
+        raise ValueError(f"{name} must be two-dimensional with one target per row, {got}")
     if targets.dtype != torch.int64 or targets.device != rows.device:
         raise ValueError(f"targets must be int64 on {rows.device}, got {targets.dtype} on {targets.device}")
     if not 1 <= vocab_size <= width:

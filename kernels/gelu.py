@@ -5,15 +5,14 @@ The first half of the GPT-2 MLP: matrix product, bias, GELU in its tanh form; fo
     u = sqrt(2 / pi) * (z + 0.044715 * z^3)
     y = 0.5 * z * (1 + tanh(u))  =  z * sigmoid(2u)  =  z / (1 + exp(-2u))
 
-The last form needs one exponential and one division, and keeps its digits when tanh(u) is nearly -1.
+The last form keeps its digits when tanh(u) is nearly -1.
 Given dy = dL/dy, with s = sigmoid(2u):
 
     dz    = dy * (s + z * s * (1 - s) * d(2u)/dz)         d(2u)/dz = 2 * sqrt(2 / pi) * (1 + 3 * 0.044715 * z^2)
     dbias = sum over rows of dz
     dx, dweight = dz @ weight, dz.T @ x
 
-The three matrix products are PyTorch's. Between them, one kernel per direction: the forward adds the bias and applies
-the function; the backward computes dz and the sums for dbias in one pass over the data.
+The three matrix products are PyTorch's. Between them, one kernel per direction, each one pass over the data.
 
 Saved: x, weight, bias and x @ weight.T; the backward adds the bias again.
 Bytes per element, z and y in bfloat16: forward 4 (read, write), backward 6 (two reads, a write), which is the minimum.
@@ -28,15 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.common import (
-    architecture,
-    check_tensors,
-    device_guard,
-    for_architecture,
-    forbid_double_backward,
-    tl,
-    triton,
-)
+from kernels import common
+from kernels.common import tl, triton
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LINEAR = tl.constexpr(2 * math.sqrt(2 / math.pi))  # 2u = LINEAR * z + CUBIC * z^3
@@ -57,7 +49,7 @@ LAUNCH = {  # tiles of 4,096 and 2,048 elements: 32 and 16 per thread. Alternati
 
 
 def linear_gelu_torch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x: (..., C); weight: (4C, C); bias: (4C,). Return gelu_tanh(x @ weight.T + bias): (..., 4C)."""
+    """Return gelu_tanh(x @ weight.T + bias): (..., W). x: (..., C); weight: (W, C); bias: (W,)."""
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
 
@@ -88,17 +80,12 @@ def _forward_kernel(z_ptr, bias_ptr, y_ptr, N, W: tl.constexpr, ROWS: tl.constex
 
 @triton.jit
 def _backward_kernel(
-    dy_ptr,  # in  (N, W)
-    z_ptr,  # in  (N, W), without bias
-    bias_ptr,  # in  (W,)
-    dz_ptr,  # out (N, W)
-    dbias_parts_ptr,  # out (row programs, W) float32
-    N,
-    W: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    dy_ptr, z_ptr, bias_ptr, dz_ptr, dbias_parts_ptr, N, W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
-    """One program of P per block of columns: every P-th tile (ROWS, COLS) of dz, and the sum over those rows."""
+    """
+    One program of P per block of columns: every P-th tile (ROWS, COLS) of dz (N, W), from dy and z (N, W) and the bias
+    (W,), which is not in z; and the sum over those rows, one row of the float32 partial dbias (P, W).
+    """
     program = tl.program_id(0).to(tl.int64)  # so first_row is int64 too
     rows = tl.arange(0, ROWS)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
@@ -126,11 +113,9 @@ def _backward_kernel(
 
 @torch.library.custom_op("gpt2::bias_gelu", mutates_args=())
 def _bias_gelu(z: Tensor, bias: Tensor) -> Tensor:
-    y = _bias_gelu_outputs(z, bias)
-    N, W = z.shape
-    launch = LAUNCH["forward"]
+    y, launch, (N, W) = _bias_gelu_outputs(z, bias), LAUNCH["forward"], z.shape
     if z.numel() > 0:
-        with device_guard(z):
+        with common.device_guard(z):
             grid = (triton.cdiv(N, launch["ROWS"]), triton.cdiv(W, launch["COLS"]))
             _forward_kernel[grid](z, bias, y, N, W=W, **launch)
     return y
@@ -144,12 +129,11 @@ def _bias_gelu_outputs(z, bias):
 @torch.library.custom_op("gpt2::bias_gelu_backward", mutates_args=())
 def _backward(dy: Tensor, z: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     dz, dbias = _backward_outputs(dy, z, bias)
-    N, W = z.shape
-    launch = LAUNCH["backward"]
-    row_programs = min(triton.cdiv(N, MIN_ROWS), for_architecture(ROW_PROGRAMS, architecture(z)))
+    launch, (N, W) = LAUNCH["backward"], z.shape
+    row_programs = min(triton.cdiv(N, MIN_ROWS), common.for_architecture(ROW_PROGRAMS, common.architecture(z)))
     dbias_parts = z.new_empty(row_programs, W, dtype=torch.float32)
     if z.numel() > 0:
-        with device_guard(z):
+        with common.device_guard(z):
             grid = (row_programs, triton.cdiv(W, launch["COLS"]))
             _backward_kernel[grid](dy, z, bias, dz, dbias_parts, N, W=W, **launch)
     return dz, dbias.copy_(dbias_parts.sum(0))
@@ -160,7 +144,7 @@ def _backward_outputs(dy, z, bias):
     return torch.empty_like(z), torch.empty_like(bias)
 
 
-forbid_double_backward(_backward)
+common.forbid_double_backward(_backward)
 
 
 def _save(ctx, inputs, output):
@@ -187,12 +171,11 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Return y: (..., W), in the dtype of the matrix product: autocast's if that is enabled, else that of x.
     Raise ValueError for other dtypes and shapes, and for mixed devices.
     """
-    check_tensors(x=x, weight=weight, bias=bias)
+    common.check_tensors(x=x, weight=weight, bias=bias)
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or bias.shape != weight.shape[:1]:
         raise ValueError(
             "weight must be (W, C) and bias (W,) for x (..., C), "
             f"got weight {tuple(weight.shape)}, bias {tuple(bias.shape)} and x {tuple(x.shape)}"
         )
     z = F.linear(x, weight)
-    y = _bias_gelu(z.reshape(-1, z.shape[-1]), bias.contiguous())
-    return y.view(z.shape)
+    return _bias_gelu(z.reshape(-1, z.shape[-1]), bias.contiguous()).view(z.shape)

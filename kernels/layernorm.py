@@ -30,16 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.common import (
-    architecture,
-    autocast_dtype,
-    check_tensors,
-    device_guard,
-    for_architecture,
-    forbid_double_backward,
-    tl,
-    triton,
-)
+from kernels import common
+from kernels.common import tl, triton
 
 MAX_C = 8192  # a longer row does not fit in the registers of eight warps
 ROWS = 16  # a backward program takes at least this many rows, so that its partial dw and db are small beside them
@@ -69,7 +61,7 @@ def launch_parameters(C: int, elements_per_warp: int = FORWARD_ELEMENTS) -> dict
 
 def backward_launch_parameters(N: int, C: int, gpu: str) -> tuple[int, dict[str, int]]:
     """Return the number of programs that divide the N rows, and their block and warps."""
-    elements_per_warp, warps = for_architecture(LAUNCH, gpu)
+    elements_per_warp, warps = common.for_architecture(LAUNCH, gpu)
     launch = launch_parameters(C, elements_per_warp)
     return min(triton.cdiv(N, ROWS), max(1, warps // launch["num_warps"])), launch
 
@@ -85,9 +77,9 @@ def layer_norm_torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Ten
 def add_layer_norm_torch(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """x, residual: (..., C). Return the layer norm of residual + x, and residual + x itself: both (..., C)."""
+    """Return the layer norm of residual + x, and residual + x itself: both (..., C), like x and residual."""
     residual = residual + x
-    return F.layer_norm(residual, weight.shape, weight, bias, eps), residual
+    return layer_norm_torch(residual, weight, bias, eps), residual
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -196,7 +188,7 @@ def _layer_norm(
     N, C = mean.numel(), x.shape[-1]
     if N > 0:
         tensors = (x, residual, weight, bias, None if residual is None else summed, y, mean, rstd)
-        with device_guard(x):
+        with common.device_guard(x):
             _forward_kernel[(N,)](*tensors, eps, C=C, **launch_parameters(C))
     return y, summed, mean, rstd
 
@@ -215,18 +207,14 @@ def _backward(
     """Return dx in the dtype of x and, if `dtype` is another, in that one too; dweight; dbias."""
     dx, dweight, dbias = _backward_outputs(dy, dsummed, x, weight, mean, rstd, dtype)
     N, C = mean.numel(), x.shape[-1]
-    programs, launch = backward_launch_parameters(N, C, architecture(x))
+    programs, launch = backward_launch_parameters(N, C, common.architecture(x))
     dweight_parts = x.new_empty(programs, C, dtype=torch.float32)
     dbias_parts = torch.empty_like(dweight_parts)
     if N > 0:
-        second = dx[1] if len(dx) == 2 else None
-        with device_guard(x):
-            _backward_kernel[(programs,)](
-                dy, dsummed, x, weight, mean, rstd, dx[0], second, dweight_parts, dbias_parts, N, C=C, **launch
-            )
-    dweight.copy_(dweight_parts.sum(0))
-    dbias.copy_(dbias_parts.sum(0))
-    return dx, dweight, dbias
+        outputs = (dx[0], dx[1] if len(dx) == 2 else None, dweight_parts, dbias_parts)
+        with common.device_guard(x):
+            _backward_kernel[(programs,)](dy, dsummed, x, weight, mean, rstd, *outputs, N, C=C, **launch)
+    return dx, dweight.copy_(dweight_parts.sum(0)), dbias.copy_(dbias_parts.sum(0))
 
 
 @_backward.register_fake
@@ -235,15 +223,14 @@ def _backward_outputs(dy, dsummed, x, weight, mean, rstd, dtype):
     return dx, torch.empty_like(weight), torch.empty_like(weight)
 
 
-forbid_double_backward(_backward)
+common.forbid_double_backward(_backward)
 
 
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # the last layer norm's summed is unused: allocate no zero gradient for it
-    x, residual, weight = inputs[:3]
-    _, summed, mean, rstd = output
+    (x, residual, weight, *_), (_, summed, *statistics) = inputs, output
     ctx.x_dtype, ctx.alone = x.dtype, residual is None
-    ctx.save_for_backward(x if ctx.alone else summed, weight, mean, rstd)
+    ctx.save_for_backward(x if ctx.alone else summed, weight, *statistics)
 
 
 def _gradient(ctx, dy, dsummed, _dmean, _drstd):
@@ -275,7 +262,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     Raise ValueError for other dtypes and shapes, mixed devices, or C above 8,192.
     """
     _check(weight=weight, bias=bias, x=x)
-    return _layer_norm(x.contiguous(), None, weight.contiguous(), bias.contiguous(), eps, autocast_dtype(x))[0]
+    return _layer_norm(x.contiguous(), None, weight.contiguous(), bias.contiguous(), eps, common.autocast_dtype(x))[0]
 
 
 def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -292,12 +279,11 @@ def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, ep
     if x.shape != residual.shape:
         raise ValueError(f"x and residual must have one shape, got {tuple(x.shape)} and {tuple(residual.shape)}")
     tensors = (x.contiguous(), residual.contiguous(), weight.contiguous(), bias.contiguous())
-    y, summed, _, _ = _layer_norm(*tensors, eps, autocast_dtype(residual))
-    return y, summed
+    return _layer_norm(*tensors, eps, common.autocast_dtype(residual))[:2]
 
 
 def _check(weight: Tensor, bias: Tensor, x: Tensor, **others: Tensor) -> None:
-    check_tensors(x=x, weight=weight, bias=bias, **others)
+    common.check_tensors(x=x, weight=weight, bias=bias, **others)
     C = x.shape[-1]
     if reason := unsupported(C):
         raise ValueError(reason)

@@ -205,4 +205,4 @@ def test_tables_show_fractions_in_percent_and_big_numbers_whole():
         "1.250",
         "12,346",
     ]
-    assert bench.format_cell("mfu", None) == "" and report.table("t", ["a", "b"], [["x", 1]]).splitlines()[-1] == "x  1"
+    assert bench.format_cell("mfu", None) == "" and report.table("t", [{"a": "x", "b": 1}]).splitlines()[-1] == "x  1"

@@ -6,12 +6,9 @@ Report machine code, traffic and least time of every kernel on every GPU, withou
     python -m kernels.report --arch sm_80 sm_90 --check              exit status 1 if a limit below is broken
     python -m kernels.report --json report.json --plot roofline.png
 
-Three kinds of numbers, and every table says which it holds. Compiled: read from machine code that Triton and ptxas made
-on this machine. Counted: from running the kernels in Triton's interpreter, scaled to the shape. Model: arithmetic on
-counted bytes and on the makers' data sheets. None is a timing; for those there is kernels.bench.
-
-Two processes do the work, since Triton decides at import whether its kernels are interpreted or compiled:
-kernels.report.traffic with TRITON_INTERPRET, kernels.report.machine_code without it.
+Every table says what it holds, as kernels/README.md explains: compiled, counted, or model. None is a timing; for those
+there is kernels.bench. Two processes do the work, since Triton decides at import whether its kernels are interpreted
+or compiled: kernels.report.traffic with TRITON_INTERPRET, kernels.report.machine_code without it.
 """
 
 import concurrent.futures
@@ -64,9 +61,8 @@ def child(module: str, *arguments: str, work: object, interpret: bool) -> list |
     paths = (str(Path(__file__).parents[2]), environment.get("PYTHONPATH"))
     environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(
-        command, input=json.dumps(work), env=environment, capture_output=True, text=True, encoding="utf-8"
-    )
+    streams = {"input": json.dumps(work), "capture_output": True, "text": True, "encoding": "utf-8"}
+    done = subprocess.run(command, env=environment, **streams)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}, no message"])[-1]
         raise ValueError(f"{' '.join(command[1:])} failed: {reason}")
@@ -98,7 +94,7 @@ def broken_limits(kernels: dict[str, list[dict]], code: dict[str, list[dict]]) -
     broken = []
     for architecture in filter(code.__contains__, MULTIPROCESSORS):
         for kernel, found in zip(kernels[architecture], code[architecture], strict=True):
-            sentences = [*broken_by_traffic(kernel), *broken_by_code(kernel, found, architecture)]
+            sentences = broken_by(kernel, found, architecture)
             broken += [f"{kernel['name']} on {architecture}: {sentence}" for sentence in sentences]
     return broken
 
@@ -107,18 +103,16 @@ def amplification(kernel: dict) -> float:
     return (kernel["loaded"] + kernel["stored"]) / kernel["compulsory_bytes"]
 
 
-def broken_by_traffic(kernel: dict) -> Iterator[str]:
-    allowed = AMPLIFICATION_OF.get(kernel["name"], AMPLIFICATION)
-    if amplification(kernel) > allowed:
-        yield f"bytes issued are {amplification(kernel):.3f} of the compulsory ones, the limit is {allowed}"
+def broken_by(kernel: dict, found: dict, architecture: str) -> Iterator[str]:
     unique = kernel["unique_bytes"] / kernel["compulsory_bytes"]
-    if unique > UNIQUE_OVER_COMPULSORY:
-        yield f"unique bytes are {unique:.3f} of the compulsory ones, the limit is {UNIQUE_OVER_COMPULSORY}"
+    for what, ratio, limit in (
+        ("bytes issued", amplification(kernel), AMPLIFICATION_OF.get(kernel["name"], AMPLIFICATION)),
+        ("unique bytes", unique, UNIQUE_OVER_COMPULSORY),
+    ):
+        if ratio > limit:
+            yield f"{what} are {ratio:.3f} of the compulsory ones, the limit is {limit}"
     if kernel["atomics"]:
         yield f"{kernel['atomics']} atomic operations, the limit is 0"
-
-
-def broken_by_code(kernel: dict, found: dict, architecture: str) -> Iterator[str]:
     limits = LIMITS | {"shared_bytes": MULTIPROCESSORS[architecture].shared_bytes_per_program}
     for figure, limit in limits.items():
         if (found[figure] or 0) > limit:
@@ -134,9 +128,9 @@ def broken_by_code(kernel: dict, found: dict, architecture: str) -> Iterator[str
 # --------------------------------------------------------------------------- tables
 
 
-def table(title: str, header: list[str], rows: list[list]) -> str:
-    """Format text columns; the first is aligned left, the others right."""
-    cells = [header, *([str(cell) for cell in row] for row in rows)]
+def table(title: str, rows: list[dict]) -> str:
+    """Format rows, whose keys are the header; the first column is aligned left, the others right."""
+    cells = [list(rows[0]), *([str(cell) for cell in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
     return "\n".join(["", title, "", lines[0], "-" * len(lines[0]), *lines[1:]])
@@ -146,85 +140,63 @@ def machine_code_table(kernels: list[dict], architecture: str, found: list[dict]
     rows = []
     for kernel, f in zip(kernels, found, strict=True):
         narrow = "" if f["narrowest_bits"] in (None, f["widest_bits"]) else f"{f['narrowest_bits']}-"
-        rows.append(
-            [
-                kernel["name"],
-                f["warps"],
-                f["registers"],
-                f"{f['stack_bytes']}+{f['spills']}",
-                f["shared_bytes"],
-                f"{narrow}{f['widest_bits']}",
-                " ".join(f"{n} {name}" for name, n in f["tensor_core"].items()),
-                f"{f['programs']} {f['occupancy']:.0%}" if "programs" in f else "",
-                f["instructions"],
-                "cached" if f["compile_seconds"] is None else f"{f['compile_seconds']:.1f}",
-            ]
-        )
+        row = {"kernel": kernel["name"], "warps": f["warps"], "regs": f["registers"]}
+        row |= {"spill": f"{f['stack_bytes']}+{f['spills']}", "shared": f["shared_bytes"]}
+        row |= {"bits": f"{narrow}{f['widest_bits']}"}
+        row |= {"tensor cores": " ".join(f"{n} {name}" for name, n in f["tensor_core"].items())}
+        row |= {"programs": f"{f['programs']} {f['occupancy']:.0%}" if "programs" in f else ""}
+        seconds = "cached" if f["compile_seconds"] is None else f"{f['compile_seconds']:.1f}"
+        rows.append(row | {"instr": f["instructions"], "s": seconds})
     limits = MULTIPROCESSORS.get(architecture)
     allowed = f", at most {limits.shared_bytes_per_program:,} bytes of shared memory per program" if limits else ""
-    header = ["kernel", "warps", "regs", "spill", "shared", "bits", "tensor cores", "programs", "instr", "s"]
-    return table(f"{architecture}: compiled{allowed}", header, rows)
-
-
-def traffic_table(kernels: list[dict], architectures: list[str]) -> str:
-    megabytes = ("loaded", "stored", "unique_bytes", "compulsory_bytes")
-    rows = [
-        [
-            k["name"],
-            k["calls"],
-            k["launches"],
-            *(f"{k[figure] / 1e6:,.1f}" for figure in megabytes),
-            f"{amplification(k):.2f}",
-            f"{k['flops'] / 1e9:,.1f}",
-            f"{k['arithmetic'] / 1e9:,.1f}",
-        ]
-        for k in kernels
-    ]
-    title = f"Traffic per call as launched on {', '.join(architectures)}: counted."
-    title += " MB; ampl: issued / compulsory; 10^9 operations"
-    header = ["kernel", "calls", "launches", "loaded", "stored", "unique", "compulsory", "ampl", "dot", "other"]
-    return table(title, header, rows)
+    return table(f"{architecture}: compiled{allowed}", rows)
 
 
 def traffic_tables(kernels: dict[str, list[dict]]) -> Iterator[str]:
     """Yield one table for all architectures whose kernels move the same bytes with the same arithmetic."""
-    moved = ("name", "launches", "loaded", "stored", "unique_bytes", "compulsory_bytes", "flops", "arithmetic")
     alike = {}
-    for architecture, rows in kernels.items():
-        alike.setdefault(str([[row[key] for key in moved] for row in rows]), []).append(architecture)
-    for architectures in alike.values():
-        yield traffic_table(kernels[architectures[0]], architectures)
+    for architecture, counted in kernels.items():
+        rows = []
+        for k in counted:
+            row = {"kernel": k["name"], "calls": k["calls"], "launches": k["launches"]}
+            for figure in ("loaded", "stored", "unique_bytes", "compulsory_bytes"):
+                row[figure.removesuffix("_bytes")] = f"{k[figure] / 1e6:,.1f}"
+            row |= {"ampl": f"{amplification(k):.2f}", "dot": f"{k['flops'] / 1e9:,.1f}"}
+            rows.append(row | {"other": f"{k['arithmetic'] / 1e9:,.1f}"})
+        alike.setdefault(json.dumps(rows), []).append(architecture)
+    for rows, architectures in alike.items():
+        title = f"Traffic per call as launched on {', '.join(architectures)}: counted."
+        yield table(f"{title} MB; ampl: issued / compulsory; 10^9 operations", json.loads(rows))
 
 
 def roofline_table(kernels: dict[str, list[dict]]) -> str:
-    names = [roofline.REPRESENTATIVE_GPU[architecture] for architecture in kernels]
     rows = []
     for same in zip(*kernels.values(), strict=True):
-        least = [roofline.kernel_seconds(kernel, GPUS[name]) for kernel, name in zip(same, names, strict=True)]
-        rows.append([same[0]["name"], *(f"{1e6 * seconds:,.0f} {bound[0]}" for seconds, bound in least)])
+        row = {"kernel": same[0]["name"]}
+        for architecture, kernel in zip(kernels, same, strict=True):
+            name = roofline.REPRESENTATIVE_GPU[architecture]
+            seconds, bound = roofline.kernel_seconds(kernel, GPUS[name])
+            row[name] = f"{1e6 * seconds:,.0f} {bound[0]}"
+        rows.append(row)
     title = "Least microseconds per call: model, from counted traffic; bound by m(emory), t(ensor cores), a(rithmetic)"
-    return table(title, ["kernel", *names], rows)
+    return table(title, rows)
 
 
 def steps(kernels: dict[str, list[dict]], shape: Shape) -> dict[str, dict[str, dict]]:
     """Return roofline.step by GPU and by which families are in Triton."""
-    choices = roofline.configurations().items()
-    return {
-        (name := roofline.REPRESENTATIVE_GPU[architecture]): {
-            choice: roofline.step(rows, shape, GPUS[name], families) for choice, families in choices
-        }
-        for architecture, rows in kernels.items()
-    }
+    found = {}
+    for architecture, rows in kernels.items():
+        name, choices = roofline.REPRESENTATIVE_GPU[architecture], roofline.configurations().items()
+        found[name] = {choice: roofline.step(rows, shape, GPUS[name], families) for choice, families in choices}
+    return found
 
 
 def step_table(shape: Shape, name: str, found: dict[str, dict]) -> str:
-    columns = [column for column in found["all"] if column != "mfu"]
-    rows = [
-        [choice, *(f"{parts[column]:,.2f}" for column in columns), f"{parts['mfu']:.1%}"]
-        for choice, parts in found.items()
-    ]
-    title = f"A step of {shape.N:,} tokens on one {name}, least milliseconds by what is in Triton: model"
-    return table(title, ["Triton", *columns, "MFU"], rows)
+    rows = []
+    for choice, parts in found.items():
+        milliseconds = {part: f"{figure:,.2f}" for part, figure in parts.items() if part != "mfu"}
+        rows.append({"Triton": choice, **milliseconds, "MFU": f"{parts['mfu']:.1%}"})
+    return table(f"A step of {shape.N:,} tokens on one {name}, least milliseconds by what is in Triton: model", rows)
 
 
 # --------------------------------------------------------------------------- command line
@@ -263,11 +235,9 @@ def run(options: Options) -> int:
     kernels = count(shape, list(dict.fromkeys(options.arch)))
     code, in_steps = compile_all(kernels), steps(kernels, shape)
     print(f"{options.preset}: {shape}, bfloat16 branches, float32 residual stream")
-    for architecture, found in code.items():
-        print(machine_code_table(kernels[architecture], architecture, found))
-    print(*traffic_tables(kernels), roofline_table(kernels), sep="\n")
-    for name, found in in_steps.items():
-        print(step_table(shape, name, found))
+    compiled = [machine_code_table(kernels[architecture], architecture, found) for architecture, found in code.items()]
+    modeled = [step_table(shape, name, found) for name, found in in_steps.items()]
+    print(*compiled, *traffic_tables(kernels), roofline_table(kernels), *modeled, sep="\n")
     if options.json:
         figures = {"shape": dataclasses.asdict(shape), "counted": kernels, "compiled": code, "model": in_steps}
         options.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")

@@ -31,9 +31,8 @@ TENSOR_CORE = re.compile(r"^(HMMA|IMMA|DMMA|HGMMA|QGMMA|UTC\w*MMA|OMMA|v_mfma)")
 @dataclasses.dataclass(frozen=True)
 class Multiprocessor:
     """
-    The capacity of one multiprocessor. The sources agree: CUDA C++ Programming Guide, table "Technical Specifications
-    per Compute Capability", https://docs.nvidia.com/cuda/cuda-c-programming-guide, and
-    libcudacxx/include/cuda/__device/arch_traits.h of https://github.com/NVIDIA/cccl.
+    The capacity of one multiprocessor. Source: CUDA C++ Programming Guide, table "Technical Specifications per Compute
+    Capability", https://docs.nvidia.com/cuda/cuda-c-programming-guide; arch_traits.h of NVIDIA's cccl agrees.
     """
 
     warps: int
@@ -92,22 +91,17 @@ def compile_launch(launch: dict, architecture: str):
             signature[name] = "constexpr"
             constants.setdefault(name, value)
             continue
-        if isinstance(value, list):
-            signature[name], divisible = value
-        elif isinstance(value, float):
-            signature[name], divisible = "fp32", False
-        else:
-            signature[name], divisible = "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
+        if isinstance(value, int):
+            value = ["i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0]
+        signature[name], divisible = ["fp32", False] if isinstance(value, float) else value
         if divisible:
             attributes[(position,)] = [["tt.divisibility", 16]]
     amd = architecture == AMD
     target = GPUTarget("hip", AMD, 64) if amd else GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-    hits = []
+    hits, start = [], time.perf_counter()
     triton.knobs.compilation.listener = lambda **event: hits.append(event["cache_hit"])
-    start = time.perf_counter()
     compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target, launch["options"])
-    seconds = time.perf_counter() - start
-    return compiled, None if hits[-1] else seconds
+    return compiled, None if hits[-1] else time.perf_counter() - start
 
 
 def tool(name: str, *arguments: str) -> str:
@@ -128,14 +122,10 @@ def read_cubin(cubin: bytes) -> tuple[dict, list]:
         path.write_bytes(cubin)
         usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", tool("cuobjdump", "-res-usage", str(path))))
         text = tool("nvdisasm", "-c", "-g", str(path))
-    line, instructions = 0, []
-    for row in text.splitlines():
-        if marker := re.search(r'//## File "([^"]*)", line (\d+)', row):
-            line = int(marker[2])
-        elif code := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:\{ *)?(?:@!?U?P\w+ +)?([A-Z][\w.]*)", row):
-            instructions.append((line, code[1]))
+    code = r"\s*/\*[0-9a-f]+\*/\s+(?:\{ *)?(?:@!?U?P\w+ +)?([A-Z][\w.]*)"
     names = {"REG": "registers", "STACK": "stack_bytes", "LOCAL": "local_bytes"}
-    return {ours: int(usage[theirs]) for theirs, ours in names.items()}, instructions
+    found = {ours: int(usage[theirs]) for theirs, ours in names.items()}
+    return found, instructions(text, r'.*//## File "[^"]*", line (\d+)', code)
 
 
 def read_amd(assembly: str) -> tuple[dict, list]:
@@ -144,14 +134,20 @@ def read_amd(assembly: str) -> tuple[dict, list]:
     def field(name):
         return int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])
 
-    line, instructions = 0, []
-    for row in assembly.splitlines():
-        if marker := re.match(r"\s*\.loc\s+\d+\s+(\d+)", row):
-            line = int(marker[1])
-        elif code := re.match(r"\s+([a-z]\w+)", row):
-            instructions.append((line, code[1]))
     private = field("private_segment_fixed_size")
-    return {"registers": field("vgpr_count"), "stack_bytes": private, "local_bytes": 0}, instructions
+    found = {"registers": field("vgpr_count"), "stack_bytes": private, "local_bytes": 0}
+    return found, instructions(assembly, r"\s*\.loc\s+\d+\s+(\d+)", r"\s+([a-z]\w+)")
+
+
+def instructions(text: str, marker: str, code: str) -> list[tuple[int, str]]:
+    """Return (line of the kernel, opcode) per row that matches `code`; rows that match `marker` name the line."""
+    line, found = 0, []
+    for row in text.splitlines():
+        if number := re.match(marker, row):
+            line = int(number[1])
+        elif opcode := re.match(code, row):
+            found.append((line, opcode[1]))
+    return found
 
 
 def width_of_access(opcode: str) -> tuple[int, bool] | None:
@@ -172,19 +168,18 @@ def figures(launch: dict, sites: dict[str, int], architecture: str) -> dict:
     """Compile one launch and read its machine code. sites: line -> bytes that one access in it spans."""
     compiled, seconds = compile_launch(launch, architecture)
     if architecture == AMD:
-        result, instructions = read_amd(compiled.asm["amdgcn"])
+        result, opcodes_by_line = read_amd(compiled.asm["amdgcn"])
     else:
-        result, instructions = read_cubin(compiled.asm["cubin"])
+        result, opcodes_by_line = read_cubin(compiled.asm["cubin"])
     warps = compiled.metadata.num_warps
     wide_lines = {int(line) for line, spanned in sites.items() if spanned >= 16 * warps * compiled.metadata.warp_size}
-    narrowest = {}  # line -> bits
-    widest = 0
-    for line, opcode in instructions:
+    narrowest, widest = {}, 0  # line -> bits; bits
+    for line, opcode in opcodes_by_line:
         if access := width_of_access(opcode):
             widest = max(widest, access[0])
             if line in wide_lines:
                 narrowest[line] = min(access[0], narrowest.get(line, access[0]))
-    opcodes = collections.Counter(re.split(r"[.]", opcode)[0] for _, opcode in instructions)
+    opcodes = collections.Counter(re.split(r"[.]", opcode)[0] for _, opcode in opcodes_by_line)
     line = min(narrowest, key=narrowest.get, default=None)
     result |= {
         "spills": opcodes["STL"] + opcodes["LDL"],

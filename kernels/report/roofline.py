@@ -4,8 +4,8 @@ The least time that counted traffic allows on a GPU, per kernel and per training
 A kernel takes at least the longest of: unique bytes / memory bandwidth, tl.dot FLOPs / peak of the tensor cores, other
 arithmetic / float32 peak. Rereads are assumed to hit a cache. A training step is the sum of the
 kernels (counted) and of the matrix products, the PyTorch versions of the operations and AdamW (modeled, from their
-published algorithms, run eagerly under bfloat16 autocast, each pass at the ceilings above). Left out: embeddings,
-communication, launches. Ceilings are those of the data sheets, in kernels.gpus.GPUS: no real kernel reaches them.
+published algorithms, run eagerly under bfloat16 autocast, each pass at the ceilings of kernels.gpus.GPUS, which no real
+kernel reaches). Left out: embeddings, communication, launches.
 
 Sources: Williams, Waterman and Patterson, "Roofline", 2009, https://doi.org/10.1145/1498765.1498785
          Chowdhery et al., "PaLM", 2022, appendix B, for MFU, https://arxiv.org/abs/2204.02311
@@ -33,13 +33,8 @@ REPRESENTATIVE_GPU = {  # architecture -> the GPU whose ceilings stand for it
 
 def least_seconds(unique_bytes: float, flops: float, gpu: GPU, arithmetic: float = 0) -> tuple[float, str]:
     """Return the least time of one pass, and what bounds it: memory, tensor cores or arithmetic."""
-    bounds = {
-        "memory": unique_bytes / gpu.bandwidth,
-        "tensor": flops / gpu.flops,
-        "arithmetic": arithmetic / gpu.arithmetic,
-    }
-    bound = max(bounds, key=bounds.get)
-    return bounds[bound], bound
+    bounds = ((unique_bytes / gpu.bandwidth, "memory"), (flops / gpu.flops, "tensor"))
+    return max(*bounds, (arithmetic / gpu.arithmetic, "arithmetic"), key=lambda bound: bound[0])
 
 
 def kernel_seconds(kernel: dict, gpu: GPU) -> tuple[float, str]:
@@ -99,11 +94,6 @@ def parameters(shape: Shape) -> int:
     return shape.L * (12 * C * C + 13 * C) + (shape.V + shape.T) * C + 2 * C
 
 
-def adamw_seconds(shape: Shape, gpu: GPU) -> float:
-    """Model: bytes per parameter: 28 for AdamW, 8 for the gradient norm and clipping, 6 for a bfloat16 copy."""
-    return least_seconds(42 * parameters(shape), 0, gpu)[0]
-
-
 def flops_per_token(shape: Shape) -> int:
     """Return training FLOPs per token, as model.py counts them for MFU."""
     return 6 * (parameters(shape) - shape.T * shape.C) + 12 * shape.L * shape.C * shape.T
@@ -114,8 +104,9 @@ def flops_per_token(shape: Shape) -> int:
 
 def step(kernels: list[dict], shape: Shape, gpu: GPU, triton: set[str]) -> dict[str, float]:
     """Return the milliseconds of a step by part, with these families in Triton and the others in PyTorch; and MFU."""
-    parts = {"matmuls": matmul_seconds(shape, gpu)}
-    parts |= dict.fromkeys(FAMILIES, 0.0) | {"adamw": adamw_seconds(shape, gpu)}
+    adamw_bytes = (28 + 8 + 6) * parameters(shape)  # AdamW; the gradient norm and clipping; a bfloat16 copy
+    parts = {"matmuls": matmul_seconds(shape, gpu)} | dict.fromkeys(FAMILIES, 0.0)
+    parts["adamw"] = least_seconds(adamw_bytes, 0, gpu)[0]
     for operation in dict.fromkeys(kernel["operation"] for kernel in kernels):
         own = [kernel for kernel in kernels if kernel["operation"] == operation]
         if FAMILY[operation] in triton:
@@ -144,12 +135,10 @@ def plot(kernels: dict[str, list[dict]], path: Path, title: str) -> None:
 
     kernels: by architecture; drawn are an A100 and an H100 if both are there, else the first
     """
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(11, 7))
+    figure = Figure(figsize=(11, 7))
+    axes = figure.subplots()
     drawn = [architecture for architecture in ("sm_80", "sm_90") if architecture in kernels] or list(kernels)[:1]
     colors = dict(zip(FAMILIES, ("tab:blue", "tab:orange", "tab:green", "tab:red"), strict=True))
     reach = np.geomspace(0.4, 1500, 200)
@@ -163,24 +152,21 @@ def plot(kernels: dict[str, list[dict]], path: Path, title: str) -> None:
         axes.axhline(gpu.arithmetic / 1e12, color="gray", linestyle=style, linewidth=0.7, label=label, zorder=1)
         for kernel in kernels[architecture]:
             color = colors[FAMILY[kernel["operation"]]]
-            axes.plot(intensity(kernel), rate(kernel, gpu), marker, color=color, markersize=8, zorder=3)
-    gpu, ordered = GPUS[REPRESENTATIVE_GPU[drawn[0]]], sorted(kernels[drawn[0]], key=intensity)
-    low = [kernel for kernel in ordered if intensity(kernel) < 30]  # bound by memory on every GPU
-    high = [kernel for kernel in ordered if intensity(kernel) >= 30]
-    for group, x, heights, side in ((low, 8, (0.05, 3.4), "left"), (high, 270, (13, 5.5), "right")):
-        for kernel, y in zip(group, np.geomspace(*heights, len(group)), strict=True):
-            color = colors[FAMILY[kernel["operation"]]]
-            line = {"arrowstyle": "-", "color": color, "linewidth": 0.7, "relpos": (0 if side == "left" else 1, 0.5)}
-            point = (intensity(kernel), rate(kernel, gpu))
-            axes.annotate(
-                kernel["name"], point, (x, y), ha=side, va="center", color=color, fontsize=11, arrowprops=line
-            )
+            axes.plot(*point(kernel, gpu), marker, color=color, markersize=8, zorder=3)
+    gpu, named = GPUS[REPRESENTATIVE_GPU[drawn[0]]], sorted(kernels[drawn[0]], key=intensity)
+    low = [kernel for kernel in named if intensity(kernel) < 30]  # bound by memory on every GPU: named on the left
+    places = [(8, y) for y in np.geomspace(0.05, 3.4, len(low))]
+    places += [(270, y) for y in np.geomspace(13, 5.5, len(named) - len(low))]
+    for kernel, place in zip(named, places, strict=True):
+        side, color = "left" if kernel in low else "right", colors[FAMILY[kernel["operation"]]]
+        line = {"arrowstyle": "-", "color": color, "linewidth": 0.7, "relpos": (0 if side == "left" else 1, 0.5)}
+        style = {"ha": side, "va": "center", "color": color, "fontsize": 11, "arrowprops": line}
+        axes.annotate(kernel["name"], point(kernel, gpu), place, **style)
     axes.set(xlabel="operations per byte (counted)", ylabel="TFLOP/s at most (model: data-sheet ceilings)", title=title)
     axes.set(xlim=(0.4, 1500), ylim=(0.03, 2500))
     axes.legend(loc="upper left")
     axes.grid(which="major", alpha=0.3)
     figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
 
 
 def intensity(kernel: dict) -> float:
@@ -188,6 +174,6 @@ def intensity(kernel: dict) -> float:
     return (kernel["flops"] + kernel["arithmetic"]) / kernel["unique_bytes"]
 
 
-def rate(kernel: dict, gpu: GPU) -> float:
-    """Return TFLOP/s of all operations together, at the least time."""
-    return (kernel["flops"] + kernel["arithmetic"]) / kernel_seconds(kernel, gpu)[0] / 1e12
+def point(kernel: dict, gpu: GPU) -> tuple[float, float]:
+    """Return all operations per byte, and TFLOP/s of all of them at the least time."""
+    return intensity(kernel), (kernel["flops"] + kernel["arithmetic"]) / kernel_seconds(kernel, gpu)[0] / 1e12

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from kernels import VOCAB_MULTIPLE
 
-GPU_TOKENS = 65_536  # per micro-step on one GPU: 524,288 tokens per step over eight of them
-
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -41,17 +39,13 @@ class Shape:
         return " ".join(f"{letter}={number}" for letter, number in dataclasses.asdict(self).items())
 
 
-def _gpt2(C: int, H: int, L: int) -> Shape:
-    return Shape(GPU_TOKENS // 1024, 1024, C, H, L, 50257)
-
-
-PRESETS = {  # the first two have the vocabularies of their texts
+PRESETS = {  # the first two have the vocabularies of their texts; 65,536 tokens are an eighth of GPT-2's step
     "laptop": Shape(16, 128, 128, 4, 4, 104),
     "shakespeare-char": Shape(64, 256, 384, 6, 6, 65),
-    "gpt2-124m": _gpt2(768, 12, 12),
-    "gpt2-350m": _gpt2(1024, 16, 24),
-    "gpt2-774m": _gpt2(1280, 20, 36),
-    "gpt2-1558m": _gpt2(1600, 25, 48),
+    "gpt2-124m": Shape(64, 1024, 768, 12, 12, 50257),
+    "gpt2-350m": Shape(64, 1024, 1024, 16, 24, 50257),
+    "gpt2-774m": Shape(64, 1024, 1280, 20, 36, 50257),
+    "gpt2-1558m": Shape(64, 1024, 1600, 25, 48, 50257),
 }
 
 

@@ -43,13 +43,7 @@ from kernels.report.shapes import Shape, arguments, calls_per_step, forward_and_
 ROWS = (16, 24, 42)  # of the small runs: not proportional to programs, some of which take up to 16 rows
 HEADS = (1, 2)  # of the small runs of attention
 FIGURES = ("loaded", "stored", "unique_bytes", "compulsory_bytes", "flops", "arithmetic", "atomics")
-POINTERS = {
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-}
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
 
 
 @dataclasses.dataclass
@@ -83,8 +77,7 @@ class Uninitialized(TorchDispatchMode):
         if any(result.alias_info for result in func._schema.returns) or "empty" in func.__name__:
             return func(*args, **kwargs)  # views, and memory that is uninitialized already
         args, kwargs = tree_map_only(torch.Tensor, functools.partial(uninitialized, device="meta"), (args, kwargs))
-        if "device" in kwargs:
-            kwargs["device"] = torch.device("meta")
+        kwargs |= {"device": torch.device("meta")} if "device" in kwargs else {}
         return tree_map_only(torch.Tensor, functools.partial(uninitialized, device="cpu"), func(*args, **kwargs))
 
 
@@ -113,21 +106,15 @@ def named_arguments(kernel: InterpretedFunction, args: tuple, keywords: dict) ->
 
 def describe(kernel: InterpretedFunction, args: tuple, grid: tuple, keywords: dict) -> Launch:
     """Describe a launch so that another process can compile it."""
-    bound, parameters = named_arguments(kernel, args, keywords), inspect.signature(kernel.fn).parameters
-    constant = {name for name, parameter in parameters.items() if parameter.annotation is tl.constexpr}
-    described = {}
-    for name, value in bound.items():
-        if name not in constant:
+    parameters, described, constants = inspect.signature(kernel.fn).parameters, {}, {}
+    for name, value in named_arguments(kernel, args, keywords).items():
+        if parameters[name].annotation is tl.constexpr:
+            constants[name] = value
+        else:
             pointer = isinstance(value, torch.Tensor)
             described[name] = [POINTERS[value.dtype], value.data_ptr() % 16 == 0] if pointer else value
-    return Launch(
-        module=kernel.fn.__module__,
-        kernel=kernel.fn.__name__,
-        arguments=described,
-        constants={name: value for name, value in bound.items() if name in constant},
-        options={name: value for name, value in keywords.items() if name not in parameters},
-        programs=math.prod(grid),
-    )
+    options = {name: value for name, value in keywords.items() if name not in parameters}
+    return Launch(kernel.fn.__module__, kernel.fn.__name__, described, constants, options, math.prod(grid))
 
 
 def record_launches(operation: str, shape: Shape) -> list[Launch]:
@@ -292,7 +279,7 @@ def report(shape: Shape, architectures: list[str]) -> dict[str, list[dict]]:
     """Return, by GPU, each kernel: name, calls per step, first launch, launches per call, FIGURES, sites."""
     result, done = {}, {}  # done: small runs, shared by GPUs with equal launches
     for architecture in architectures:
-        result[architecture] = []
+        rows = result[architecture] = []
         for operation, calls in calls_per_step(shape).items():
             with emulate_gpu(architecture):
                 launches = record_launches(operation, shape)
@@ -303,7 +290,7 @@ def report(shape: Shape, architectures: list[str]) -> dict[str, list[dict]]:
                 own = [launch for launch in launches if launch.kernel == kernel]
                 name = f"{operation}.{kernel.strip('_').removesuffix('_kernel')}"
                 row = {"name": name, "operation": operation, "calls": calls, "launches": len(own)}
-                result[architecture].append(row | {"launch": dataclasses.asdict(own[0])} | figures)
+                rows.append(row | {"launch": dataclasses.asdict(own[0])} | figures)
     return result
 
 
