@@ -93,12 +93,12 @@ def test_a_tokenizer_of_one_s_own_is_used_and_another_one_refused_later(tmp_path
     assert open_split(tmp_path / "out", "val").tokenizer_spec == bpe.spec()
     with pytest.raises(UserError, match="begun with another --tokenizer"):
         prepare(**options)
+    (tmp_path / "plain.json").write_text(json.dumps(CharTokenizer("ab", documents=False).spec()), "utf-8")
     for name, complaint in (
         ("char", "no tokenizer 'char': it must be gpt2, a file"),
         (str(tmp_path / "no.json"), "no tokenizer"),
         (str(tmp_path / "plain.json"), "has no end-of-text token"),
     ):
-        (tmp_path / "plain.json").write_text(json.dumps(CharTokenizer("ab", documents=False).spec()), "utf-8")
         with pytest.raises(UserError, match=complaint):
             prepare(input=(file,), folder=tmp_path / "other", tokenizer=name)
     assert not (tmp_path / "other").exists()
@@ -132,15 +132,11 @@ def test_files_of_every_kind_become_shards_of_the_size_asked_for_with_every_docu
     assert meta["command"].startswith("python -m data.fineweb --input ") and "--shard-tokens 1000" in meta["command"]
 
 
-def test_a_finished_dataset_is_left_as_it_is_when_the_command_is_repeated(three_files):
+def test_a_finished_dataset_is_left_as_it_is_and_one_of_other_files_or_options_refused(three_files, tmp_path):
     files, out, _, summary = three_files
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.npy")}
     assert prepare(input=files, folder=out, shard_tokens=1000) == summary
     assert {path: path.stat().st_mtime_ns for path in out.glob("*.npy")} == before
-
-
-def test_progress_of_other_files_or_options_is_refused(three_files, tmp_path):
-    files, out, _, _ = three_files
     with pytest.raises(UserError, match="another --shard-tokens: repeat the command as it was, give another folder"):
         prepare(input=files, folder=out, shard_tokens=999)
     longer = tmp_path / files[1].name
@@ -409,7 +405,11 @@ def test_several_machines_prepare_their_files_and_the_last_makes_the_dataset(tmp
     options = {"input": files, "shard_tokens": 1000, "processes": 1}
     straight = prepare(**options, folder=tmp_path / "straight")
     together, apart = tmp_path / "together", [tmp_path / "1", tmp_path / "2"]
-    said = prepare(**options, folder=together, files="1:3")
+    together.mkdir()
+    with data_files.writing(together, shared=True):  # machines that share a folder do not wait for each other
+        said = prepare(**options, folder=together, files="1:3")
+        with pytest.raises(UserError, match="another process is writing to"):
+            prepare(**options, folder=together)
     assert "2 of 3 groups of files are finished" in said and "still missing: from 0.jsonl" in said
     assert prepare(**options, folder=together, files="0:1") == straight.replace("straight", "together")
     for folder, range_ in zip(apart, ("0:2", "2:3"), strict=True):  # without a common folder
@@ -419,16 +419,6 @@ def test_several_machines_prepare_their_files_and_the_last_makes_the_dataset(tmp
     assert prepare(**options, folder=tmp_path / "copied") == straight.replace("straight", "copied")
     assert shards_of(together) == shards_of(tmp_path / "copied") == shards_of(tmp_path / "straight")
     assert np.array_equal(ids_in(together), ids_of(texts)) and f"{len(ids_of(texts)) - 1000:,} train" in straight
-
-
-def test_machines_that_share_a_folder_do_not_wait_for_each_other_but_others_are_refused(tmp_path):
-    files = [write_jsonl(tmp_path / f"{i}.jsonl", documents(30)) for i in range(2)]
-    options = {"input": files, "folder": tmp_path / "out", "shard_tokens": 1000, "processes": 1}
-    (tmp_path / "out").mkdir()
-    with data_files.writing(tmp_path / "out", shared=True):
-        assert "still missing" in prepare(**options, files="0:1")
-        with pytest.raises(UserError, match="another process is writing to"):
-            prepare(**options)
 
 
 # ----------------------------------------------------------------------------------------------------------------- Hub

@@ -58,10 +58,7 @@ def test_a_download_of_another_text_is_an_error(tmp_path):
 def test_a_download_that_breaks_off_is_an_error():
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(200)
-            self.send_header("Content-Length", "1115394")
-            self.end_headers()
-            self.wfile.write(b"First Citizen:")
+            self.wfile.write(b"HTTP/1.0 200 OK\r\nContent-Length: 1115394\r\n\r\nFirst Citizen:")
 
         def log_message(self, *args):
             pass
@@ -72,9 +69,7 @@ def test_a_download_that_breaks_off_is_an_error():
             download(f"http://127.0.0.1:{server.server_port}/input.txt")
 
 
-@pytest.mark.parametrize(
-    "url", ["http://127.0.0.1:9/input.txt", "file:///no/such/file", "http://no-such-host.invalid/"]
-)
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/in.txt", "file:///no/such/file", "http://no-such-host.invalid/"])
 def test_without_network_the_error_names_the_way_out_and_an_older_dataset_stays(tmp_path, url):
     path = tmp_path / "mine.txt"
     path.write_text("To be, or not to be")

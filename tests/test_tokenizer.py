@@ -14,16 +14,7 @@ import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from data.files import UserError
-from data.tokenizer import (
-    CharTokenizer,
-    StreamDecoder,
-    choose,
-    encode_documents,
-    from_spec,
-    gpt2,
-    load,
-    token_dtype,
-)
+from data.tokenizer import CharTokenizer, StreamDecoder, choose, encode_documents, from_spec, gpt2, load, token_dtype
 
 AWKWARD = [
     "",
