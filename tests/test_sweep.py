@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import tyro
 from matplotlib.figure import Figure
 
@@ -35,12 +36,10 @@ def dataset(tmp_path_factory):
     return folder
 
 
-def command(dataset, out_dir, *flags, **options):
-    small = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_tokens": 64, "micro_batch": "auto"}
-    brief = {"max_steps": 6, "warmup_steps": 2, "eval_every": 3, "eval_tokens": 64, "sample_every": 0, "lr": 1e-3}
-    paths = {"data": dataset, "out_dir": out_dir, "optimizer": "adamw", "dtype": "float32"}
-    options = paths | small | brief | options
-    return ["laptop", *(f"--{name.replace('_', '-')}={value}" for name, value in options.items()), *flags]
+def command(dataset, out_dir, **options):
+    small = {"n_layer": 1, "n_embd": 16, "block_size": 16, "batch_tokens": 64, "micro_batch": "auto", "lr": 1e-3}
+    brief = {"max_steps": 6, "warmup_steps": 2, "eval_every": 3, "eval_tokens": 64, "sample_every": 0}
+    return runs.command(dataset, out_dir, **small | brief | {"optimizer": "adamw"} | options)
 
 
 # ---------------------------------------------------------------------------------------------------------------- grid
@@ -179,7 +178,7 @@ def test_finished_runs_are_skipped_and_must_have_been_made_with_the_same_options
     out, _ = swept
     assert sweep.train_grid(out / "no_script.py", command(dataset, out), ["--lr=0.001"], parse) == 0
     assert "[1/1] lr=0.001: done before" in capfd.readouterr().out
-    with pytest.raises(UserError, match=r"holds a sweep made with --weight-decay 0.5 \(now 0.2\): use another --out"):
+    with pytest.raises(UserError, match=r"holds a sweep made with --weight-decay 0.3 \(now 0.2\): use another --out"):
         sweep.train_grid(SCRIPT, command(dataset, out, weight_decay=0.2), ["lr=1e-3"], parse)
     assert sweep.train_grid(SCRIPT, command(dataset, out, keep=1), ["lr=1e-3"], parse) == 0  # changes no loss
 

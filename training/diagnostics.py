@@ -58,12 +58,7 @@ class Diagnostics:
     autocast:   returns the context in which the model computes
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizers: list[torch.optim.Optimizer],
-        autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-    ):
+    def __init__(self, model: nn.Module, optimizers: list, autocast: Callable = contextlib.nullcontext):
         self.model, self.optimizers, self.autocast = model, optimizers, autocast
         self._reported = set()
 
