@@ -280,10 +280,7 @@ def format_cell(name: str, value: object) -> str:
 
 def plot(rows: list[dict], path: Path, title: str) -> None:
     """Draw a bar per row: milliseconds of both directions of a version, or tokens per second of a training run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     training = "tokens_per_s" in rows[0]
     rows = [row for row in rows if "not a speed" not in row.get("version", "") and (training or "both_ms" in row)]
@@ -293,14 +290,14 @@ def plot(rows: list[dict], path: Path, title: str) -> None:
     else:
         labels = [f"{row['operation']}: {row['version']}" for row in rows]
         values = [row["both_ms"] for row in rows]
-    figure, axes = plt.subplots(figsize=(10, 1.2 + 0.3 * len(rows)))
+    figure = Figure(figsize=(10, 1.2 + 0.3 * len(rows)))
+    axes = figure.subplots()
     bars = axes.barh(labels, values, color=["tab:orange" if "triton" in label else "tab:blue" for label in labels])
     axes.bar_label(bars, fmt="{:,.0f}" if training else "{:,.2f}", padding=3)
     axes.invert_yaxis()
     axes.set(title=title, xlabel="tokens per second" if training else "milliseconds, forward and backward")
     axes.margins(x=0.12)
     figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
 
 
 # --------------------------------------------------------------------------- command line

@@ -69,20 +69,16 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
 
-def test_without_a_gpu_or_the_interpreter_the_way_out_is_named():
-    code = "import kernels; print(kernels.unavailable(kernels.torch.device('cpu'))); kernels.select('gelu', 'cpu')"
-    done = run(code)
-    assert "they need a GPU and this run is on cpu" in done.stdout
-    assert "use --kernels none to train, or set TRITON_INTERPRET=1 to study the kernels on a CPU" in done.stderr
-    assert run(code, TRITON_INTERPRET="1").returncode == 0
-
-
-def test_a_kernel_called_without_a_gpu_or_the_interpreter_says_what_it_needs():
+def test_without_a_gpu_or_the_interpreter_imports_do_nothing_and_select_and_every_kernel_name_the_way_out():
     code = """
+import os
+before = dict(os.environ)
+from kernels import attention, cross_entropy, gelu, layernorm, select
 import torch
-from kernels import attention, cross_entropy, gelu, layernorm
+assert dict(os.environ) == before and not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
 x, ones, targets = torch.ones(4, 32), torch.ones(32), torch.arange(4)
 for call in (
+    lambda: select("gelu", "cpu"),
     lambda: layernorm.layer_norm(x, ones, ones, 1e-5),
     lambda: layernorm.add_layer_norm(x, x, ones, ones, 1e-5),
     lambda: gelu.linear_gelu(x, x, torch.ones(4)),
@@ -95,11 +91,14 @@ for call in (
     except ValueError as error:
         print(error)
 """
-    sentence = (
-        "Triton kernels cannot run on this tensor: they need a GPU and this run is on cpu; set TRITON_INTERPRET=1"
-    )
-    said = run(code).stdout.splitlines()
-    assert len(said) == 6 and all(line.startswith(sentence) for line in said)
+    done = run(code)
+    need = "they need a GPU and this run is on cpu"
+    selected, *called = done.stdout.splitlines()
+    cure = "use --kernels none to train, or set TRITON_INTERPRET=1 to study the kernels on a CPU"
+    assert selected == f"--kernels gelu asks for Triton kernels, but {need}: {cure}"
+    assert called == [f"Triton kernels cannot run on this tensor: {need}; set TRITON_INTERPRET=1 to use a CPU"] * 6
+    done = run(code, TRITON_INTERPRET="1")
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
 def test_without_the_package_triton_pytorch_does_the_work():
@@ -124,18 +123,6 @@ except ValueError as error:
     done = run(code)
     assert done.returncode == 0, done.stderr
     assert "the package triton is not installed: use --kernels none to train" in done.stdout
-
-
-def test_importing_the_kernels_does_nothing_else():
-    code = """
-import os, sys
-before = dict(os.environ)
-from kernels import attention, cross_entropy, gelu, layernorm
-import torch
-assert dict(os.environ) == before and not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
-"""
-    done = run(code)
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
 def outputs_and_gradients(function, given, differentiable, dtype):
