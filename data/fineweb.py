@@ -109,7 +109,7 @@ def prepare(
         tokens = sum(file.tokens for i in pending for file in groups[i])
         check_space(folder, tokens * token_dtype(chosen.vocab_size).itemsize)
         batches = read_batches(groups[i] for i in pending)
-        # Closed here, so that the processes and the progress bar have ended when an error is shown.
+        # Closed now, so that the processes and the progress bar have ended when an error is shown.
         with (
             closing(encode_in_order(batches, processes, json.dumps(chosen.spec()))) as encoded,
             closing(show_progress(encoded, tokens)) as shown,

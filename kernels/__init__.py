@@ -13,7 +13,7 @@ B sequences, T tokens, C channels, N = B * T rows, V vocabulary (weight and logi
     cross_entropy(logits, targets, vocab_size)              logits (N, >= V), (N,)  -> scalar mean loss, nats per token
     linear_cross_entropy(x, weight, targets, vocab_size)    x (N, C), (>= V, C)     -> the same, without logits
 
-The model receives these as one bundle and never asks which version it got.
+The model receives these as one bundle and does not know which versions are in it.
 """
 
 from collections.abc import Callable

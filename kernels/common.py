@@ -1,4 +1,4 @@
-"""What the four kernel files share: Triton or a stand-in, launch parameters per GPU, checks of tensors."""
+"""Shared by the four kernel files: Triton or a stand-in, launch parameters per GPU, checks of tensors."""
 
 import contextlib
 import contextvars
@@ -46,7 +46,7 @@ def device_guard(x: torch.Tensor) -> torch.accelerator.device_index:
     """
     Return a context that makes the GPU of x the current one, on which Triton launches. No effect on a CPU.
 
-    Raise ValueError if Triton cannot run there: every launch happens inside this context.
+    Raise ValueError if Triton cannot run on it: every launch happens inside this context.
     """
     if reason := unavailable(x.device):
         raise ValueError(f"Triton kernels cannot run on this tensor: {reason}; set TRITON_INTERPRET=1 to use a CPU")

@@ -246,7 +246,7 @@ LATE_LOSS = 1.0  # nats by which the last bin of positions may be worse than the
 
 def find_warnings(found: dict, vocab_size: int) -> dict[str, str]:
     """Return what looks wrong in a record, the dict "diagnostics" of a step: kind -> sentence."""
-    said = {
+    texts = {
         "updates": _check_updates(found["update_ratio"], found["schedule"]),
         "gradients": _check_gradients(found["gradient_std"]),
         "gelu": _check_fractions(found.get("gelu_dead"), MANY_DEAD, "GELU inputs are on the dead side"),
@@ -255,17 +255,17 @@ def find_warnings(found: dict, vocab_size: int) -> dict[str, str]:
     losses, loss, entropy, residual = (found[name] for name in ("loss_by_position", "loss", "entropy", "residual"))
     guess = math.log(vocab_size)
     if None in (found["logit_std"], *losses, *residual):
-        said["not_finite"] = "activations or predictions are not finite: the weights are lost"
+        texts["not_finite"] = "activations or predictions are not finite: the weights are lost"
     if None not in (entropy, *residual):
-        said["residual"] = _check_growth(residual, untrained=entropy > UNTRAINED * guess)
+        texts["residual"] = _check_growth(residual, untrained=entropy > UNTRAINED * guess)
     if None not in (loss, entropy, *losses):
         if loss > guess + GUESSING:
-            said["guessing"] = f"the loss, {loss:.2f}, is worse than a random guess, {guess:.2f}"
+            texts["guessing"] = f"the loss, {loss:.2f}, is worse than a random guess, {guess:.2f}"
         if loss > entropy + OVERCONFIDENT:
-            said["confidence"] = f"predictions are confident and wrong: loss {loss:.2f}, entropy {entropy:.2f}"
+            texts["confidence"] = f"predictions are confident and wrong: loss {loss:.2f}, entropy {entropy:.2f}"
         if len(losses) > 1 and losses[-1] > losses[-2] + LATE_LOSS:
-            said["position"] = f"loss {losses[-1]:.2f} at the end of a block, {losses[-2]:.2f} before: context harms"
-    return {kind: sentence for kind, sentence in said.items() if sentence}
+            texts["position"] = f"loss {losses[-1]:.2f} at the end of a block, {losses[-2]:.2f} before: context harms"
+    return {kind: sentence for kind, sentence in texts.items() if sentence}
 
 
 def _check_updates(ratios: dict[str, list], schedule: float | None) -> str:
@@ -399,13 +399,13 @@ def _draw_panel(axis, steps: list[int], found: list[dict], name: str, x: str) ->
 
 
 def _warnings_text(records: list[dict]) -> str:
-    """Return the newest sentence of every kind of warning, after the steps that it was said at."""
-    said = defaultdict(list)
+    """Return the newest sentence of every kind of warning, after the steps that gave it."""
+    texts = defaultdict(list)
     for record in records:
         for kind, sentence in record["diagnostics"]["warnings"].items():
-            said[kind].append((record["step"], sentence))
+            texts[kind].append((record["step"], sentence))
     lines = []
-    for (first, _), *_, (last, sentence) in ([cases[0], *cases] for cases in said.values()):
+    for (first, _), *_, (last, sentence) in ([cases[0], *cases] for cases in texts.values()):
         when = f"step {first:,}" if first == last else f"steps {first:,} to {last:,}"
         lines.append(textwrap.fill(f"{when}: {sentence}", 52))
     return "\n\n".join(lines)

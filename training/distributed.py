@@ -118,7 +118,7 @@ class Distributed:
     def shard(self, model: nn.Module, blocks: list[nn.Module]) -> None:
         """fsdp: shard the parameters of each block, and then those outside the blocks."""
         if self.mode == "fsdp":
-            from torch.distributed.device_mesh import init_device_mesh  # here: they take a second to import
+            from torch.distributed.device_mesh import init_device_mesh  # imported late: they take a second
             from torch.distributed.fsdp import fully_shard
 
             mesh = init_device_mesh(next(model.parameters()).device.type, (self.world_size,))

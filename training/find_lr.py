@@ -6,8 +6,8 @@ too high; the optimizer is never reset, since its moments are part of what a rat
 then it falls, stays low for a while, and rises again when steps become too long. The loss of a single step is noisy, so
 two exponential averages smooth it, both corrected for their start at zero, one from each end: their lags cancel.
 
-The rate with the lowest smoothed loss is the best one to stay at: steps are too short below it, and above it they undo
-what was learned. A run does not stay: --lr is the peak of a schedule whose mean is MEAN_RATE of the peak. So the
+The rate with the lowest smoothed loss is the best constant rate: below it steps are too short, above it they undo what
+was learned. A run's rate is not constant: --lr is the peak of a schedule whose mean is MEAN_RATE of the peak. So the
 suggestion is that rate divided by MEAN_RATE.
 
 With plain SGD, a tenth of that rate or the rate of steepest fall are common choices. For AdamW and Muon both are too
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from data.files import UserError, atomic_write
 
 LOW, HIGH, STEPS = 1e-5, 1.0, 200  # 40 steps per factor of ten
-EXPLODED = 4.0  # times the lowest smoothed loss: higher rates tell nothing more
+EXPLODED = 4.0  # times the lowest smoothed loss: stop, higher rates are useless
 WINDOW = 20  # the averages reach over a 20th of the sweep, a quarter of a factor of ten
 MEAN_RATE = 0.55  # mean of a cosine from 1 to 0.1
 VALLEY = 0.05  # fraction of the fall by which a rate may miss the lowest loss and still be good
@@ -52,7 +52,7 @@ def find(step_with_lr: Callable[[float], float], low: float = LOW, high: float =
     Sweep the learning rate from low to high, and suggest one.
 
     step_with_lr: trains one step at a rate and returns its loss, in nats per token; inf or nan if it diverged
-    Raise UserError if the losses tell nothing: they never fell, or diverged at once.
+    Raise UserError if the losses never fell, or diverged at once.
     """
     rates, losses, average, best = [], [], _Average(steps), math.inf
     for step in range(steps):

@@ -239,7 +239,7 @@ def score(
 ) -> str:
     """Score a model on HellaSwag.
 
-    Return a line that sums it up. The validation set is downloaded to datasets/hellaswag if it is not there.
+    Return a one-line summary. The validation set is downloaded to datasets/hellaswag if missing.
 
     Args:
         model: A run's folder, a checkpoint file, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a Hugging Face folder.

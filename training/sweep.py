@@ -5,7 +5,7 @@ Several runs, one after another: a grid of options (--sweep), or the ladder from
     --ladder                                  the six runs of RUNGS, in the folders 1-bigram and so on
 
 Every command line is parsed before the first run starts. A run is a child process with a folder of its own inside
---out-dir, and these folders are all that is remembered: the same command skips the runs whose log has reached
+--out-dir, and these folders are the only state: the same command skips the runs whose log has reached
 --max-steps, resumes the one that was interrupted and retries those that failed. Ctrl-C is passed on to the run in
 progress, which saves and ends. If a run fails, its error goes into the table and the others continue. Written after
 every run, WHAT being sweep or ladder:
@@ -35,7 +35,7 @@ from training.run import StopRequest, read_log
 
 Parse = Callable[[list[str]], object]  # a command line -> train_gpt2.Config
 RESERVED = {"out_dir", "resume", "sweep", "ladder", "plan", "find_lr"}  # a run of a sweep cannot choose these
-# these options leave the losses as they are: a finished run stays valid when they change
+# options that do not affect the losses: a finished run stays valid when they change
 WITHOUT_EFFECT = RESERVED | {
     "keep", "checkpoint_every", "sample_every", "hellaswag_every", "hellaswag_input", "diagnose", "profile", "wandb",
     "tensorboard",
@@ -206,7 +206,7 @@ def train_all(script: Path, runs: list[SweepRun], folder: Path, what: str) -> in
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"--{what} starts one process per run: call python train_gpt2.py, without torchrun")
     check_folder(runs, folder, what)
-    for name in {run.config.data for run in runs}:  # now, while its messages are shown, and only once
+    for name in {run.config.data for run in runs}:  # once, and while its messages are still shown
         prepare_if_missing(name)
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / ".lock", f"another process is writing to {folder}: wait for it, or use --out-dir"):
@@ -255,8 +255,8 @@ class SignalRelay(StopRequest):
     """
     Take SIGINT, SIGTERM and SIGHUP, and pass each on to `child` as SIGTERM; `signal` is the first.
 
-    The child has a process group of its own: if Ctrl-C reached it twice, from the terminal and from here, it would end
-    at once instead of saving.
+    The child has a process group of its own: if Ctrl-C reached it twice, from the terminal and from this process, it
+    would exit at once instead of saving.
     """
 
     def __enter__(self) -> "SignalRelay":
@@ -270,18 +270,18 @@ class SignalRelay(StopRequest):
         own_group = {"process_group": 0} if os.name == "posix" else {}
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         self.child = subprocess.Popen(command, **pipes, **own_group)
-        if self.signal:  # it came while the process began
+        if self.signal:  # it came while the process started
             self.child.terminate()
         return self.child
 
     def receive(self, number: int, _frame) -> None:
         self.signal = self.signal or number
-        if self.child is not None and os.name == "posix":  # elsewhere the terminal tells both
+        if self.child is not None and os.name == "posix":  # on Windows the terminal signals both
             self.child.terminate()
 
 
 def _train_one(script: Path, run: SweepRun, folder: Path, relay: SignalRelay) -> None:
-    """Train one run, showing its progress bar, and leave its records and error in `run`."""
+    """Train one run, showing its progress bar, and store its records and error in `run`."""
     child, tail = relay.start([sys.executable, str(script), *run.arguments, f"--out-dir={folder}"]), b""
     with child:
         while content := os.read(child.stderr.fileno(), 1 << 16):

@@ -89,13 +89,13 @@ def init_from(model: GPT, name: str, tokenizer_spec: dict) -> None:
     source, tokenizer = load(name)
     if tokenizer.spec() != tokenizer_spec:
         raise UserError(f"--init-from {name} has another tokenizer than --data: prepare the text with its tokenizer")
-    there, now = dataclasses.asdict(source.config), dataclasses.asdict(model.config)
-    differ = [field for field in SHAPE if there[field] != now[field]]
-    if differ and (differ != ["block_size"] or there["block_size"] < now["block_size"]):
-        pairs = ", ".join(f"{as_flag(field)} {there[field]} (now {now[field]})" for field in differ)
+    theirs, ours = dataclasses.asdict(source.config), dataclasses.asdict(model.config)
+    differ = [field for field in SHAPE if theirs[field] != ours[field]]
+    if differ and (differ != ["block_size"] or theirs["block_size"] < ours["block_size"]):
+        pairs = ", ".join(f"{as_flag(field)} {theirs[field]} (now {ours[field]})" for field in differ)
         raise UserError(f"--init-from {name} has another shape: {pairs}")
     weights = source.state_dict()
-    model.load_state_dict(weights | {WPE: weights[WPE][: now["block_size"]]})
+    model.load_state_dict(weights | {WPE: weights[WPE][: ours["block_size"]]})
 
 
 def from_state_dict(config: dict, weights: dict[str, Tensor], name: str, choose_ops: ChooseOps | None) -> GPT:
@@ -142,7 +142,7 @@ def _download(name: str) -> Path:
     """
     Return the path of a release's weights in huggingface_hub's cache, downloading them if missing.
 
-    huggingface_hub checks only the size of a download and trusts its cache, so the content is checked here, every time.
+    huggingface_hub checks only the size of a download and trusts its cache, so the sha256 is checked at every load.
     """
     revision, sha256 = RELEASES[name]
     repository, file_name = f"openai-community/{name}", "model.safetensors"
@@ -194,7 +194,7 @@ def transpose_conv1d(name: str, tensor: Tensor) -> Tensor:
 
 
 def _read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
-    """Return the tokenizer of a Hugging Face folder: the one that --export left there, else GPT-2's."""
+    """Return the tokenizer of a Hugging Face folder: the one that --export wrote, else GPT-2's."""
     tokenizer = gpt2()
     if (folder / SPEC).is_file():
         tokenizer = from_spec(_read_json(folder / SPEC))

@@ -36,7 +36,7 @@ LIMITS = {  # of --check, per kernel and NVIDIA target; AMD code is only compile
     "atomics": 0,  # add in a different order every time
     "compile_seconds": 30,
 }
-NARROWEST_BITS = 128  # of bulk accesses to global memory: the widest there is
+NARROWEST_BITS = 128  # of bulk accesses to global memory: the widest possible
 UNIQUE_OVER_COMPULSORY = 1.06  # partial sums, which weigh more if rows are few
 TENSOR_CORE = {"sm_90": "HGMMA"}  # for tl.dot; on other targets any tensor-core instruction will do
 AMPLIFICATION = 1.1  # bytes issued / compulsory bytes: rereads, mostly from a cache. Exceptions:

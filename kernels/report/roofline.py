@@ -20,7 +20,7 @@ from kernels.gpus import GPU, GPUS
 from kernels.report.shapes import Shape
 
 FAMILY = {operation: family for family, operations in FAMILIES.items() for operation in operations}
-REPRESENTATIVE_GPU = {  # architecture -> the GPU whose ceilings stand for it
+REPRESENTATIVE_GPU = {  # architecture -> the GPU whose ceilings represent it
     "sm_80": "A100",
     "sm_86": "RTX 3090",
     "sm_89": "RTX 4090",
@@ -133,7 +133,7 @@ def plot(kernels: dict[str, list[dict]], path: Path, title: str) -> None:
     """
     Draw operations per byte against operations per second, logarithmic: every kernel at the height of its ceiling.
 
-    kernels: by architecture; drawn are an A100 and an H100 if both are there, else the first
+    kernels: by architecture; sm_80 and sm_90 are drawn, or if neither is given the first
     """
     from matplotlib.figure import Figure
 
