@@ -12,8 +12,7 @@ from typing import Annotated
 
 import tyro
 
-from data import files
-from data.files import UserError, run_script
+from data.files import UserError, download, run_script
 from data.shards import summary, write_dataset
 from data.text import read_text, split_documents
 from data.tokenizer import choose
@@ -39,18 +38,16 @@ def prepare(
         tokenizer: Characters, GPT-2's tokens, or those of a file or folder that holds a tokenizer.
     """
     folder = folder or Path("datasets", f"shakespeare-{Path(tokenizer).stem}")
-    text = download(url) if input is None else read_input(input)
+    if input is None:
+        text = download(url, SHA256, "tiny Shakespeare", "python -m data.shakespeare --input FILE").decode()
+    else:
+        text = read_input(input)
     chosen = choose(tokenizer, text, documents=False)
     train, val = split_documents([text])
     splits = {"train": [chosen.encode(*train)], "val": [chosen.encode(*val)]}
     options = ["--out", folder, "--tokenizer", tokenizer] + (["--input", input] if input else [])
     command = "python -m data.shakespeare " + shlex.join(map(str, options))
     return summary(folder, write_dataset(folder, chosen, splits, command=command))
-
-
-def download(url: str) -> str:
-    """Return the text at `url`. Raise UserError if the download fails or has another checksum."""
-    return files.download(url, SHA256, "tiny Shakespeare", "python -m data.shakespeare --input FILE").decode()
 
 
 def read_input(path: Path) -> str:

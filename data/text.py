@@ -103,8 +103,7 @@ def split_documents(documents: list[str]) -> tuple[list[str], list[str]]:
 
 
 def documents_of(run: str | Path) -> set[str]:
-    """
-    Return the documents that a run was trained on. run: its folder or one of its checkpoints.
+    """Return the documents that a run was trained on. run: its folder or one of its checkpoints.
 
     Raise UserError if it is not a run, or if its training text is missing, has no documents, or is too large.
     """

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data.files import UserError
-from data.shakespeare import download, main, prepare
+from data.shakespeare import main, prepare
 from data.shards import open_split
 from data.tokenizer import from_spec, gpt2
 
@@ -55,7 +55,7 @@ def test_a_download_of_another_text_is_an_error(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_download_that_breaks_off_is_an_error():
+def test_a_download_that_breaks_off_is_an_error(tmp_path):
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             self.wfile.write(b"HTTP/1.0 200 OK\r\nContent-Length: 1115394\r\n\r\nFirst Citizen:")
@@ -66,7 +66,7 @@ def test_a_download_that_breaks_off_is_an_error():
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
         with pytest.raises(UserError, match="cannot download .*IncompleteRead.*--input FILE"):
-            download(f"http://127.0.0.1:{server.server_port}/input.txt")
+            prepare(tmp_path, url=f"http://127.0.0.1:{server.server_port}/input.txt")
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/in.txt", "file:///no/such/file", "http://no-such-host.invalid/"])
