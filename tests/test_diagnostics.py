@@ -344,7 +344,7 @@ def test_a_kind_of_warning_is_reported_once():
 
 
 def test_a_picture_of_a_thousand_diagnoses_shows_some_of_them_and_every_warning(tmp_path, monkeypatch):
-    figure = matplotlib.figure.Figure(layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(18, 14), layout="constrained")
     monkeypatch.setattr(matplotlib.figure, "Figure", lambda **options: figure)
     model, (inputs, targets) = small(1), batch()
     found = diagnosed(model, [torch.optim.AdamW(model.parameters(), lr=1e-4)], inputs, targets)
