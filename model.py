@@ -223,7 +223,7 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters()) - padding
 
     def flops_per_token(self) -> int:
-        """Return training FLOPs per token as in PaLM, appendix B: 6 (parameters - wpe) + 12 L C T."""
+        """Return training FLOPs per token as PaLM, appendix B: 6 (parameters - wpe) + 12 L C T."""
         c = self.config
         matmul_parameters = self.parameter_count() - self.transformer.wpe.weight.numel()
         return 6 * matmul_parameters + 12 * c.n_layer * c.n_embd * c.block_size

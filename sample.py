@@ -45,7 +45,7 @@ class SampleOptions:
     best_of: Annotated[int, tyro.conf.arg(metavar="N")] = 1
     """draw N samples and print the one with the highest mean log-probability per token"""
     new_only: bool = False
-    """for a run on documents, such as names: print only samples that are not in its training text"""
+    """for a run on documents, such as names: print only samples that its training text lacks"""
     temperature: float = 0.8
     """0 takes the most likely token every time"""
     top_k: int | None = None

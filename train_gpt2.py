@@ -2,7 +2,7 @@
 Train a GPT-2: one script from a laptop's two cores to several machines of eight GPUs.
 
     python train_gpt2.py laptop                                      minutes on two CPU cores
-    python train_gpt2.py shakespeare-char                            the 10.8M-parameter character GPT
+    python train_gpt2.py shakespeare-char                            a character GPT, 10.8M weights
     torchrun --standalone --nproc_per_node=8 train_gpt2.py gpt2-124m GPT-2 (124M)
     python train_gpt2.py laptop --help                               every option, with its default
 
@@ -233,7 +233,7 @@ def train_step(trainer: Trainer, inputs: Tensor, targets: Tensor, step: int) -> 
     if not math.isfinite(mean_loss) or not math.isfinite(grad_norm):
         raise UserError(
             f"step {step} has loss {mean_loss} and gradient norm {grad_norm}: stopped before the "
-            f"update, checkpoints in {config.out_dir} unchanged; lower --lr, or raise --warmup-steps"
+            f"update, checkpoints in {config.out_dir} unchanged; lower --lr or raise --warmup-steps"
         )
     for optimizer in trainer.optimizers:
         for group in optimizer.param_groups:

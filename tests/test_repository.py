@@ -170,6 +170,11 @@ def lines_with(pattern, paths):
     ]
 
 
+def test_the_scripts_and_the_model_fit_a_terminal_of_100_columns():
+    for name in ("train_gpt2.py", "sample.py", "model.py"):
+        assert max(map(len, text(ROOT / name).splitlines())) <= 100, name
+
+
 def test_spelling_is_american():
     words = [path for path in [*SOURCES, *READMES] if path != Path(__file__)]
     assert lines_with(BRITISH, words) == []
