@@ -29,8 +29,7 @@ def serve(repositories):
             server.requests.append((self.command, self.path))
             path = unquote(urlsplit(self.path).path)
             if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/revision/[^/]+)?", path):
-                files = repositories.get(match[1])
-                self.answer(files is not None and self.about(match[1], files))
+                self.answer(self.about(match[1], repositories[match[1]]) if match[1] in repositories else None)
             elif match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/[^/]+/?(.*)", path):
                 files = repositories[match[1]].items()
                 self.answer([entry(name, content) for name, content in files if name.startswith(match[2])])
@@ -58,8 +57,8 @@ def serve(repositories):
             return {"id": name, "sha": COMMIT, "siblings": siblings, **rest}
 
         def answer(self, content):
-            body = json.dumps(content or {"error": "not found"}).encode()
-            self.send(404 if content is None or content is False else 200, {"Content-Type": "application/json"}, body)
+            body = json.dumps({"error": "not found"} if content is None else content).encode()
+            self.send(404 if content is None else 200, {"Content-Type": "application/json"}, body)
 
         def send(self, status, headers, body):
             self.send_response(status)

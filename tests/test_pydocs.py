@@ -35,8 +35,7 @@ def test_every_topic_is_one_document_behind_an_end_of_text_token(dataset):
 def test_validation_is_about_a_tenth_and_shares_no_paragraph_with_training(dataset):
     folder, line = dataset
     train, val = documents(folder, "train"), documents(folder, "val")
-    share = len("".join(val)) / len("".join(train + val))
-    assert 0.05 < share < 0.2
+    assert 0.05 < len("".join(val)) / len("".join(train + val)) < 0.2
     seen = " ".join("".join(train).split())
     for document in val:
         for paragraph in document.split("\n\n"):

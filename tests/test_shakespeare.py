@@ -6,20 +6,15 @@ import threading
 from pathlib import Path
 
 import pytest
+from test_text import decoded
 
 from data.files import UserError
 from data.shakespeare import main, prepare
 from data.shards import open_split
-from data.tokenizer import from_spec, gpt2
+from data.tokenizer import gpt2
 
 REAL = Path(__file__).parents[1].parent / "shared" / "data" / "tinyshakespeare.txt"
 real = pytest.mark.skipif(not REAL.exists(), reason="needs the real tiny shakespeare")
-
-
-def text_of(folder, split):
-    opened = open_split(folder, split)
-    opened.verify()
-    return from_spec(opened.tokenizer_spec).decode(opened.read(0, opened.n_tokens))
 
 
 @real
@@ -34,7 +29,7 @@ def test_a_file_and_a_download_of_it_have_the_known_counts(tmp_path, capsys, tok
     for source in ({"input": REAL}, {"url": REAL.as_uri()}):
         assert prepare(tmp_path, tokenizer=tokenizer, **source).endswith(counts)
         assert capsys.readouterr().err == ""
-        assert text_of(tmp_path, "train") + text_of(tmp_path, "val") == REAL.read_text()
+        assert decoded(tmp_path, "train") + decoded(tmp_path, "val") == REAL.read_text()
 
 
 def test_another_text_of_your_own_is_used_with_a_note(tmp_path, capsys):
@@ -42,8 +37,8 @@ def test_another_text_of_your_own_is_used_with_a_note(tmp_path, capsys):
     path.write_text("ROMEO: What, ho!\n" * 10)
     prepare(tmp_path / "out", path, tokenizer="gpt2")
     assert "mine.txt is not the original tiny Shakespeare; continuing with it" in capsys.readouterr().err
-    assert text_of(tmp_path / "out", "train") + text_of(tmp_path / "out", "val") == path.read_text()
-    assert len(text_of(tmp_path / "out", "train")) == 153
+    assert decoded(tmp_path / "out", "train") + decoded(tmp_path / "out", "val") == path.read_text()
+    assert len(decoded(tmp_path / "out", "train")) == 153
     assert gpt2().eot not in open_split(tmp_path / "out", "train").read(0, 10)
 
 
@@ -76,7 +71,7 @@ def test_without_network_the_error_names_the_way_out_and_an_older_dataset_stays(
     prepare(tmp_path / "out", path)
     with pytest.raises(UserError, match="cannot download .*: give a copy of it with python -m .* --input FILE"):
         prepare(tmp_path / "out", url=url)
-    assert text_of(tmp_path / "out", "val") == "be"
+    assert decoded(tmp_path / "out", "val") == "be"
 
 
 def test_a_bad_input_file_is_named(tmp_path):
@@ -98,4 +93,4 @@ def test_the_command_writes_beside_where_it_stands(tmp_path, monkeypatch, capsys
     main()
     line = "datasets/shakespeare-char: char tokenizer, vocabulary 9, tokens: 17 train, 2 val\n"
     assert capsys.readouterr().out == line
-    assert text_of(tmp_path / "datasets" / "shakespeare-char", "train") == "To be, or not to "
+    assert decoded(tmp_path / "datasets" / "shakespeare-char", "train") == "To be, or not to "
