@@ -294,7 +294,7 @@ def choose_ops(config: Config, device: torch.device, say: Callable) -> Ops:
 
 @dataclasses.dataclass
 class Data:
-    """What a run reads: batches to train on, a split to validate on, and their tokenizer."""
+    """The data of a run: batches to train on, a split to validate on, and their tokenizer."""
 
     loader: Loader
     val_split: shards.Split

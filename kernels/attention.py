@@ -46,7 +46,7 @@ MAX_HEADS = 65_535  # sequences times heads per launch: CUDA's limit on the seco
 
 
 class Tile(NamedTuple):
-    """What one program works on at a time."""
+    """The block that a program processes at a time, and its warps."""
 
     queries: int  # BLOCK_Q
     keys: int  # BLOCK_K

@@ -1,1 +1,1 @@
-"""What surrounds a training step: devices, several processes, the run folder, diagnostics, experiments."""
+"""Everything around a training step: devices, processes, the run folder, diagnostics, experiments."""

@@ -163,7 +163,7 @@ def check_resume(folder: Path, resume: str, max_steps: int) -> None:
 
 
 def _resumes_itself(folder: Path, resume: str) -> bool:
-    """Tell whether a run that was started with another run's checkpoint has checkpoints of its own to resume from."""
+    """Return whether a run that was started with another run's checkpoint has checkpoints of its own to resume from."""
     if folder.resolve() in Path(resume).resolve().parents or not checkpoints(folder):
         return False
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -173,7 +173,7 @@ def _resumes_itself(folder: Path, resume: str) -> bool:
 
 
 def restarted_in(folder: Path) -> bool:
-    """Tell whether torchrun has restarted the ranks after they had begun to write to this folder. Rank 0's answer."""
+    """Return whether torchrun has restarted the ranks after they began to write to this folder. For rank 0."""
     path, again = folder / ".launch", int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     return again and path.exists() and path.read_text(encoding="utf-8") == launch_name()
 

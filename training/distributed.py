@@ -110,7 +110,7 @@ class Distributed:
         return value.item()
 
     def disagree(self, number: int) -> bool:
-        """Tell whether the ranks have different numbers. Collective."""
+        """Return whether the ranks have different numbers. Collective."""
         return self.all_reduce_max(number) != -self.all_reduce_max(-number)
 
     # --------------------------------------------------------------------------------------------- weights, gradients
