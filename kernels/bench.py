@@ -100,18 +100,18 @@ def liger() -> dict:
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
     from liger_kernel.ops.layer_norm import LigerLayerNormFunction
 
-    def layer_norm(x, weight, bias, eps):
-        return LigerLayerNormFunction.apply(x, weight, bias, eps)
+    layer_norm = LigerLayerNormFunction.apply
 
     def add_layer_norm(x, residual, weight, bias, eps):
         residual = residual + x
-        return LigerLayerNormFunction.apply(residual, weight, bias, eps), residual
+        return layer_norm(residual, weight, bias, eps), residual
 
     def linear_cross_entropy(x, weight, targets, vocab_size):
         loss = LigerFusedLinearCrossEntropyFunction.apply(x, weight[:vocab_size].to(x.dtype), targets)
         return loss[0] if isinstance(loss, tuple) else loss  # a tuple also holds the z loss and more
 
-    return {f.__name__: f for f in (layer_norm, add_layer_norm, linear_cross_entropy)}
+    found = {"layer_norm": layer_norm, "add_layer_norm": add_layer_norm}
+    return found | {"linear_cross_entropy": linear_cross_entropy}
 
 
 def first_line(error: Exception) -> str:
@@ -125,9 +125,9 @@ def time_operation(
     first, differentiable = arguments(operation, shape, dtype, str(device))
     copies = [first]
     if device.type == "cuda":
-        size = sum(a.numel() * a.element_size() for a in first if isinstance(a, torch.Tensor))
-        copies_needed = 4 * torch.cuda.get_device_properties(device).L2_cache_size // size
-        copies += [arguments(operation, shape, dtype, str(device))[0] for _ in range(copies_needed)]
+        size = sum(a.nbytes for a in first if isinstance(a, torch.Tensor))
+        more = 4 * torch.cuda.get_device_properties(device).L2_cache_size // size
+        copies += [arguments(operation, shape, dtype, str(device))[0] for _ in range(more)]
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     marks = []
     for repeat in range(-3, repeats):  # the first three compile and warm up
@@ -284,12 +284,9 @@ def plot(rows: list[dict], path: Path, title: str) -> None:
 
     training = "tokens_per_s" in rows[0]
     rows = [row for row in rows if "not a speed" not in row.get("version", "") and (training or "both_ms" in row)]
-    if training:
-        labels = [f"{row['kernels']}{', compiled' if row['compile'] else ''}" for row in rows]
-        values = [row["tokens_per_s"] for row in rows]
-    else:
-        labels = [f"{row['operation']}: {row['version']}" for row in rows]
-        values = [row["both_ms"] for row in rows]
+    labels = [f"{row['operation']}: {row['version']}" for row in rows if not training]
+    labels += [f"{row['kernels']}{', compiled' if row['compile'] else ''}" for row in rows if training]
+    values = [row["tokens_per_s" if training else "both_ms"] for row in rows]
     figure = Figure(figsize=(10, 1.2 + 0.3 * len(rows)))
     axes = figure.subplots()
     bars = axes.barh(labels, values, color=["tab:orange" if "triton" in label else "tab:blue" for label in labels])

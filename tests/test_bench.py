@@ -200,9 +200,6 @@ def test_a_training_run_that_stops_is_an_error_with_its_own_words(tmp_path):
 
 
 def test_tables_show_fractions_in_percent_and_big_numbers_whole():
-    assert [bench.format_cell("mfu", 0.5), bench.format_cell("ms", 1.25), bench.format_cell("tokens", 12345.6)] == [
-        "50.0%",
-        "1.250",
-        "12,346",
-    ]
+    cells = {("mfu", 0.5): "50.0%", ("ms", 1.25): "1.250", ("tokens", 12345.6): "12,346"}
+    assert [bench.format_cell(*cell) for cell in cells] == list(cells.values())
     assert bench.format_cell("mfu", None) == "" and report.table("t", [{"a": "x", "b": 1}]).splitlines()[-1] == "x  1"

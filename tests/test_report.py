@@ -16,14 +16,8 @@ from kernels import attention
 from kernels.common import emulate_gpu
 from kernels.gpus import GPUS, SOURCES
 from kernels.report import __main__ as report
-from kernels.report import roofline, traffic
-from kernels.report.machine_code import (
-    ARCHITECTURES,
-    MULTIPROCESSORS,
-    Multiprocessor,
-    programs_that_fit,
-    width_of_access,
-)
+from kernels.report import machine_code, roofline, traffic
+from kernels.report.machine_code import ARCHITECTURES, MULTIPROCESSORS, Multiprocessor
 from kernels.report.shapes import PRESETS, Shape, calls_per_step, parse_shape
 from model import GPT
 
@@ -75,10 +69,8 @@ def test_counted_bytes_are_those_of_a_formula_by_hand(counted, name):
 def test_the_minimum_is_each_input_once_and_each_output_once_without_partial_sums(counted):
     N, C, W = SMALL.N, SMALL.C, SMALL.W
     assert counted["add_layer_norm.forward"]["compulsory_bytes"] == N * C * 12 + 2 * C * 4 + N * 8
-    assert counted["add_layer_norm.backward"]["compulsory_bytes"] == N * C * 16 + C * 4 + N * 8
-    assert (
-        counted["add_layer_norm.backward"]["unique_bytes"] == N * C * 16 + C * 4 + N * 8 + math.ceil(N / 16) * 2 * C * 4
-    )
+    backward, sums = counted["add_layer_norm.backward"], math.ceil(N / 16) * 2 * C * 4
+    assert backward["compulsory_bytes"] == backward["unique_bytes"] - sums == N * C * 16 + C * 4 + N * 8
     assert counted["linear_gelu.backward"]["compulsory_bytes"] == N * 4 * C * 6 + 4 * C * 4
     assert counted["linear_cross_entropy.in_place"]["compulsory_bytes"] == N * W * 4 + N * 8 + N * 4
 
@@ -145,13 +137,10 @@ def test_each_gpu_gets_the_launches_of_its_own_row():
 @pytest.mark.parametrize("operation", list(calls_per_step(SMALL)))
 def test_the_rule_of_scaling_is_exact_at_other_sizes(operation, change):
     shape = dataclasses.replace(SMALL, **change)
-    predicted = traffic.scaled(
-        operation, shape, traffic.record_launches(operation, shape), traffic.small_runs(operation, shape)
-    )
+    launches, runs = traffic.record_launches(operation, shape), traffic.small_runs(operation, shape)
+    predicted = traffic.scaled(operation, shape, launches, runs)
     for kernel, found in traffic.measure(operation, shape).items():
-        assert {name: predicted[kernel][name] for name in traffic.FIGURES} == {
-            name: found[name] for name in traffic.FIGURES
-        }
+        assert [predicted[kernel][name] for name in traffic.FIGURES] == [found[name] for name in traffic.FIGURES]
 
 
 # ------------------------------------------------------------------------------------------------------- machine code
@@ -195,7 +184,7 @@ VOLTA = Multiprocessor(64, 32, 96 * 1024, 96 * 1024, shared_reserved=0)
 def test_occupancy_is_that_of_published_cases_and_of_each_limit(
     limits, threads, registers, shared_bytes, programs, percent
 ):
-    fit = programs_that_fit(limits, threads // 32, registers, shared_bytes)
+    fit = machine_code.programs_that_fit(limits, threads // 32, registers, shared_bytes)
     assert fit == programs and math.floor(100 * fit * threads / 32 / limits.warps + 0.5) == percent
 
 
@@ -213,7 +202,7 @@ def test_occupancy_is_that_of_published_cases_and_of_each_limit(
     ],
 )
 def test_the_width_of_an_access_is_read_from_its_opcode(opcode, expected):
-    assert width_of_access(opcode) == expected
+    assert machine_code.width_of_access(opcode) == expected
 
 
 PLANTED = '''
@@ -267,12 +256,8 @@ def planted(tmp_path_factory):
 
 def test_the_gate_catches_a_planted_regression_and_names_kernel_target_and_figure(planted):
     broken = report.broken_limits(*planted)
-    for name, words in (
-        ("spilling", "spills"),
-        ("spilling", "stack bytes"),
-        ("scalar_stores", "accesses of 32 bits"),
-        ("adding", "atomics"),
-    ):
+    planted_by = {"spills": "spilling", "stack bytes": "spilling", "accesses of 32 bits": "scalar_stores"}
+    for words, name in (planted_by | {"atomics": "adding"}).items():
         caught = [line.partition(" ")[0] for line in broken if words in line]
         assert caught == [name], words
     assert all(" on sm_80: " in line for line in broken)
@@ -281,12 +266,8 @@ def test_the_gate_catches_a_planted_regression_and_names_kernel_target_and_figur
 def test_the_gate_catches_shared_memory_tensor_cores_and_traffic(planted):
     kernels, code = planted
     (_, scalar, _) = kernels["sm_80"]
-    kernel = {
-        **scalar,
-        "flops": 1,
-        "loaded": 9 * scalar["compulsory_bytes"],
-        "unique_bytes": 2 * scalar["compulsory_bytes"],
-    }
+    least = scalar["compulsory_bytes"]
+    kernel = scalar | {"flops": 1, "loaded": 9 * least, "unique_bytes": 2 * least}
     found = {**code["sm_80"][1], "narrowest_bits": 128, "shared_bytes": 164 * 1024}
     broken = report.broken_limits({"sm_80": [kernel]}, {"sm_80": [found]})
     assert len(broken) == 4
