@@ -289,11 +289,6 @@ def wait_for(condition, seconds=60):
         time.sleep(0.005)
 
 
-def children_of(pid):
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
-    return [int(child) for child in found.split()]
-
-
 def alive(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text("utf-8").rsplit(")", 1)[1].split()[0] != "Z"
@@ -312,7 +307,8 @@ def test_killed_and_interrupted_it_resumes_and_ends_with_the_same_bytes(tmp_path
     out = tmp_path / "stopped"
     process = start(*command, out)
     wait_for(lambda: list(out.glob("train_00001_*")))  # in the middle of the second file
-    workers = children_of(process.pid)
+    listing = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    workers = listing.stdout.split()
     process.kill()
     process.communicate()
     wait_for(lambda: not any(map(alive, workers)))  # no process is left
@@ -348,11 +344,9 @@ def test_a_full_disk_is_refused_before_or_leaves_what_can_be_continued(tmp_path)
         mount -o remount,size=9m {disk} && {ours}; echo status $?
         cp {disk}/*.npy {disk}/*.json {tmp_path}"""
     command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script]
-    if shutil.which("unshare") is None or sys.platform != "linux":
-        pytest.skip("needs unshare")
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode and "status" not in done.stdout:
-        pytest.skip("this system grants no mount namespace")
+    done = subprocess.run(command, capture_output=True, text=True) if shutil.which(command[0]) else None
+    if done is None or (done.returncode and "status" not in done.stdout):
+        pytest.skip("needs unshare, and a system that grants a mount namespace")
     assert re.findall(r"status (\d+)", done.stdout) == ["2", "2", "0"], done.stderr
     errors = re.findall(r"error: (.*)", done.stderr)
     assert re.search(r"needs about .* GB more and its disk has .* GB free: make room, or give a folder", errors[0])
@@ -475,9 +469,8 @@ def test_ready_shards_are_downloaded_checked_and_no_dataset_until_all_are_intact
     assert len(sent) == 1 and f"{prefix}_train_000002.bin" in sent[0]  # the others were there
     names = [f"{prefix}_{shard}.bin" for shard in ("train_000001", "train_000002", "val_000000")]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [*names, "meta.json"]
-    train = open_split(tmp_path / "out", "train")
-    train.verify()
-    assert train.n_tokens == 6000 and train.baselines["unigram"] > 0
+    assert len(ids_in(tmp_path / "out")) == 6500
+    assert open_split(tmp_path / "out", "train").baselines["unigram"] > 0
     path = tmp_path / "out" / names[0]
     path.write_bytes(path.read_bytes()[:-2] + b"\0\0")
     with pytest.raises(UserError, match=f"{names[0]} is corrupt .*`python -m data.fineweb --pretokenized {name} --out"):
