@@ -48,9 +48,8 @@ def results(function, tensors: dict[str, Tensor], upstream: tuple[Tensor, ...], 
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     leaves = {f"d{name}": tensor for name, tensor in tensors.items() if tensor.requires_grad}
     used = outputs[: len(upstream)]
-    grads = torch.autograd.grad(
-        used, list(leaves.values()), [g.to(o.dtype) for g, o in zip(upstream, used, strict=True)]
-    )
+    upstream = [gradient.to(output.dtype) for gradient, output in zip(upstream, used, strict=True)]
+    grads = torch.autograd.grad(used, list(leaves.values()), upstream)
     return {f"output {i}": output.detach() for i, output in enumerate(outputs)} | dict(zip(leaves, grads, strict=True))
 
 

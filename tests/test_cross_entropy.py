@@ -17,9 +17,7 @@ from kernels.cross_entropy import (
     linear_cross_entropy_torch,
 )
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.* encountered in (exp2|log|log2|subtract|add)"
-)  # nan and inf, on purpose
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in (exp2|log|log2|subtract|add)")  # nan, inf: meant
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 UPSTREAM = (torch.tensor(-1.7, device=DEVICE),)  # of the loss: neither 1 nor positive
 
@@ -62,16 +60,8 @@ def check_linear(tensors, targets, V):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("N", "V", "width"),
-    [
-        (1, 1, 1),
-        (65, 2, 2),
-        (5, 65, 65),
-        (7, 65, 128),
-        (3, 8192, 8192),
-        (6, 8192, 20000),
-        (2, 50257, 50304),
-        (2, 50257, 50257),
-    ],
+    [(1, 1, 1), (65, 2, 2), (5, 65, 65), (7, 65, 128), (3, 8192, 8192), (6, 8192, 20000)]
+    + [(2, 50257, 50304), (2, 50257, 50257)],
 )
 def test_cross_entropy_is_as_right_as_pytorch_and_fills_every_element(N, V, width, dtype):
     with new_memory_is_nan():
@@ -118,9 +108,8 @@ def test_padded_columns_do_not_matter_and_get_no_gradient():
     with torch.no_grad():
         logits[:, 65:] = 1e4
     found = results(cross_entropy, {"logits": logits}, UPSTREAM, targets=targets, vocab_size=65)
-    bare = results(
-        cross_entropy, {"logits": logits.detach()[:, :65].requires_grad_()}, UPSTREAM, targets=targets, vocab_size=65
-    )
+    real = {"logits": logits.detach()[:, :65].requires_grad_()}
+    bare = results(cross_entropy, real, UPSTREAM, targets=targets, vocab_size=65)
     assert torch.equal(found["output 0"], bare["output 0"])
     assert (found["dlogits"][:, 65:] == 0).all()
     tensors = make_linear(5, 16, 65, 128, torch.bfloat16)
@@ -135,10 +124,8 @@ def test_rows_left_out_get_no_gradient_and_an_empty_batch_is_0_rather_than_nan()
     for nothing in (torch.full_like(targets, IGNORE), targets[:0]):
         N = len(nothing)
         tensors["x"] = tensors["x"].detach()[:N].requires_grad_()
-        for function, inputs in (
-            (linear_cross_entropy, tensors),
-            (cross_entropy, {"logits": make_logits(N, 128, torch.float32)}),
-        ):
+        logits = {"logits": make_logits(N, 128, torch.float32)}
+        for function, inputs in ((linear_cross_entropy, tensors), (cross_entropy, logits)):
             with new_memory_is_nan():
                 found = results(function, inputs, UPSTREAM, targets=nothing, vocab_size=65)
             assert all((number == 0).all() for number in found.values())
@@ -303,12 +290,8 @@ def test_reference_is_pytorch_in_float64_and_differentiable():
     ],
 )
 def test_a_wrong_argument_is_named(change, sentence):
-    right = {
-        "x": torch.zeros(3, 8),
-        "weight": torch.ones(16, 8),
-        "targets": torch.zeros(3, dtype=torch.int64),
-        "vocab_size": 16,
-    }
+    right = {"x": torch.zeros(3, 8), "weight": torch.ones(16, 8)}
+    right |= {"targets": torch.zeros(3, dtype=torch.int64), "vocab_size": 16}
     with pytest.raises(ValueError, match=sentence):
         linear_cross_entropy(**right | change)
     with pytest.raises(ValueError, match="logits must be two-dimensional with one target per row"):

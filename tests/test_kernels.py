@@ -142,10 +142,8 @@ def all_equal(a, b):
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_the_same_input_gives_the_same_bits(operation):
     given = arguments(operation, Shape(B=1, T=150, C=64, H=2, L=1, V=300), torch.float16, DEVICE)
-    first, second = (
-        outputs_and_gradients(getattr(select("all", DEVICE), operation), *given, torch.float16) for _ in range(2)
-    )
-    assert all_equal(first, second)
+    function = getattr(select("all", DEVICE), operation)
+    assert all_equal(*(outputs_and_gradients(function, *given, torch.float16) for _ in range(2)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

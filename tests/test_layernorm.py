@@ -5,13 +5,7 @@ import torch
 from accuracy import DEVICE, before_a_wall, check_all, far_rows, new_memory_is_nan, plain_memory, results
 
 from kernels import layernorm
-from kernels.layernorm import (
-    add_layer_norm,
-    add_layer_norm_torch,
-    layer_norm,
-    layer_norm_reference,
-    layer_norm_torch,
-)
+from kernels.layernorm import add_layer_norm, add_layer_norm_torch, layer_norm, layer_norm_reference, layer_norm_torch
 
 EPS = 1e-5
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
