@@ -136,7 +136,8 @@ def write_samples(options: SampleOptions) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character of the text
+    if sys.stdout:  # None if closed
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character of the text
     with exit_on_user_error():
         startup.end()
         options = parse_options(lambda: tyro.cli(SampleOptions, args=arguments))

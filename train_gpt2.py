@@ -44,7 +44,7 @@ from training import plan as planner
 from training import sweep as sweeps
 from training.checkpoint import check_resume, checkpoints, restarted_in, starting_point
 from training.distributed import Distributed, Mode
-from training.optimizer import learning_rate, make_optimizers
+from training.optimizer import learning_rate, make_optimizers, mean_learning_rate
 from training.pace import Pace, matmul_speed
 from training.run import Run, StopRequest, profiler, require
 
@@ -495,7 +495,8 @@ def find_learning_rate(config: Config, dist: Distributed) -> int:
 
     # AdamW comes last, and its rate keeps its distance from Muon's during the sweep
     ratio = trainer.optimizers[-1].param_groups[0]["lr_ratio"]
-    lr_finder.run_finder(loss_at, Path(config.out_dir), dist.rank > 0, ratio)
+    mean_rate = mean_learning_rate(config) / config.lr
+    lr_finder.run_finder(loss_at, Path(config.out_dir), dist.rank > 0, ratio, mean_rate)
     return 0
 
 
@@ -540,7 +541,8 @@ def parse(arguments: list[str]) -> Config:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line, sys.argv by default; one rank of several under torchrun."""
-    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character of a sample
+    if sys.stdout:  # None if closed
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character of a sample
     with files.exit_on_user_error():
         startup.end()
         arguments, grid = sweeps.take_grid(sys.argv[1:] if arguments is None else arguments)

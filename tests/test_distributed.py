@@ -9,11 +9,13 @@ from pydoc_data.topics import topics
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hellaswag_questions import write_questions
 from runs import ROOT, assert_same_run, command, curve, finished, torchrun, train, wait_for_step
 
 from data import fineweb, text
 from training.checkpoint import newest_checkpoint
+from training.distributed import Distributed
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +145,15 @@ def test_processes_that_see_other_data_say_so_before_the_first_step(tmp_path):
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0 and "the ranks see different files in" in errors
     assert not (tmp_path / "0" / "run").exists()
+
+
+def test_a_state_is_loaded_with_the_options_of_the_optimizer_that_takes_it():
+    """AdamW keeps "step" on the CPU unless it is fused: a state saved without must suit one that is."""
+    weight = torch.nn.Parameter(torch.ones(4))
+    weight.grad = torch.ones(4)
+    saved, own = torch.optim.AdamW([weight], lr=0.1), torch.optim.AdamW([weight], lr=0.5, fused=True, weight_decay=0.25)
+    saved.step()
+    Distributed().load_optimizer_state(own, saved.state_dict())
+    assert own.param_groups[0]["fused"] and own.param_groups[0]["lr"] == 0.5
+    assert own.param_groups[0]["weight_decay"] == 0.25 and own.state[weight]["step"].item() == 1
+    own.step()

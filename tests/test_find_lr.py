@@ -107,6 +107,8 @@ def test_the_picture_marks_the_minimum_also_when_the_loss_explodes(tmp_path):
     result = find_lr.find(quadratic(), 1e-6, 10.0, 300)
     assert result.smooth[result.lowest] == min(result.smooth)
     assert result.suggestion == pytest.approx(result.rates[result.lowest] / find_lr.MEAN_RATE, rel=0.05)
+    flat = find_lr.find(quadratic(), 1e-6, 10.0, 300, mean_rate=1.0)  # a schedule that never falls
+    assert flat.suggestion == pytest.approx(result.rates[result.lowest], rel=0.05)
     find_lr.draw(result, tmp_path / "find_lr.png", "a bowl")
     assert (tmp_path / "find_lr.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["find_lr.png"]

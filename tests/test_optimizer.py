@@ -182,6 +182,7 @@ def test_the_linear_schedule_is_flat_after_the_warmup_then_falls_to_the_last_ste
     rates = [optimizer.learning_rate(step, config) for step in range(1, 111)]
     assert rates[0] == pytest.approx(0.1) and rates[9:55] == [1.0] * 46
     assert rates[82] == pytest.approx(27 / 55) and rates[109] == 0.0
+    assert optimizer.mean_learning_rate(config) == pytest.approx(sum(rates) / 110) == pytest.approx(0.70, abs=0.01)
     falls = [a - b for a, b in itertools.pairwise(rates[54:])]
     assert falls == pytest.approx([1 / 55] * 55)
     all_of_it = dataclasses.replace(config, decay_fraction=1.0)  # no flat part: it falls from the end of the warmup on

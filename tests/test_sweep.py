@@ -206,7 +206,7 @@ def test_ctrl_c_lets_the_run_save_ends_the_sweep_and_the_same_command_resumes(da
     assert process.returncode == 130 and "not finished" in shown and "the same command resumes" in shown
     done = log.read_bytes().count(b"\n")
     assert 3 <= done < 30
-    assert [path.name for path in log.parent.glob("checkpoints/*.pt")] == [f"step_{done:06d}.pt"]
+    assert max(path.name for path in log.parent.glob("checkpoints/*.pt")) == f"step_{done:06d}.pt"
     assert not (tmp_path / "lr=0.01").exists()
 
     assert sweep.train_grid(SCRIPT, arguments, ["lr=1e-3"], parse) == 0

@@ -128,9 +128,10 @@ def test_a_signal_saves_and_the_same_command_goes_on_bit_for_bit(dataset, tmp_pa
     process = start(command(dataset, out, **FORTY))
     wait_for_step(process, out, 20)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    shown, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number, errors
     stopped_at = newest_checkpoint(out)[1]["step"]
+    assert f"{stopped_at} of 40: the same command resumes" in shown
     assert stopped_at == read_log(out)[-1]["step"] and 20 <= stopped_at < 40
     assert train(dataset, out, **FORTY) == 0
     assert_same_run(straight, out)

@@ -188,6 +188,6 @@ class Distributed:
             return value.clone() if isinstance(value, Tensor) and parameter.device.type == "cpu" else value
 
         moments = {i: {k: placed(k, v, parameters[i]) for k, v in held.items()} for i, held in state["state"].items()}
-        optimizer.load_state_dict({**state, "state": moments})
-        for group, options in zip(optimizer.param_groups, own, strict=True):
-            group.update(options)
+        # own options go in first: they decide on which device AdamW keeps "step"
+        groups = [{**saved, **options} for saved, options in zip(state["param_groups"], own, strict=True)]
+        optimizer.load_state_dict({"state": moments, "param_groups": groups})

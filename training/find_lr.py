@@ -7,8 +7,8 @@ then it falls, stays low for a while, and rises again when steps become too long
 two exponential averages smooth it, both corrected for their start at zero, one from each end: their lags cancel.
 
 The rate with the lowest smoothed loss is the best constant rate: below it steps are too short, above it they undo what
-was learned. A run's rate is not constant: --lr is the peak of a schedule whose mean is MEAN_RATE of the peak. So the
-suggestion is that rate divided by MEAN_RATE.
+was learned. A run's rate is not constant: --lr is the peak of a schedule whose mean is a fraction of it, MEAN_RATE if
+nothing else is given. The suggestion is that rate divided by the fraction.
 
 With plain SGD, a tenth of that rate or the rate of steepest fall are common choices. For AdamW and Muon both are too
 low: their steps are as long as the rate says, whatever the gradient, so any rate achieves most of the early fall.
@@ -47,11 +47,18 @@ class Result:
     reason: str
 
 
-def find(step_with_lr: Callable[[float], float], low: float = LOW, high: float = HIGH, steps: int = STEPS) -> Result:
+def find(
+    step_with_lr: Callable[[float], float],
+    low: float = LOW,
+    high: float = HIGH,
+    steps: int = STEPS,
+    mean_rate: float = MEAN_RATE,
+) -> Result:
     """
     Sweep the learning rate from low to high, and suggest one.
 
     step_with_lr: trains one step at a rate and returns its loss, in nats per token; inf or nan if it diverged
+    mean_rate:    mean of a run's schedule over its peak
     Raise UserError if the losses never fell, or diverged at once.
     """
     rates, losses, average, best = [], [], _Average(steps), math.inf
@@ -75,11 +82,11 @@ def find(step_with_lr: Callable[[float], float], low: float = LOW, high: float =
         raise UserError(f"the loss fell by {fall:.3f} nats while {rise}: look at the data, or raise --batch-tokens")
     reason = (
         f"the smoothed loss is lowest at {rates[lowest]:.1e}, {smooth[lowest]:.2f} nats per token, and a run's mean "
-        f"rate is {MEAN_RATE} of its peak; the loss is good from {rates[first]:.1e} to {rates[last]:.1e}"
+        f"rate is {mean_rate:.2f} of its peak; the loss is good from {rates[first]:.1e} to {rates[last]:.1e}"
     )
     if lowest == len(smooth) - 1:
         reason += "; it was still falling at the end, so a higher rate may be better"
-    suggestion = float(f"{rates[lowest] / MEAN_RATE:.1e}")
+    suggestion = float(f"{rates[lowest] / mean_rate:.1e}")
     return Result(rates, losses, smooth, lowest, (rates[first], rates[last]), suggestion, reason)
 
 
@@ -133,13 +140,20 @@ def draw(result: Result, path: Path, title: str) -> None:
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=100))
 
 
-def run_finder(loss_at: Callable[[float, int], float], folder: Path, quiet: bool, adamw_ratio: float = 1.0) -> None:
+def run_finder(
+    loss_at: Callable[[float, int], float],
+    folder: Path,
+    quiet: bool,
+    adamw_ratio: float = 1.0,
+    mean_rate: float = MEAN_RATE,
+) -> None:
     """
     Sweep with a progress bar, draw find_lr.png in `folder`, and print the suggestion.
 
     loss_at: trains step 1, 2, ... at a rate and returns its loss, in nats per token; UserError if it diverged
     quiet:   sweep only; for every rank but 0
     adamw_ratio: --adamw-lr over --lr, which the sweep keeps: with Muon, both are suggested
+    mean_rate: mean of a run's schedule over its peak
     """
     seconds = 0.1 if sys.stderr.isatty() else 10.0  # between refreshes: a log file needs few
     with tqdm(total=STEPS, unit="step", mininterval=seconds, disable=quiet, dynamic_ncols=True) as bar:
@@ -152,7 +166,7 @@ def run_finder(loss_at: Callable[[float, int], float], folder: Path, quiet: bool
             except UserError:
                 return math.inf
 
-        result = find(step_with_lr)
+        result = find(step_with_lr, mean_rate=mean_rate)
     if not quiet:
         folder.mkdir(parents=True, exist_ok=True)
         draw(result, folder / "find_lr.png", f"{folder.name}: learning rates")

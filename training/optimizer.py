@@ -53,6 +53,11 @@ def learning_rate(step: int, config) -> float:
     return low + (config.lr - low) * left
 
 
+def mean_learning_rate(config) -> float:
+    """Return the mean of `learning_rate` over a run's steps. config: train_gpt2.Config"""
+    return sum(learning_rate(step, config) for step in range(1, config.max_steps + 1)) / config.max_steps
+
+
 # ---------------------------------------------------------------------------------------------------- parameter groups
 
 

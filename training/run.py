@@ -72,7 +72,7 @@ class Run:
         _write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
         _write_text(folder / "log.jsonl", "".join(json.dumps(record) + "\n" for record in self.records))
         _drop_samples(folder / "samples.txt", step)
-        self._services = _services(config, folder)
+        self._services, self._max_steps = _services(config, folder), config["max_steps"]
         self._log = (folder / "log.jsonl").open("a", encoding="utf-8")
         self._pace, self._sample = pace or Pace(config["max_steps"] - step), None
         self._val = next((f" val {r['val_loss']:.3f}" for r in reversed(self.records) if "val_loss" in r), "")
@@ -136,6 +136,8 @@ class Run:
             "time in training steps": f"{minutes // 60} h {minutes % 60} min {seconds} s",
             "tokens/s, median": f"{statistics.median(measured('tokens_per_s')):,.0f}",
         }
+        if last["step"] < self._max_steps:
+            rows["steps"] += f" of {self._max_steps:,}: the same command resumes"
         if mfu := measured("mfu"):
             rows["MFU, median"] = f"{statistics.median(mfu):.1%}"
         if memory := measured("memory_gb"):
