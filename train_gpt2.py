@@ -511,7 +511,9 @@ def launch(config: Config) -> int:
         hellaswag.prepare_if_missing(config.hellaswag_input)
     gpus = torch.cuda.is_available() and config.device != "cpu"
     with dist.process_group(gpus), devices.explain_out_of_memory():
-        return find_learning_rate(config, dist) if config.find_lr else train(config, dist)
+        status = find_learning_rate(config, dist) if config.find_lr else train(config, dist)
+    dist.end_process(status)
+    return status
 
 
 def show_plan(config: Config) -> int:

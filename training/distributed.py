@@ -68,6 +68,18 @@ class Distributed:
             raise
         dist.destroy_process_group()
 
+    def end_process(self, status: int) -> None:
+        """
+        End one of several processes at once, with its output flushed; do nothing in a single one.
+
+        gloo's threads outlive the process group. If one still has a tensor to release while the interpreter shuts
+        down, it aborts the process, and torchrun takes the finished run for a failed one.
+        """
+        if self.world_size > 1:
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                stream.flush()
+            os._exit(status)
+
     def _agreed_name(self, store: dist.Store) -> str:
         """Return a name for the group, the same on all ranks, once all have joined.
 
