@@ -273,6 +273,7 @@ def check_options(config: Config, dist: Distributed) -> None:
     """Raise UserError now for what would fail only after the data, many GB, is prepared."""
     config.sequences_per_rank(dist.world_size)
     device = devices.choose_device(config.device, dist)
+    devices.check_machine(config, device, dist)
     with as_user_error():
         choose_ops(config, device, say=lambda sentence: None)
     folder, source = Path(config.out_dir), config.init_from

@@ -85,7 +85,10 @@ def select(
     """
     device_reason, reasons = unavailable(torch.device(device)), unsupported(n_embd, n_head, dropout)
     if names == "auto":
-        on_gpu = torch.device(device).type == "cuda" and not device_reason
+        on_gpu = torch.device(device).type == "cuda"
+        if on_gpu and device_reason:
+            say(f"--kernels auto leaves every family to PyTorch: {device_reason}")
+            on_gpu = False
         chosen = [family for family in FAMILIES if on_gpu and family not in reasons]
         for family, reason in reasons.items() if on_gpu else ():
             say(f"--kernels auto leaves {family} to PyTorch: {reason}")

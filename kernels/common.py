@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import torch
 
+from kernels import machine
+
 
 class _Missing:
     """Stand in for triton and tl while kernel files are imported: every attribute and every call is itself."""
@@ -27,6 +29,7 @@ except ModuleNotFoundError:  # no Triton wheel for macOS and Windows: kernels ca
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what every kernel reads and writes
 Row = TypeVar("Row")
+_missing_for_triton = functools.cache(machine.missing_for_triton)  # asked at every launch
 _emulated_gpu = contextvars.ContextVar("emulate_gpu", default="sm_80")
 
 
@@ -37,8 +40,10 @@ def unavailable(device: torch.device) -> str:
     """Return why Triton kernels cannot run on tensors of this device, or "" if they can."""
     if isinstance(triton, _Missing):
         return "the package triton is not installed"
-    if device.type == "cuda" or triton.knobs.runtime.interpret:
+    if triton.knobs.runtime.interpret:
         return ""
+    if device.type == "cuda":
+        return _missing_for_triton()
     return f"they need a GPU and this run is on {device.type}"
 
 

@@ -3,12 +3,15 @@
 import contextlib
 import gc
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 
 from data.files import UserError, as_user_error
+from kernels import machine
+from kernels.common import unavailable
 from kernels.gpus import named_gpu
 from training.distributed import Distributed
 
@@ -20,7 +23,10 @@ def choose_device(name: str, dist: Distributed = Distributed()) -> torch.device:
     if name.startswith("cuda:") and dist.world_size > 1:
         raise UserError(f"--device {name} would put every rank on one GPU: use --device cuda, each rank takes its own")
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
+        with warnings.catch_warnings(action="ignore"):  # the sentence of unseen_gpu() says it better
+            name = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
+        if name == "cpu" and (reason := machine.unseen_gpu()):
+            raise UserError(f"{reason}, or use --device cpu to train without it")
     if name == "cuda":
         name = f"cuda:{dist.local_rank}"
     try:
@@ -34,6 +40,15 @@ def choose_device(name: str, dist: Distributed = Distributed()) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+def check_machine(config, device: torch.device, dist: Distributed) -> None:
+    """Raise UserError if the first step on this device would fail, or if several ranks would train a GPT-2 on CPUs."""
+    if device.type == "cuda" and config.compile and (reason := unavailable(device)):
+        raise UserError(f"--compile on a GPU is done by Triton, but {reason}: or use --no-compile --kernels none")
+    if config.device == "auto" and device.type == "cpu" and dist.world_size > 1 and config.n_embd >= 768:
+        found = f"torchrun started {dist.world_size} processes, but PyTorch finds no GPU"
+        raise UserError(f"{found}: see what nvidia-smi reports, or use --device cpu if you mean to train on CPUs")
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
