@@ -28,7 +28,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -38,7 +37,7 @@ from data.loader import Loader, evaluation_windows, read_windows
 from data.tokenizer import Tokenizer, from_spec
 from kernels import Ops, families, select
 from model import GPT, GPTConfig, sample_text
-from training import curves, devices, diagnostics, hellaswag, weights
+from training import command_line, curves, devices, diagnostics, hellaswag, weights
 from training import find_lr as lr_finder
 from training import plan as planner
 from training import sweep as sweeps
@@ -55,16 +54,25 @@ from training.run import Run, StopRequest, profiler, require
 class Config:
     """Train a GPT-2."""
 
+    # data
     data: str = "fineweb-edu-10B"  # pydocs, shakespeare-char, fineweb-edu-..., a folder of shards
     out_dir: str = "runs/gpt2-124m"  # folder of the run
+
+    # model
     n_layer: int = 12  # blocks; 0: a bigram model
     n_head: int = 12  # attention heads per block
     n_embd: int = 768  # channels
     block_size: int = 1024  # tokens per sequence
     dropout: float = 0.0  # probability; masks depend on seed, step, rank and --micro-batch
+
+    # batch and steps
     batch_tokens: int = 524_288  # tokens per optimizer step, over all ranks and micro-steps
     micro_batch: int | Literal["auto"] = "auto"  # sequences at once; auto: as many as memory holds
     max_steps: int = 18_795  # optimizer steps; 18,795 are one pass over FineWeb-Edu's 10B sample
+    seed: int = 1337  # of initialization, data order, dropout and samples
+    shuffle: bool = True  # new order of sequences in every epoch; else the order on disk
+
+    # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: the blocks' matrices; rest: AdamW
     lr: float = 6e-4  # peak learning rate
     adamw_lr: float | None = None  # with muon: peak rate of AdamW's parameters; default: --lr
@@ -75,31 +83,37 @@ class Config:
     zero_init: bool = False  # start every block as the identity: both c_proj at 0
     weight_decay: float = 0.1  # of matrices; biases and LayerNorms never decay
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
-    seed: int = 1337  # of initialization, data order, dropout and samples
-    shuffle: bool = True  # new order of sequences in every epoch; else the order on disk
+
+    # evaluation
     eval_every: int = 250  # steps between validations; 0: only at the end
     eval_tokens: int = 10_485_760  # validation tokens, the same every time; at most the split
     hellaswag_every: int = 1000  # steps between HellaSwag evaluations, and at the end; 0: never
     hellaswag_input: str = ""  # questions in HellaSwag's format; default: its validation set
     sample_every: int = 1000  # steps between samples; 0: only at the end
+
+    # run
     checkpoint_every: int = 1000  # steps between checkpoints; the last step always writes one
     keep: int = 3  # newest checkpoints to keep
     resume: str = "auto"  # auto: if --out-dir has a run; never: move it aside; or a checkpoint
     init_from: str = ""  # initial weights: gpt2, ..., gpt2-xl, a run, or a Hugging Face folder
+    diagnose: int = 0  # steps between diagnoses of every layer (diagnostics.png); 0: off
+    profile: bool = False  # write a torch.profiler trace of steps 6 to 8 to trace.json
+    wandb: bool = False  # log to Weights & Biases too
+    tensorboard: bool = False  # log to TensorBoard too
+
+    # hardware
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; auto: bfloat16 if fast
     tf32: bool = True  # on a GPU, PyTorch's float32 matrix products in TF32 (10-bit mantissa)
     kernels: str = "auto"  # all, none, auto (all on GPU), or layernorm,gelu,attention,cross_entropy
     compile: bool = True  # torch.compile the model
     parallel: Mode = "ddp"  # zero1: shard the optimizer state; fsdp: weights and gradients too
-    diagnose: int = 0  # steps between diagnoses of every layer (diagnostics.png); 0: off
+
+    # other commands, instead of training
     plan: bool = False  # only print the memory, time, cost and disk space of the run
     find_lr: bool = False  # only try learning rates, draw find_lr.png and suggest one
     sweep: tuple[str, ...] = ()  # train a grid of runs: --sweep lr=1e-4,3e-4 n_layer=4,6
     ladder: bool = False  # train six models on tiny shakespeare, from a bigram to a small GPT
-    profile: bool = False  # write a torch.profiler trace of steps 6 to 8 to trace.json
-    wandb: bool = False  # log to Weights & Biases too
-    tensorboard: bool = False  # log to TensorBoard too
 
     def __post_init__(self):
         above_zero = ["block_size", "batch_tokens", "micro_batch", "max_steps", "lr", "eval_tokens"]
@@ -528,18 +542,8 @@ def show_plan(config: Config) -> int:
     return 0
 
 
-def show_presets() -> int:
-    """No arguments: print the presets, each with its command. Return exit status 2."""
-    for name, (text, config) in PRESETS.items():
-        several = "torchrun --standalone --nproc_per_node=8"
-        start = several if config.batch_tokens > 100_000 else "python"
-        print(f"{name}: {text}\n    {start} train_gpt2.py {name}", file=sys.stderr)
-    print("python train_gpt2.py PRESET --help shows every option", file=sys.stderr)
-    return 2
-
-
 def parse(arguments: list[str]) -> Config:
-    return tyro.extras.overridable_config_cli(PRESETS, prog="train_gpt2.py", args=arguments)
+    return command_line.parse(arguments, PRESETS)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -549,9 +553,11 @@ def main(arguments: list[str] | None = None) -> None:
     with files.exit_on_user_error():
         startup.end()
         arguments, grid = sweeps.take_grid(sys.argv[1:] if arguments is None else arguments)
-        if not arguments and grid is None:
-            raise SystemExit(show_presets())
-        config = files.parse_options(lambda: parse(arguments))
+        if not arguments or {"-h", "--help"} & set(arguments):
+            print(command_line.show(arguments, PRESETS))
+            return
+        arguments = command_line.read_words(arguments, PRESETS)
+        config = parse(arguments)
         chosen = [as_flag(name) for name in ("plan", "find_lr", "ladder") if getattr(config, name)]
         chosen += ["--sweep"] if grid is not None else []
         if len(chosen) > 1:

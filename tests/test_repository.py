@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import tyro
 from runs import ROOT
 
 import kernels
 import train_gpt2
+from training.sweep import take_grid
 
 SOURCES = sorted(path for path in ROOT.glob("**/*.py") if not {".venv", "runs"} & set(path.relative_to(ROOT).parts))
 PRODUCT = [path for path in SOURCES if path.parent != ROOT / "tests"]
@@ -229,8 +229,7 @@ def test_a_command_of_a_readme_exists_with_its_options(line):
         if arguments[-1] == "--help":
             assert arguments[0] in train_gpt2.PRESETS
         else:
-            config = tyro.extras.overridable_config_cli(train_gpt2.PRESETS, args=arguments)
-            assert isinstance(config, train_gpt2.Config)
+            assert isinstance(train_gpt2.parse(take_grid(arguments)[0]), train_gpt2.Config)
     elif words[0] == "python":
         if words[1] == "-m":
             target, rest = words[1:3], words[3:]

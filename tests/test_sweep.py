@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import runs
-import tyro
 from matplotlib.figure import Figure
 
 import train_gpt2
@@ -22,10 +21,6 @@ from model import GPT
 from training import sweep
 
 SCRIPT = Path(train_gpt2.__file__)
-
-
-def parse(arguments):
-    return tyro.extras.overridable_config_cli(train_gpt2.PRESETS, args=arguments)
 
 
 @pytest.fixture(scope="module")
@@ -46,22 +41,22 @@ def command(dataset, out_dir, **options):
 
 
 def test_a_grid_is_every_combination_with_the_last_option_fastest():
-    found = sweep.expand(["laptop", "--seed=1"], ["--lr=1e-4,0.0003", "n-layer=4,6"], parse)
+    found = sweep.expand(["laptop", "--seed=1"], ["--lr=1e-4,0.0003", "n-layer=4,6"], train_gpt2.parse)
     assert [run.name for run in found] == [f"lr={lr},n_layer={n}" for lr in (0.0001, 0.0003) for n in (4, 6)]
     assert found[1].columns == {"lr": 1e-4, "n_layer": 6}
     assert found[1].arguments == ["laptop", "--seed=1", "--lr=1e-4", "--n-layer=6"]
     for run in found:
-        assert run.config == parse(run.arguments)
+        assert run.config == train_gpt2.parse(run.arguments)
         assert {name: getattr(run.config, name) for name in run.columns} == run.columns
 
 
 def test_the_grid_wins_over_the_command_line_switches_take_true_and_false_and_paths_make_one_folder():
-    (run,) = sweep.expand(["laptop", "--lr=1"], ["lr=1e-3"], parse)
+    (run,) = sweep.expand(["laptop", "--lr=1"], ["lr=1e-3"], train_gpt2.parse)
     assert run.config.lr == 1e-3
-    on, off = sweep.expand(["laptop"], ["shuffle=true,False"], parse)
+    on, off = sweep.expand(["laptop"], ["shuffle=true,False"], train_gpt2.parse)
     assert (on.config.shuffle, off.config.shuffle) == (True, False)
     assert (on.name, off.name) == ("shuffle=true", "shuffle=false")
-    (run,) = sweep.expand(["laptop"], ["data=a/b"], parse)
+    (run,) = sweep.expand(["laptop"], ["data=a/b"], train_gpt2.parse)
     assert run.name == "data=a_b" and run.config.data == "a/b"
 
 
@@ -114,7 +109,7 @@ def test_the_folder_is_out_dir_or_one_beside_the_preset_s_run():
 
 
 def test_each_rung_changes_one_dimension_from_a_bigram_up_and_can_be_built():
-    rungs = sweep.rungs(["laptop"], parse)
+    rungs = sweep.rungs(["laptop"], train_gpt2.parse)
     shapes = [[getattr(run.config, name) for name in sweep.DIMENSIONS] for run in rungs]
     assert shapes[0][0] == 0
     for before, after in zip(shapes, shapes[1:], strict=False):
@@ -127,23 +122,23 @@ def test_each_rung_changes_one_dimension_from_a_bigram_up_and_can_be_built():
 
 def test_options_on_the_command_line_hold_for_every_rung_whichever_the_preset():
     for preset in ("laptop", "gpt2-124m"):
-        rungs = sweep.rungs([preset, "--max-steps", "7", "--lr", "1e-3", "--data", "mine"], parse)
+        rungs = sweep.rungs([preset, "--max-steps", "7", "--lr", "1e-3", "--data", "mine"], train_gpt2.parse)
         assert {(run.config.max_steps, run.config.lr, run.config.data) for run in rungs} == {(7, 1e-3, "mine")}
 
 
 def test_a_ladder_of_one_rung_is_climbed_and_its_folder_is_for_nothing_else(dataset, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(sweep, "RUNGS", {"1-bigram": sweep.RUNGS["1-bigram"]})
     words = ["laptop", "--ladder", f"--data={dataset}", "--eval-tokens=400", f"--out-dir={tmp_path}"]
-    assert sweep.climb_ladder(SCRIPT, [*words, "--max-steps=3"], parse) == 0
+    assert sweep.climb_ladder(SCRIPT, [*words, "--max-steps=3"], train_gpt2.parse) == 0
     shown = capfd.readouterr().out
     assert "| no layers: a bigram | 0       | 1      | 32     | 8          | 3     | 576        |" in shown
     assert (tmp_path / "ladder.md").read_text("utf-8").strip() in shown
     assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match=rf"^{tmp_path} holds a ladder made with --max-steps 3 \(now 4\): use another"):
-        sweep.climb_ladder(SCRIPT, [*words, "--max-steps=4"], parse)
+        sweep.climb_ladder(SCRIPT, [*words, "--max-steps=4"], train_gpt2.parse)
     for folder, content in ((tmp_path, "the runs of --ladder"), (tmp_path / "1-bigram", "a single run")):
         with pytest.raises(UserError, match=f"^{folder} holds {content}: give --sweep another folder with --out-dir"):
-            sweep.train_grid(SCRIPT, command(dataset, folder), ["lr=1e-3"], parse)
+            sweep.train_grid(SCRIPT, command(dataset, folder), ["lr=1e-3"], train_gpt2.parse)
 
 
 # ------------------------------------------------------------------------------------------------------------- running
@@ -154,7 +149,7 @@ def swept(dataset, tmp_path_factory):
     """A sweep of two runs, the first of which diverges, and how it ended."""
     out = tmp_path_factory.mktemp("runs") / "sweep"
     with pytest.raises(UserError) as failure:
-        sweep.train_grid(SCRIPT, command(dataset, out), ["lr=1e12,1e-3"], parse)
+        sweep.train_grid(SCRIPT, command(dataset, out), ["lr=1e12,1e-3"], train_gpt2.parse)
     return out, str(failure.value)
 
 
@@ -176,20 +171,21 @@ def test_a_run_that_fails_is_named_and_the_others_continue(swept):
 
 def test_finished_runs_are_skipped_and_must_have_been_made_with_the_same_options(dataset, swept, capfd):
     out, _ = swept
-    assert sweep.train_grid(out / "no_script.py", command(dataset, out), ["--lr=0.001"], parse) == 0
+    assert sweep.train_grid(out / "no_script.py", command(dataset, out), ["--lr=0.001"], train_gpt2.parse) == 0
     assert "[1/1] lr=0.001: done before" in capfd.readouterr().out
     with pytest.raises(UserError, match=r"holds a sweep made with --weight-decay 0.3 \(now 0.2\): use another --out"):
-        sweep.train_grid(SCRIPT, command(dataset, out, weight_decay=0.2), ["lr=1e-3"], parse)
-    assert sweep.train_grid(SCRIPT, command(dataset, out, keep=1), ["lr=1e-3"], parse) == 0  # changes no loss
+        sweep.train_grid(SCRIPT, command(dataset, out, weight_decay=0.2), ["lr=1e-3"], train_gpt2.parse)
+    # --keep changes no loss
+    assert sweep.train_grid(SCRIPT, command(dataset, out, keep=1), ["lr=1e-3"], train_gpt2.parse) == 0
 
 
 def test_a_busy_folder_and_torchrun_are_refused(dataset, swept, tmp_path, monkeypatch):
     out, _ = swept
     with lock(out / ".lock"), pytest.raises(UserError, match="another process is writing to"):
-        sweep.train_grid(SCRIPT, command(dataset, out), ["lr=1e-3"], parse)
+        sweep.train_grid(SCRIPT, command(dataset, out), ["lr=1e-3"], train_gpt2.parse)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="without torchrun"):
-        sweep.train_grid(SCRIPT, command(dataset, tmp_path / "new"), ["lr=1e-3"], parse)
+        sweep.train_grid(SCRIPT, command(dataset, tmp_path / "new"), ["lr=1e-3"], train_gpt2.parse)
     assert not (tmp_path / "new").exists()
 
 
@@ -209,7 +205,7 @@ def test_ctrl_c_lets_the_run_save_ends_the_sweep_and_the_same_command_resumes(da
     assert max(path.name for path in log.parent.glob("checkpoints/*.pt")) == f"step_{done:06d}.pt"
     assert not (tmp_path / "lr=0.01").exists()
 
-    assert sweep.train_grid(SCRIPT, arguments, ["lr=1e-3"], parse) == 0
+    assert sweep.train_grid(SCRIPT, arguments, ["lr=1e-3"], train_gpt2.parse) == 0
     assert [json.loads(line)["step"] for line in log.read_text("utf-8").splitlines()] == [*range(1, 31)]
 
 
