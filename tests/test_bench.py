@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,16 +13,15 @@ import pytest
 import torch
 
 import kernels
-from data import text
-from kernels import bench
+from kernels.bench import __main__ as bench
+from kernels.bench import operations, rivals, training
+from kernels.command_line import table
 from kernels.gpus import GPUS
-from kernels.report import __main__ as report
 from kernels.report.shapes import PRESETS, Shape, arguments, calls_per_step
 
 ROOT = Path(__file__).parents[1]
 TINY_SHAPE = Shape(B=2, T=5, C=32, H=2, L=1, V=50)
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-TINY = {"n-layer": 1, "n-head": 2, "n-embd": 16, "block-size": 32, "batch-tokens": 128, "micro-batch": 4}
 
 
 def run(folder, *words, interpret):
@@ -40,6 +40,8 @@ def run(folder, *words, interpret):
         ([], "error: no GPU to time: python -m kernels.report needs none"),
         (["--device", "abacus"], "error: --device abacus cannot be used"),
         (["--device", "cpu", "--dtype", "int8"], "error: --dtype int8: use auto, float32 or bfloat16"),
+        (["--nonsense"], "error: Unrecognized options: --nonsense (--help shows every option)"),
+        (["--repeats", "many"], "error: Error parsing --repeats: invalid literal for int() with base 10: 'many'"),
     ],
 )
 def test_a_wrong_option_is_one_line_and_exit_status_2(words, message, capsys):
@@ -50,7 +52,7 @@ def test_a_wrong_option_is_one_line_and_exit_status_2(words, message, capsys):
 
 
 @pytest.fixture(scope="module")
-def operations(tmp_path_factory):
+def timed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     sizes = ["--shape", "B=2", "T=16", "C=32", "H=2", "V=60"]
     files = ["--json", "bench.json", "--plot", "bench.png"]
@@ -58,38 +60,112 @@ def operations(tmp_path_factory):
 
 
 @NO_GPU
-def test_a_cpu_times_pytorch_and_runs_triton_in_the_interpreter_marked_as_no_speed(operations):
-    folder, done = operations
+def test_a_cpu_times_pytorch_and_the_rivals_that_run_there_and_interprets_triton_marked_as_no_speed(timed):
+    folder, done = timed
     assert done.returncode == 0, done.stderr
     rows = json.loads((folder / "bench.json").read_text(encoding="utf-8"))["rows"]
     assert [row["operation"] for row in rows if row["version"] == "torch"] == list(calls_per_step(PRESETS["laptop"]))
-    triton = [row["version"] for row in rows if row["version"] != "torch"]
-    assert len(triton) == 6 and all("not a speed" in version for version in triton)
+    others = {row["version"]: row["operation"] for row in rows if row["version"] != "torch"}
+    assert others.pop("SDPA flash") == "causal_attention" and others.pop("chunked") == "linear_cross_entropy"
+    assert len(rows) == 14 and list(others) == ["triton, interpreted, tiny: not a speed"]
     assert all(row["both_ms"] >= max(row["forward_ms"], row["backward_ms"]) > 0 for row in rows)
     assert max(map(len, done.stdout.splitlines())) <= 120
     assert (folder / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
+class Hardware:
+    """A GPU that runs what is queued, and a CPU that queues it, in seconds of a clock of their own."""
+
+    def __init__(self, monkeypatch, launch, work):
+        self.now = self.free = 0.0  # what the CPU's clock says; when the GPU has done all that is queued
+        self.launch, self.work, hardware = launch, work, self
+
+        class Event:
+            def __init__(self, enable_timing):
+                self.at = None
+
+            def record(self):
+                self.at = hardware.free = max(hardware.free, hardware.now)
+
+            def query(self):
+                return self.at <= hardware.now
+
+            def elapsed_time(self, other):
+                return 1e3 * (other.at - self.at)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: setattr(self, "now", max(self.now, self.free)))
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.queue(cycles / 2e9))
+        monkeypatch.setattr(operations.time, "perf_counter", lambda: self.now)
+
+    def queue(self, seconds):
+        self.free = max(self.free, self.now) + seconds
+
+    def phases(self, repeat):
+        slow = 20 if repeat < 0 else 1  # the first runs compile
+        for phase in range(2):
+            yield
+            for _ in range(10):  # kernels
+                self.now += slow * self.launch
+                self.queue((1 + phase) * self.work)
+        yield
+
+
+@pytest.mark.parametrize(("launch", "work"), [(50e-6, 2e-6), (2e-6, 50e-6)], ids=["launches", "kernels"])
+def test_the_time_on_a_gpu_is_that_of_its_kernels_and_the_time_of_launching_them_stands_beside_it(
+    launch, work, monkeypatch
+):
+    times = operations.time_phases(Hardware(monkeypatch, launch, work).phases, torch.device("cuda"), repeats=5)
+    expected = {"forward_ms": 1e4 * work, "backward_ms": 2e4 * work, "both_ms": 3e4 * work, "launch_ms": 2e4 * launch}
+    assert times == pytest.approx(expected | {"queued": 1.0})
+    said = operations.doubts([{"operation": "gelu", "version": "torch", **times}])
+    expected = "gelu, torch: Python takes 1.000 ms to launch 0.060 ms of work, so a GPU that runs it waits"
+    assert said == ([expected] if launch > work else [])
+
+
+def test_a_launch_that_no_sleep_outlasts_is_reported_as_python_s_time(monkeypatch):
+    times = operations.time_phases(Hardware(monkeypatch, 20e-3, 1e-6).phases, torch.device("cuda"), repeats=5)
+    assert times["queued"] == 0.0 and times["both_ms"] > 100
+    assert (
+        "only 0% of the runs were queued in time" in operations.doubts([{"operation": "a", "version": "b"} | times])[-1]
+    )
+
+
 def test_the_time_is_the_median_and_the_first_runs_do_not_count(monkeypatch):
-    """A clock that says how long each forward and backward took: 1000 ms thrice, then 1, 2 and 30 ms."""
-    durations = iter([1.0] * 6 + [0.001, 0.002, 0.002, 0.004, 0.030, 0.060])
-    clock, marks = [0.0], []
+    """A clock by which forward took 1000 ms thrice, then 1, 2 and 30 ms, and backward twice as long."""
+    clock, seconds = [0.0], [1.0] * 3 + [0.001, 0.002, 0.030]
 
-    def mark(device):
-        if len(marks) % 3:
-            clock[0] += next(durations)
-        marks.append(clock[0])
-        return clock[0]
+    def phases(repeat):
+        yield
+        clock[0] += seconds[repeat + 3]
+        yield
+        clock[0] += 2 * seconds[repeat + 3]
+        yield
 
-    monkeypatch.setattr(bench, "mark", mark)
-    stock = kernels.select("none").layer_norm
-    times = bench.time_operation(stock, "layer_norm", Shape(1, 4, 8, 1, 1, 5), torch.device("cpu"), torch.float32, 3)
+    monkeypatch.setattr(operations.time, "perf_counter", lambda: clock[0])
+    times = operations.time_phases(phases, torch.device("cpu"), repeats=3)
     assert times == pytest.approx({"forward_ms": 2.0, "backward_ms": 4.0, "both_ms": 6.0})
 
 
 def test_compiled_pytorch_is_compared_when_asked_for():
-    assert list(bench.versions("layer_norm", compiled=False, triton=False)) == ["torch"]
-    assert list(bench.versions("layer_norm", compiled=True, triton=False)) == ["torch", "torch.compile"]
+    assert list(rivals.versions("layer_norm", compiled=False, on_gpu=False)) == ["torch"]
+    assert list(rivals.versions("layer_norm", compiled=True, on_gpu=False)) == ["torch", "torch.compile"]
+
+
+@NO_GPU
+@pytest.mark.parametrize("version", ["SDPA flash", "SDPA cuDNN", "SDPA efficient", "chunked"])
+def test_a_rival_of_pytorch_computes_the_same_or_says_that_it_cannot_run(version):
+    operation = "linear_cross_entropy" if version == "chunked" else "causal_attention"
+    rival = rivals.versions(operation, compiled=False, on_gpu=True)[version]
+    given, _ = arguments(operation, TINY_SHAPE, torch.float32, "cpu")
+    if version in ("SDPA cuDNN", "SDPA efficient"):
+        with pytest.raises(RuntimeError, match="No viable backend"):
+            rival(*given)
+        return
+    leaves = [a for a in given if isinstance(a, torch.Tensor) and a.requires_grad]
+    stock = getattr(kernels.select("none"), operation)
+    ours, theirs = ((result := f(*given), *torch.autograd.grad(result.sum(), leaves)) for f in (stock, rival))
+    torch.testing.assert_close(theirs, ours)
 
 
 OTHER_PACKAGES = {  # with the signatures of liger-kernel 0.8 and flash-attn 2.8, and PyTorch inside
@@ -137,9 +213,9 @@ def other_packages(tmp_path, monkeypatch):
 def test_liger_and_flash_attention_are_called_as_they_expect_and_compute_the_same(other_packages):
     compared = {}
     for operation in calls_per_step(TINY_SHAPE):
-        found = bench.versions(operation, compiled=False, triton=True)
+        found = rivals.versions(operation, compiled=False, on_gpu=True)
         given, _ = arguments(operation, TINY_SHAPE, torch.float32, "cpu")
-        for name in found.keys() - {"torch", "triton"}:
+        for name in found.keys() & {"liger", "flash-attn"}:
             compared[operation] = name
             torch.testing.assert_close(found[name](*given), found["torch"](*given))
     attention = {"causal_attention": "flash-attn"}
@@ -148,7 +224,7 @@ def test_liger_and_flash_attention_are_called_as_they_expect_and_compute_the_sam
 
 def test_a_package_that_cannot_be_imported_is_left_out_with_a_word(other_packages, capsys):
     (other_packages / "flash_attn/__init__.py").write_text("raise ImportError('undefined symbol')", encoding="utf-8")
-    assert list(bench.versions("causal_attention", compiled=False, triton=True)) == ["triton", "torch"]
+    assert "flash-attn" not in rivals.versions("causal_attention", compiled=False, on_gpu=True)
     shown = capsys.readouterr().err
     assert shown == "flash_attn cannot be imported and is left out: ImportError: undefined symbol\n"
 
@@ -156,41 +232,36 @@ def test_a_package_that_cannot_be_imported_is_left_out_with_a_word(other_package
 def test_the_share_of_the_roofline_counts_the_matrix_products_inside_an_operation():
     shape, gpu = PRESETS["gpt2-124m"], GPUS["A100"]
     kernel = {"operation": "linear_gelu", "unique_bytes": 1e9, "flops": 0, "arithmetic": 0}
-    least = bench.needed("linear_gelu", shape, [kernel], gpu)
+    least = operations.needed("linear_gelu", shape, [kernel], gpu)
     product = 2 * shape.N * shape.C * 4 * shape.C
     assert least["flops"] == 3 * product
     assert least["least_ms"] == pytest.approx(1e3 * (3 * product / gpu.flops + 1e9 / gpu.bandwidth))
-    assert bench.needed("causal_attention", shape, [kernel], gpu) is None
+    assert operations.needed("causal_attention", shape, [kernel], gpu) is None
 
 
 def test_every_useful_choice_of_kernels_is_trained_once():
-    choices = bench.useful_choices(triton=True)
+    choices = training.useful_choices(triton=True)
     families = set(kernels.FAMILIES)
     assert choices[:2] == ["all", "none"] and len(set(choices)) == len(choices) == 2 + 2 * len(families)
     chosen = [set(kernels.families(choice)) for choice in choices]
     assert all({family} in chosen and families - {family} in chosen for family in families)
-    assert bench.useful_choices(triton=False) == ["none"]
+    assert training.useful_choices(triton=False) == ["none"]
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "text.txt").write_text("All work and no play makes a dull model.\n" * 60, encoding="utf-8")
-    text.prepare((folder / "text.txt",), folder / "shards")
-    return folder / "shards"
-
-
-def test_training_runs_are_read_from_their_logs_into_one_table(dataset, tmp_path):
+def test_training_runs_use_a_small_dataset_of_their_own_and_are_read_from_their_logs_into_one_table(tmp_path):
     files = ["--json", "train.json", "--plot", "train.png"]
-    sizes = {"data": dataset, "warmup-steps": 1, "eval-tokens": 64} | TINY
-    options = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
-    done = run(tmp_path, "--train", "--device", "cpu", "--steps", "4", *files, "--", *options, interpret=False)
+    sizes = {"n-layer": 1, "n-head": 2, "n-embd": 16, "block-size": 32, "batch-tokens": 128, "micro-batch": 4}
+    sizes |= {"warmup-steps": 1, "eval-tokens": 64, "dtype": "float32"}
+    words = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    words = ["--train", "--preset", "gpt2-124m", "--device", "cpu", "--steps", "4", *files, "--", *words]
+    done = run(tmp_path, *words, interpret=False)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads((tmp_path / "train.json").read_text(encoding="utf-8"))["rows"]
     assert (row["kernels"], row["compile"], row["mfu"]) == ("none", False, None)
-    assert row["tokens_per_s"] > 0 and 0.1 < row["peak_gb"] < 20 and 2 < row["last_loss"] < 4
+    assert row["tokens_per_s"] > 0 and 0.1 < row["peak_gb"] < 20
+    assert row["last_loss"] == pytest.approx(math.log(50257), abs=0.5)  # GPT-2's vocabulary, as the preset has
     assert "tokens_per_s" in done.stdout and (tmp_path / "train.png").exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["train.json", "train.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train.json", "train.png"]  # and no datasets
 
 
 def test_a_training_run_that_stops_is_an_error_with_its_own_words(tmp_path):
@@ -202,4 +273,4 @@ def test_a_training_run_that_stops_is_an_error_with_its_own_words(tmp_path):
 def test_tables_show_fractions_in_percent_and_big_numbers_whole():
     cells = {("mfu", 0.5): "50.0%", ("ms", 1.25): "1.250", ("tokens", 12345.6): "12,346"}
     assert [bench.format_cell(*cell) for cell in cells] == list(cells.values())
-    assert bench.format_cell("mfu", None) == "" and report.table("t", [{"a": "x", "b": 1}]).splitlines()[-1] == "x  1"
+    assert bench.format_cell("mfu", None) == "" and table("t", [{"a": "x", "b": 1}]).splitlines()[-1] == "x  1"

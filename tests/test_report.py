@@ -350,6 +350,7 @@ def test_the_command_passes_the_gate_at_gpt2_124m_prints_tables_and_writes_figur
         (["--preset", "gpt3"], "error: --preset gpt3: use one of laptop"),
         (["--shape", "T=none"], "error: --shape T=none: use a letter"),
         (["--arch", "sm_70"], "error: --arch sm_70: use some of sm_80"),
+        (["--nonsense"], "error: Unrecognized options: --nonsense (--help"),
     ],
 )
 def test_a_wrong_option_is_one_line_and_exit_status_2(words, message, capsys):

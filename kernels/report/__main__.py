@@ -12,7 +12,6 @@ or compiled: kernels.report.traffic with TRITON_INTERPRET, kernels.report.machin
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -22,8 +21,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import tyro
-
+from kernels.command_line import exit_on_error, parse_options, table
 from kernels.gpus import GPUS
 from kernels.report import roofline
 from kernels.report.machine_code import ARCHITECTURES, MULTIPROCESSORS
@@ -128,14 +126,6 @@ def broken_by(kernel: dict, found: dict, architecture: str) -> Iterator[str]:
 # --------------------------------------------------------------------------- tables
 
 
-def table(title: str, rows: list[dict]) -> str:
-    """Format rows, whose keys are the header; the first column is aligned left, the others right."""
-    cells = [list(rows[0]), *([str(cell) for cell in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
-    return "\n".join(["", title, "", lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
 def machine_code_table(kernels: list[dict], architecture: str, found: list[dict]) -> str:
     rows = []
     for kernel, f in zip(kernels, found, strict=True):
@@ -214,17 +204,6 @@ class Options:
     plot: Path | None = None  # draw the roofline to this file
 
 
-@contextlib.contextmanager
-def exit_on_error() -> Iterator[None]:
-    """Turn a ValueError or an OSError into one line `error: ...` and exit status 2."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        message = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error)
-        print("error:", " ".join(message.split()), file=sys.stderr)
-        raise SystemExit(2) from None
-
-
 def run(options: Options) -> int:
     shape = parse_shape(options.preset, options.shape)
     unknown = [name for name in options.arch if name not in ARCHITECTURES]
@@ -251,9 +230,8 @@ def run(options: Options) -> int:
 
 
 def main(words: list[str] | None = None) -> None:
-    options = tyro.cli(Options, args=words, prog="python -m kernels.report")
     with exit_on_error():
-        raise SystemExit(run(options))
+        raise SystemExit(run(parse_options(Options, words, "python -m kernels.report")))
 
 
 if __name__ == "__main__":
