@@ -177,7 +177,7 @@ def steps(kernels: dict[str, list[dict]], shape: Shape) -> dict[str, dict[str, d
     found = {}
     for architecture, rows in kernels.items():
         name, choices = roofline.REPRESENTATIVE_GPU[architecture], roofline.configurations().items()
-        found[name] = {choice: roofline.step(rows, shape, GPUS[name], families) for choice, families in choices}
+        found[name] = {choice: roofline.step(rows, shape, GPUS[name], *what) for choice, what in choices}
     return found
 
 
@@ -186,7 +186,8 @@ def step_table(shape: Shape, name: str, found: dict[str, dict]) -> str:
     for choice, parts in found.items():
         milliseconds = {part: f"{figure:,.2f}" for part, figure in parts.items() if part != "mfu"}
         rows.append({"Triton": choice, **milliseconds, "MFU": f"{parts['mfu']:.1%}"})
-    return table(f"A step of {shape.N:,} tokens on one {name}, least milliseconds by what is in Triton: model", rows)
+    title = f"A step of {shape.N:,} tokens on one {name}, least milliseconds by what is in Triton: model"
+    return f"{table(title, rows)}\n\n{roofline.verdict(found)}"
 
 
 # --------------------------------------------------------------------------- command line

@@ -3,9 +3,10 @@ The least time that counted traffic allows on a GPU, per kernel and per training
 
 A kernel takes at least the longest of: unique bytes / memory bandwidth, tl.dot FLOPs / peak of the tensor cores, other
 arithmetic / float32 peak. Rereads are assumed to hit a cache. A training step is the sum of the
-kernels (counted) and of the matrix products, the PyTorch versions of the operations and AdamW (modeled, from their
-published algorithms, run eagerly under bfloat16 autocast, each pass at the ceilings of kernels.gpus.GPUS, which no real
-kernel reaches). Left out: embeddings, communication, launches.
+kernels (counted) and of the matrix products, the PyTorch versions of the operations, embeddings, bias gradients and
+AdamW (modeled: under bfloat16 autocast, each pass at the ceilings of kernels.gpus.GPUS, which no real kernel reaches).
+PyTorch's passes are those of its published algorithms if it runs eagerly; compiled, those of the code that inductor
+(PyTorch 2.13) generates for this model. Left out: communication, launches.
 
 Sources: Williams, Waterman and Patterson, "Roofline", 2009, https://doi.org/10.1145/1498765.1498785
          Chowdhery et al., "PaLM", 2022, appendix B, for MFU, https://arxiv.org/abs/2204.02311
@@ -54,30 +55,30 @@ def matmul_seconds(shape: Shape, gpu: GPU) -> float:
     )
 
 
-def torch_passes(operation: str, shape: Shape) -> list[tuple[float, float]]:
+def torch_passes(operation: str, shape: Shape, compiled: bool) -> list[tuple[float, float]]:
     """
-    Model: (bytes, FLOPs) per pass of the PyTorch version of an operation, forward and backward, run eagerly.
+    Model: (bytes, FLOPs) per pass of the PyTorch version of an operation, forward and backward.
 
     Bytes per element: a float32 read or write is 4, a bfloat16 one 2; an addition reads two terms and writes one.
     """
     elements = shape.N * shape.C
-    if operation in ("layer_norm", "add_layer_norm"):
-        forward = [8, 6]  # LayerNorm in float32, as autocast asks for; cast for the product
-        backward = [6, 12, 8]  # cast back; dx from dy and x; dweight and dbias from dy and x again
-        if operation == "add_layer_norm":
-            forward, backward = [10, *forward], [*backward, 12, 6]  # add; add the stream's gradient, cast the branch's
-        return [(each * elements, 0) for each in forward + backward]
-    if operation == "linear_gelu":  # GELU forward (bias in the matmul epilogue), GELU backward, bias gradient
-        return [(each * 4 * elements, 0) for each in (4, 6, 2)]
     if operation == "causal_attention":  # FlashAttention-2: half of T x T, 2 products forward, 5 backward
         product = shape.N * shape.T * shape.C
         backward = 4 + (8 + 4 + 12) + 6 + 12  # delta; main; round dq, summed in float32; stack three into dqkv
         return [(8 * elements, 2 * product), (backward * elements, 5 * product)]
+    if operation == "linear_gelu":  # GELU forward (bias in the matmul epilogue), GELU backward, bias gradient
+        return [(each * 4 * elements, 0) for each in (4, 6, 2)]
     if operation == "linear_cross_entropy":
-        forward = [6, 8]  # to float32; log_softmax, whose second read of a row is assumed to hit a cache
-        backward = [4, 12, 6, 6]  # zeros for nll_loss; log_softmax; to bfloat16; into zeros of the padded width
-        return [(each * shape.N * shape.W, 0) for each in forward + backward]
-    return []
+        eager = [6, 8]  # to float32; log_softmax, whose second read of a row is assumed to hit a cache
+        eager += [4, 12, 6, 6]  # zeros for nll_loss; log_softmax; to bfloat16; into zeros of the padded width
+        return [(each * shape.N * shape.W, 0) for each in ([2, 4] if compiled else eager)]
+    passes = {  # the gradients of weight and bias are sums in the same pass if compiled, else in one of their own
+        ("layer_norm", True): [6, 10],
+        ("layer_norm", False): [8, 6, 6, 12, 8],  # in float32, as autocast asks for; cast, and back; dx; sums
+        ("add_layer_norm", True): [12, 14, 6],  # both gradients of the sum are one in float32, cast for the branch
+        ("add_layer_norm", False): [10, 8, 6, 6, 12, 8, 12, 6],  # add; the same; add the stream's gradient, cast
+    }
+    return [(each * elements, 0) for each in passes.get((operation, compiled), ())]
 
 
 def around_kernels(operation: str, shape: Shape, launches: int) -> float:
@@ -86,6 +87,13 @@ def around_kernels(operation: str, shape: Shape, launches: int) -> float:
         return 0.0
     weight, x = shape.W * shape.C, shape.N * shape.C
     return 8 * weight * (launches - 1) + 8 * weight + 12 * x  # and both are scaled at the end
+
+
+def other_bytes(shape: Shape) -> float:
+    """Model: bytes of the bias gradients of c_attn and both c_proj, and of the embeddings, whatever else runs."""
+    biases = 2 * (3 + 1 + 1) * shape.N * shape.C * shape.L
+    tokens = (8 + 12 + 4) * shape.N * shape.C  # look up; add to rows of a float32 gradient; sum the positions'
+    return biases + tokens + 10 * shape.V * shape.C  # zero that gradient, add the head's
 
 
 def parameters(shape: Shape) -> int:
@@ -102,28 +110,39 @@ def flops_per_token(shape: Shape) -> int:
 # --------------------------------------------------------------------------- a step
 
 
-def step(kernels: list[dict], shape: Shape, gpu: GPU, triton: set[str]) -> dict[str, float]:
+def step(kernels: list[dict], shape: Shape, gpu: GPU, triton: set[str], compiled: bool) -> dict[str, float]:
     """Return the milliseconds of a step by part, with these families in Triton and the others in PyTorch; and MFU."""
     adamw_bytes = (28 + 8 + 6) * parameters(shape)  # AdamW; the gradient norm and clipping; a bfloat16 copy
     parts = {"matmuls": matmul_seconds(shape, gpu)} | dict.fromkeys(FAMILIES, 0.0)
-    parts["adamw"] = least_seconds(adamw_bytes, 0, gpu)[0]
+    parts |= {"other": other_bytes(shape) / gpu.bandwidth, "adamw": adamw_bytes / gpu.bandwidth}
     for operation in dict.fromkeys(kernel["operation"] for kernel in kernels):
         own = [kernel for kernel in kernels if kernel["operation"] == operation]
         if FAMILY[operation] in triton:
             seconds = sum(kernel_seconds(kernel, gpu)[0] for kernel in own)
             seconds += around_kernels(operation, shape, max(kernel["launches"] for kernel in own)) / gpu.bandwidth
         else:
-            seconds = sum(least_seconds(moved, flops, gpu)[0] for moved, flops in torch_passes(operation, shape))
+            passes = torch_passes(operation, shape, compiled)
+            seconds = sum(least_seconds(moved, flops, gpu)[0] for moved, flops in passes)
         parts[FAMILY[operation]] += own[0]["calls"] * seconds
     parts["total"] = sum(parts.values())
     mfu = flops_per_token(shape) * shape.N / parts["total"] / gpu.flops
     return {name: 1e3 * seconds for name, seconds in parts.items()} | {"mfu": mfu}
 
 
-def configurations() -> dict[str, set[str]]:
-    """Return the choices to compare: all families, none, and each left out."""
+def configurations() -> dict[str, tuple[set[str], bool]]:
+    """Return the choices to compare: the families in Triton, and whether PyTorch's versions are compiled."""
     every = set(FAMILIES)
-    return {"all": every, "none": set()} | {f"all but {family}": every - {family} for family in FAMILIES}
+    choices = {"all": every, "none": set()} | {f"all but {family}": every - {family} for family in FAMILIES}
+    return {name: (families, True) for name, families in choices.items()} | {"none, eager": (set(), False)}
+
+
+def verdict(steps: dict[str, dict]) -> str:
+    """Return what the kernels save of a step of compiled PyTorch, and in which families that is little."""
+    ours, theirs = steps["all"], steps["none"]
+    saved = {family: (theirs[family] - ours[family]) / theirs["total"] for family in FAMILIES}
+    little = [f"{family} ({fraction:+.1%})" for family, fraction in saved.items() if fraction < 0.01]
+    total = 1 - ours["total"] / theirs["total"]
+    return f"All kernels save {total:.1%} of a step of compiled PyTorch. Under 1%: {', '.join(little) or 'none'}."
 
 
 # --------------------------------------------------------------------------- picture
