@@ -144,10 +144,12 @@ class Config:
         """Return the sequences per rank and step; UserError if the batch does not divide evenly."""
         micro_batch = 1 if self.micro_batch == "auto" else self.micro_batch
         if self.batch_tokens % (multiple := self.block_size * world_size * micro_batch):
+            nearest = max(1, round(self.batch_tokens / multiple)) * multiple
+            micro = f"--micro-batch {self.micro_batch} and " if micro_batch > 1 else ""
             raise UserError(
                 f"--batch-tokens {self.batch_tokens} does not divide evenly into {world_size} "
-                f"process(es), --micro-batch {self.micro_batch} and sequences of "
-                f"{self.block_size}: it must be a multiple of {multiple}"
+                f"process(es), {micro}sequences of {self.block_size}: it must be a multiple of "
+                f"{multiple}, such as {nearest}"
             )
         return self.batch_tokens // self.block_size // world_size
 

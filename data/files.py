@@ -1,15 +1,18 @@
 """Shared by all commands: the error that a user can fix, the exit path, command lines, locks and atomic files."""
 
+import difflib
 import errno
 import functools
 import hashlib
 import io
 import itertools
+import json
 import os
 import secrets
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO, TextIO, TypeVar
 
@@ -34,7 +37,8 @@ class UserError(Exception):
 def exit_on_user_error() -> Iterator[None]:
     """Turn a UserError or an OSError into one line `error: ...` and exit status 2, Ctrl-C into 130.
 
-    If the reader of standard output is gone, as after `| head`, exit silently with the status of SIGPIPE.
+    If the reader of standard output is gone, as after `| head`, exit silently with the status of SIGPIPE. Under
+    torchrun one process per machine prints the line, and torchrun ends with it.
     """
     try:
         try:
@@ -52,7 +56,13 @@ def exit_on_user_error() -> Iterator[None]:
         message, status = f"{error.strerror}: {error.filename}" if named else str(error), 2
     except KeyboardInterrupt:
         message, status = "interrupted", 130
-    sys.stderr.write(f"error: {' '.join(message.splitlines())}\n")  # in one write, since ranks share the terminal
+    line = f"error: {' '.join(message.splitlines())}"
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun's last lines repeat what each rank writes here
+        fields = {"message": line, "extraInfo": {"timestamp": int(datetime.now().timestamp())}}
+        with suppress(OSError):
+            Path(report).write_text(json.dumps({"message": fields}), encoding="utf-8")
+    if not report or os.environ.get("LOCAL_RANK") == "0":  # most errors are those of all ranks
+        sys.stderr.write(f"{line}\n")  # in one write, since ranks share the terminal
     raise SystemExit(status)
 
 
@@ -68,6 +78,11 @@ def as_user_error() -> Iterator[None]:
 def as_flag(name: str) -> str:
     """Return an option as it is typed: "min_lr" -> "--min-lr"."""
     return f"--{name.replace('_', '-')}"
+
+
+def meant(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return the known word that is most similar to one that is not, or ""."""
+    return next(iter(difflib.get_close_matches(word, list(known), 1, cutoff)), "")
 
 
 def parse_options(command_line: Callable[[], T]) -> T:

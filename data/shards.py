@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data import DATASETS, baselines
-from data.files import UserError, atomic_write, writing
+from data.files import UserError, atomic_write, meant, writing
 from data.tokenizer import Tokenizer, token_dtype
 
 BIN_MAGIC, BIN_VERSION, BIN_HEADER_BYTES = 20240520, 1, 1024
@@ -205,14 +206,36 @@ def open_split(folder: str | Path, split: str) -> Split:
         return _open_with_meta(folder, split)
     paths = sorted(folder.glob("*.bin"))
     if not paths:
-        example = f"`python -m data.pydocs --out {folder}`"
-        names = ", ".join(DATASETS)
-        raise UserError(f"there is no dataset in {folder}: name one of {names}, or prepare one, as with {example}")
+        raise _no_dataset(folder)
     named = re.compile(rf"(?<![a-z]){split}(?![a-z])")  # "medieval_train_0.bin" is not a val shard
     shards = [map_bin(path) for path in paths if named.search(path.name)]
     if not shards:
         raise UserError(f"no .bin file in {folder} has {split!r} in its name: download those of that split too")
     return Split(f"the {split} split of {folder}", GPT2_SPEC, GPT2_VOCAB_SIZE, shards, "download it again")
+
+
+def _no_dataset(folder: Path) -> UserError:
+    """Return the error for a folder without a dataset: with the command that makes one of what is there."""
+    if (folder / "checkpoints").is_dir():
+        return UserError(
+            f"{folder} is a run, not a dataset: --init-from takes it, --data what the run's config.json says"
+        )
+    files = [folder] if folder.is_file() else sorted(folder.glob("[!.]*"))
+    files = [path for path in files if path.is_file() and path.suffix not in (".npy", ".bin")]
+    rows = [path for path in files if path.suffix in (".parquet", ".jsonl")]
+    if files:
+        out = Path("datasets", folder.stem if folder.is_file() else folder.resolve().name)
+        out = f"{out}-tokens" if out.exists() else out
+        how = shlex.join(["data.fineweb", "--input", *map(str, rows)] if rows else ["data.text", str(folder)])
+        command = f"`python -m {how} --out {shlex.quote(str(out))}`"
+        return UserError(f"{folder} holds no tokens yet: prepare it first with {command}, then use --data {out}")
+    known = [*DATASETS, *(str(path.parent) for path in sorted(Path("datasets").glob("*/meta.json")))]
+    close = meant(str(folder), known)
+    hint = f"did you mean {close}? " if close else ""
+    return UserError(
+        f"there is no dataset in {folder}: {hint}give one of {', '.join(DATASETS)}, or prepare text of your own with "
+        f"`python -m data.text FILES --out {folder}`"
+    )
 
 
 def _open_with_meta(folder: Path, split: str) -> Split:

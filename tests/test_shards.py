@@ -113,7 +113,7 @@ write_dataset(sys.argv[1], tokenizer, {"train": documents(), "val": documents()}
     killed = subprocess.run([sys.executable, "-c", program, str(tmp_path)])
     assert killed.returncode == -signal.SIGKILL
     assert (tmp_path / "train_000001.npy").exists()
-    with pytest.raises(UserError, match="there is no dataset in .*prepare one"):
+    with pytest.raises(UserError, match="there is no dataset in .*prepare text"):
         open_split(tmp_path, "train")
     (tmp_path / ".meta.json.01234567.tmp").write_text("{")
     assert counting(tmp_path, 30).n_tokens == 30
@@ -210,7 +210,7 @@ def test_a_damaged_meta_json_is_named(tmp_path, text):
 
 def test_a_later_format_an_unknown_split_and_a_folder_without_a_dataset_are_named(tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(UserError, match=r"there is no dataset in .*: name one of pydocs, .* or prepare one"):
+        with pytest.raises(UserError, match=r"there is no dataset in .*: give one of pydocs, .* or prepare text"):
             open_split(folder, "train")
     counting(tmp_path, 10)
     with pytest.raises(UserError, match="no 'test' split, only .'train', 'val'."):

@@ -175,8 +175,8 @@ def test_finished_runs_are_skipped_and_must_have_been_made_with_the_same_options
     assert "[1/1] lr=0.001: done before" in capfd.readouterr().out
     with pytest.raises(UserError, match=r"holds a sweep made with --weight-decay 0.3 \(now 0.2\): use another --out"):
         sweep.train_grid(SCRIPT, command(dataset, out, weight_decay=0.2), ["lr=1e-3"], train_gpt2.parse)
-    # --keep changes no loss
-    assert sweep.train_grid(SCRIPT, command(dataset, out, keep=1), ["lr=1e-3"], train_gpt2.parse) == 0
+    without_effect = command(dataset, out, keep=1)
+    assert sweep.train_grid(SCRIPT, without_effect, ["lr=1e-3"], train_gpt2.parse) == 0
 
 
 def test_a_busy_folder_and_torchrun_are_refused(dataset, swept, tmp_path, monkeypatch):

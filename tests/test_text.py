@@ -1,14 +1,16 @@
 """data/text.py."""
 
 import json
+import re
 import sys
+import zlib
 
 import numpy as np
 import pytest
 
 from data.files import UserError
 from data.shards import open_split
-from data.text import documents_of, main, prepare, read_documents, split_documents, training_documents
+from data.text import documents_of, main, prepare, read_documents, read_text, split_documents, training_documents
 from data.tokenizer import CharTokenizer, from_spec
 
 
@@ -35,10 +37,16 @@ def test_one_file_is_cut_at_nine_tenths_of_its_characters(tmp_path, tokenizer):
     assert open_split(tmp_path / "out", "train").vocab_size == 3  # no end-of-text token for a single document
 
 
-def test_from_ten_files_on_the_last_tenth_of_them_is_held_out(tmp_path):
-    prepare(files(tmp_path, *(f"file {i:02d}" for i in range(21))), tmp_path / "out")
-    assert decoded(tmp_path / "out", "val") == "\nfile 19\nfile 20"
-    assert decoded(tmp_path / "out", "train") == "".join(f"\nfile {i:02d}" for i in range(19))
+def test_from_ten_files_on_a_fair_tenth_of_them_is_held_out_and_order_is_kept(tmp_path):
+    texts = [f"\nfile {i:02d}" for i in range(40)]
+    paths = files(tmp_path, *(text[1:] for text in texts))
+    for out in ("a", "b"):
+        prepare(paths, tmp_path / out)
+    train, val = decoded(tmp_path / "a", "train"), decoded(tmp_path / "a", "val")
+    held_out = [text for text in texts if text in val]
+    assert len(held_out) == 4 and val == "".join(held_out) and val == decoded(tmp_path / "b", "val")
+    assert train == "".join(text for text in texts if text not in held_out)
+    assert min(held_out) < texts[20] < max(held_out)
 
 
 def test_documents_are_set_apart_by_gpt2_s_end_of_text_token_and_its_spelling_is_text(tmp_path):
@@ -53,7 +61,8 @@ def test_few_documents_are_cut_where_nine_tenths_of_the_characters_end():
     assert split_documents(["ab"]) == (["a"], ["b"])
     assert split_documents(["a" * 5, "b", "c" * 94]) == (["a" * 5, "b", "c" * 84], ["c" * 10])
     assert split_documents([str(i) for i in range(9)]) == ([str(i) for i in range(8)], ["8"])
-    assert split_documents([str(i) for i in range(10)]) == ([str(i) for i in range(9)], ["9"])
+    train, val = split_documents([str(i) for i in range(10)])
+    assert len(val) == 1 and sorted(train + val) == [str(i) for i in range(10)]
 
 
 def test_lines_are_documents_shuffled_the_same_way_every_time(tmp_path):
@@ -72,18 +81,79 @@ def test_byte_order_marks_and_carriage_returns_are_gone(tmp_path):
     assert read_documents(files(tmp_path, b"\xef\xbb\xbfa\r\nb\rc"), lines=False) == ["a\nb\rc"]
 
 
-def test_files_that_cannot_be_read_are_named_with_the_byte_that_is_not_utf8_and_its_offset(tmp_path):
-    for content, place in (
-        (b"\xef\xbb\xbfcaf\xe9!", "byte 0xe9 at offset 6: .*iconv"),
-        ("hello".encode("utf-16"), "byte 0xff at offset 0"),
-        ("a🙂".encode()[:-1], "byte 0xf0 at offset 1"),
+TEXTS = {
+    "gbk": "我叫李明，今天天气很好，我们去公园散步吧。\n" * 9,
+    "shift_jis": "これは日本語の文章です。今日は天気がいいですね。\n" * 9,
+    "cp1252": "El niño comió mañana; ¿qué pasó? El corazón está aquí.\n" * 9,
+    "cp1251": "Привет, как дела? Это русский текст для проверки.\n" * 9,
+    "utf-16-le": "plain words\n" * 9,
+    "utf-16": "naïve café, 中文 🙂\n",
+    "utf-32": "naïve café, 中文 🙂\n",
+}
+
+
+@pytest.mark.parametrize("encoding", TEXTS)
+def test_text_in_another_encoding_is_read_with_its_name_and_the_message_guesses_one_that_reads_it(tmp_path, encoding):
+    (path,) = files(tmp_path, TEXTS[encoding].encode(encoding))
+    assert read_text(path, encoding) == TEXTS[encoding]
+    if encoding in ("utf-16", "utf-32"):  # with a byte order mark
+        assert read_text(path) == TEXTS[encoding]
+        return
+    with pytest.raises(UserError) as refusal:
+        prepare([path], tmp_path / "out")
+    guess = re.search(r"try --encoding (\S+), which is a guess$", str(refusal.value))[1]
+    prepare([path], tmp_path / "out", encoding=guess)
+    assert decoded(tmp_path / "out", "train") + decoded(tmp_path / "out", "val") == TEXTS[encoding]
+    assert f"--encoding {guess}`" in open_split(tmp_path / "out", "val").hint
+    with pytest.raises(UserError, match=r"try `iconv -f \S+ -t utf-8 \S+ > new.txt`, which is a guess"):
+        read_text(path)
+
+
+def test_files_that_cannot_be_read_are_named_with_the_first_wrong_byte_and_its_offset(tmp_path):
+    for content, complaint in (
+        (
+            b"\xef\xbb\xbfna\xefve caf\xe9, d\xe9j\xe0!\n",
+            "is not UTF-8: byte 0xef at offset 5: try --encoding",
+        ),
+        (bytes(range(256)) * 4, "is a binary file, not text: leave it out"),
+        (b"PNG\0\0\0\1", "is a binary file"),
+        (zlib.compress(bytes(range(256))).replace(b"\0", b"\n"), "is a binary file"),
     ):
-        with pytest.raises(UserError, match=f"01.txt is not UTF-8: {place}"):
+        with pytest.raises(UserError, match=f"01.txt {complaint}"):
             prepare(files(tmp_path, "fine", content), tmp_path / "out")
-    for path, complaint in ((tmp_path / "nothing", "No such file"), (tmp_path, "Is a directory")):
-        with pytest.raises(UserError, match=f"cannot read {path}: {complaint}"):
-            prepare([path], tmp_path / "out")
+    for encoding in ("klingon", "rot13"):
+        with pytest.raises(UserError, match=f"--encoding {encoding} is unknown: use one that Python knows"):
+            prepare(files(tmp_path, "fine"), tmp_path / "out", encoding=encoding)
+    with pytest.raises(UserError, match=f"cannot read {tmp_path}/nothing: No such file"):
+        prepare([tmp_path / "nothing"], tmp_path / "out")
+    with pytest.raises(UserError, match="no file matches .*/\\*.text: give files, folders or a pattern"):
+        prepare([tmp_path / "*.text"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_and_a_pattern_stand_for_their_text_files_and_what_is_left_out_is_named(tmp_path, capsys):
+    folder = tmp_path / "my"
+    (folder / "sub").mkdir(parents=True)
+    (folder / ".git").mkdir()
+    for name, content in {"b.txt": b"bb", "sub/a.md": b"aa", ".git/x": b"hidden", "c.png": b"\x89PNG\0\1\0\0"}.items():
+        (folder / name).write_bytes(content)
+    assert read_documents([folder], lines=False) == ["bb", "aa"]
+    assert (
+        capsys.readouterr().err
+        == f"warning: 1 file(s) left out: {folder}/c.png is a binary file, not text: leave it out\n"
+    )
+    assert read_documents([f"{folder}/*.txt", f"{folder}/**/*.md"], lines=False) == ["bb", "aa"]
+    with pytest.raises(UserError, match="c.png is a binary file"):
+        read_documents([folder / "c.png"], lines=False)
+
+
+def test_a_large_vocabulary_of_characters_is_noted_once_with_the_way_to_a_smaller_one(tmp_path, capsys):
+    (path,) = files(tmp_path, "".join(map(chr, range(0x4E00, 0x4E00 + 1200))))
+    prepare([path], tmp_path / "out")
+    note = capsys.readouterr().err
+    assert note.startswith("note: 1,200 characters") and "python -m data.bpe train" in note and note.count("\n") == 1
+    prepare(files(tmp_path, "few"), tmp_path / "out")
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["", "\n \n"], ["x"]])
@@ -120,7 +190,8 @@ def test_a_damaged_dataset_names_the_command_that_made_it(tmp_path):
 def test_training_documents_come_back_whole_line_breaks_included(tmp_path, tokenizer):
     texts = [f"document {i}\n\nsecond, naïve 🙂 paragraph\n" for i in range(10)]
     prepare(files(tmp_path, *texts), tmp_path / "out", tokenizer)
-    assert training_documents(tmp_path / "out") == set(texts[:9])  # the tenth is for validation
+    known = training_documents(tmp_path / "out")
+    assert known < set(texts) and len(known) == 9  # one is for validation
 
 
 def run_on(folder, data):

@@ -9,18 +9,16 @@ batch; one that is typed is kept.
 """
 
 import dataclasses
-import difflib
 import inspect
 import os
 import re
 import shlex
 import textwrap
 import typing
-from collections.abc import Iterable
 
 import tyro
 
-from data.files import UserError, as_flag, parse_options
+from data.files import UserError, as_flag, meant, parse_options
 
 COLUMNS, LEFT = 100, 28  # of the help, and of its options
 COMMAND = ["python", "train_gpt2.py"]
@@ -119,11 +117,6 @@ def _option(name: str, defaults: dict) -> str:
     raise UserError(f"there is no option --{name}: {hint}")
 
 
-def meant(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """Return the most similar known word, or ""."""
-    return next(iter(difflib.get_close_matches(word, list(known), 1, cutoff)), "")
-
-
 def parse(arguments: list[str], presets: Presets):
     """Return the Config of a command line. Raise UserError for what `read_words` refuses, and for a wrong value."""
     words = read_words(arguments, presets)
@@ -136,9 +129,9 @@ def parse(arguments: list[str], presets: Presets):
         raise UserError("--adamw-lr is for --optimizer muon: with adamw, --lr is the only rate, so leave it out")
     if as_flag("micro_batch") in typed or preset.micro_batch == "auto":
         return config
-    sequences = config.batch_tokens // config.block_size // int(os.environ.get("WORLD_SIZE", "1"))
-    divisors = (n for n in range(preset.micro_batch, 0, -1) if sequences % n == 0)
-    return dataclasses.replace(config, micro_batch=next(divisors))
+    sequences, rest = divmod(config.batch_tokens, config.block_size * int(os.environ.get("WORLD_SIZE", "1")))
+    divisors = [n for n in range(1, preset.micro_batch + 1) if sequences % n == 0 and not rest]
+    return dataclasses.replace(config, micro_batch=max(divisors, default=1))
 
 
 # ---------------------------------------------------------------------------------------------------------------- help
