@@ -27,7 +27,7 @@ import regex
 import tyro
 
 from data.files import UserError, atomic_write, run_script
-from data.text import not_utf8, read_text
+from data.text import other_encoding, read_text
 from data.tokenizer import BYTE_TO_UNICODE, PATTERNS, TRAINED_FILE, byte_pairs, choose
 from data.tokenizer_json import tokenizer_json
 
@@ -73,7 +73,9 @@ def read_chunks(path: Path) -> Iterator[str]:
             yield held + decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
             offset = file.tell() - len(error.object) + error.start
-            raise not_utf8(path, error.object[error.start], offset) from None
+            place = f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset}"
+            file.seek(0)
+            raise other_encoding(path, file.read(1 << 20), None, place) from None
 
 
 # ------------------------------------------------------------------------------------------------------------- learning

@@ -98,20 +98,21 @@ def read_text(path: str | Path, encoding: str | None = None) -> str:
         place = (
             f"{path} is not {(encoding or marked).upper()}: byte 0x{content[error.start]:02x} at offset {error.start}"
         )
-        raise _other_encoding(path, content, encoding, place) from None
+        raise other_encoding(path, content, encoding, place) from None
     if "\0" in text:
-        raise _other_encoding(path, content, encoding, f"{path} holds zero bytes")
+        raise other_encoding(path, content, encoding, f"{path} holds zero bytes")
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
-def _other_encoding(path: str | Path, content: bytes, encoding: str | None, place: str) -> UserError:
+def other_encoding(path: str | Path, content: bytes, encoding: str | None, place: str) -> UserError:
     """Return the error for a file that is binary, or in an encoding that is guessed."""
     head = content[: content.rfind(b"\n", 0, 1 << 16) + 1] or content[: 1 << 20]
     found = from_bytes(head, cp_isolation=list(GUESSES)).best()
     guess = found.encoding if found else "cp1252"
     if b"\0" in content:  # UTF-16 has it in every other place
         guess = "utf-16-be" if content[::2].count(0) > content[1::2].count(0) else "utf-16-le"
-    if not _is_text(content, guess):
+        head = content[: 1 << 16]
+    if not _is_text(head, guess):
         return UserError(f"{path} is a binary file, not text: leave it out")
     how = f"try --encoding {guess}"
     if encoding is None:
