@@ -7,8 +7,9 @@ For one head with queries, keys and values q, k, v, each (T, D):
     y = softmax(s) @ v
     lse = log(sum(exp(s)))                 per row
 
-The forward loops over blocks of keys. Per row it keeps the largest s so far, the sum of exp(s - largest) and the
-sum of exp(s - largest) * v, and rescales both sums when a larger s appears; no (T, T) tensor ever exists.
+The forward loops over blocks of keys, those of the diagonal first. Per row it keeps the largest s so far, the sum of
+exp(s - largest) and the sum of exp(s - largest) * v, and rescales both sums when a larger s appears; no (T, T) tensor
+ever exists.
 Given dy = dL/dy, with p = exp(s - lse) recomputed:
 
     dv    = p.T @ dy
@@ -41,16 +42,16 @@ from kernels import common
 from kernels.common import tl, triton
 
 LOG2E = tl.constexpr(math.log2(math.e))
-STAGES = 2  # blocks of keys or queries in flight: a third would take the shared memory of a second program
 MAX_HEADS = 65_535  # sequences times heads per launch: CUDA's limit on the second dimension of a grid
 
 
 class Tile(NamedTuple):
-    """The block that a program processes at a time, and its warps."""
+    """The block that a program processes at a time, its warps, and how many blocks of its loop are in flight."""
 
     queries: int  # BLOCK_Q
     keys: int  # BLOCK_K
     warps: int
+    stages: int  # a third only if it costs no spill and no program on a multiprocessor
 
 
 class Launch(NamedTuple):
@@ -70,36 +71,37 @@ class Heads(NamedTuple):
 LAUNCH = {  # kernel -> heads -> GPU -> launch
     "forward": {
         Heads(bits=16, max_channels=64): {
-            "sm_80": Launch(even=Tile(128, 64, 4), ragged=Tile(64, 64, 4)),
-            "sm_90": Launch(even=Tile(128, 64, 8), ragged=Tile(128, 64, 8)),
-            "sm_100": Launch(even=Tile(128, 64, 8), ragged=Tile(64, 64, 4)),
-            "sm_120": Launch(even=Tile(128, 64, 4), ragged=Tile(64, 64, 4)),
+            "sm_80": Launch(even=Tile(128, 64, 4, 3), ragged=Tile(64, 64, 4, 3)),
+            "sm_86": Launch(even=Tile(128, 64, 4, 3), ragged=Tile(64, 64, 4, 2)),
+            "sm_90": Launch(even=Tile(128, 64, 8, 3), ragged=Tile(128, 64, 8, 3)),
+            "sm_100": Launch(even=Tile(128, 64, 8, 3), ragged=Tile(64, 64, 4, 2)),
+            "sm_120": Launch(even=Tile(128, 64, 4, 3), ragged=Tile(64, 64, 4, 2)),
         },
-        Heads(bits=16, max_channels=128): {"sm_80": Launch(even=Tile(128, 64, 8), ragged=Tile(128, 32, 8))},
-        Heads(bits=32, max_channels=128): {"sm_80": Launch(even=Tile(32, 16, 4), ragged=Tile(32, 16, 4))},
+        Heads(bits=16, max_channels=128): {"sm_80": Launch(even=Tile(128, 64, 8, 2), ragged=Tile(128, 32, 8, 2))},
+        Heads(bits=32, max_channels=128): {"sm_80": Launch(even=Tile(32, 16, 4, 2), ragged=Tile(32, 16, 4, 2))},
     },
     "backward_dq": {
         Heads(bits=16, max_channels=64): {
-            "sm_80": Launch(even=Tile(128, 32, 4), ragged=Tile(64, 32, 4)),
-            "sm_90": Launch(even=Tile(128, 64, 8), ragged=Tile(128, 64, 8)),
-            "sm_120": Launch(even=Tile(128, 32, 4), ragged=Tile(64, 32, 4)),
+            "sm_80": Launch(even=Tile(128, 32, 4, 3), ragged=Tile(64, 32, 4, 2)),
+            "sm_90": Launch(even=Tile(128, 64, 8, 3), ragged=Tile(128, 64, 8, 3)),
+            "sm_120": Launch(even=Tile(128, 32, 4, 3), ragged=Tile(64, 32, 4, 3)),
         },
-        Heads(bits=16, max_channels=128): {"sm_80": Launch(even=Tile(128, 32, 8), ragged=Tile(64, 32, 8))},
-        Heads(bits=32, max_channels=128): {"sm_80": Launch(even=Tile(32, 16, 8), ragged=Tile(32, 16, 8))},
+        Heads(bits=16, max_channels=128): {"sm_80": Launch(even=Tile(128, 32, 8, 2), ragged=Tile(64, 32, 8, 2))},
+        Heads(bits=32, max_channels=128): {"sm_80": Launch(even=Tile(32, 16, 8, 2), ragged=Tile(32, 16, 8, 2))},
     },
     "backward_dkdv": {
         Heads(bits=16, max_channels=64): {
-            "sm_80": Launch(even=Tile(32, 128, 4), ragged=Tile(32, 64, 4)),
-            "sm_86": Launch(even=Tile(64, 128, 8), ragged=Tile(32, 64, 4)),
-            "sm_90": Launch(even=Tile(32, 128, 4), ragged=Tile(64, 64, 4)),
-            "sm_100": Launch(even=Tile(64, 128, 8), ragged=Tile(64, 64, 4)),
-            "sm_120": Launch(even=Tile(64, 128, 8), ragged=Tile(32, 64, 4)),
+            "sm_80": Launch(even=Tile(32, 128, 4, 3), ragged=Tile(32, 64, 4, 3)),
+            "sm_86": Launch(even=Tile(64, 128, 8, 3), ragged=Tile(32, 64, 4, 3)),
+            "sm_90": Launch(even=Tile(32, 128, 4, 3), ragged=Tile(64, 64, 4, 3)),
+            "sm_100": Launch(even=Tile(64, 128, 8, 2), ragged=Tile(64, 64, 4, 2)),
+            "sm_120": Launch(even=Tile(64, 128, 8, 3), ragged=Tile(32, 64, 4, 3)),
         },
         Heads(bits=16, max_channels=128): {
-            "sm_80": Launch(even=Tile(32, 128, 8), ragged=Tile(32, 64, 8)),
-            "sm_120": Launch(even=Tile(64, 64, 8), ragged=Tile(32, 64, 8)),
+            "sm_80": Launch(even=Tile(32, 128, 8, 2), ragged=Tile(32, 64, 8, 2)),
+            "sm_120": Launch(even=Tile(64, 64, 8, 2), ragged=Tile(32, 64, 8, 2)),
         },
-        Heads(bits=32, max_channels=128): {"sm_80": Launch(even=Tile(16, 32, 4), ragged=Tile(16, 32, 4))},
+        Heads(bits=32, max_channels=128): {"sm_80": Launch(even=Tile(16, 32, 4, 2), ragged=Tile(16, 32, 4, 2))},
     },
 }
 
@@ -113,7 +115,7 @@ def launch_parameters(kernel: str, T: int, D: int, dtype: torch.dtype, gpu: str)
     tile = even if T % max(even.queries, even.keys) == 0 else ragged
     EVEN = T % max(tile.queries, tile.keys) == 0
     blocks = {"BLOCK_Q": tile.queries, "BLOCK_K": tile.keys, "BLOCK_D": BLOCK_D, "EVEN": EVEN}
-    return blocks | {"num_warps": tile.warps, "num_stages": STAGES}
+    return blocks | {"num_warps": tile.warps, "num_stages": tile.stages}
 
 
 # ------------------------------------------------------------------------------ PyTorch
@@ -193,25 +195,28 @@ def _forward_kernel(
     qkv_base = qkv_ptr + b * T * (3 * H * D) + h * D
     q_tile = qkv_base + start.to(tl.int64) * (3 * H * D) + (queries[:, None] * (3 * H * D) + channels[None, :])
     q = tl.load(q_tile, mask=inside, other=0.0)
-    k_base, v_base = qkv_base + H * D, qkv_base + 2 * H * D
+    k_base = qkv_base + start.to(tl.int64) * (3 * H * D) + H * D
+    v_base = k_base + H * D
     key_offsets = keys[:, None] * (3 * H * D) + channels[None, :]
     scale_log2 = scale * LOG2E
 
     largest_log2 = tl.full((BLOCK_Q,), -1e30, dtype=tl.float32)  # finite: largest - largest must be 0
     total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
     y = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
-    for _ in range(0, start, BLOCK_K):  # keys before the first query: all real, all seen
-        k = tl.load(k_base + key_offsets, mask=real_channel[None, :], other=0.0)
-        v = tl.load(v_base + key_offsets, mask=real_channel[None, :], other=0.0)
-        largest_log2, total, y = _add_keys(q, k, v, None, largest_log2, total, y, scale_log2)
-        k_base += BLOCK_K * 3 * H * D
-        v_base += BLOCK_K * 3 * H * D
-    for ahead in range(0, BLOCK_Q, BLOCK_K):  # the diagonal: keys start + ahead ...
+    # the diagonal: keys start + ahead ...; first, as a loop that may run no round keeps ptxas from overlapping wgmma
+    for ahead in range(0, BLOCK_Q, BLOCK_K):
         real_key = ((keys < T - start - ahead) | EVEN)[:, None] & real_channel[None, :]
         k = tl.load(k_base + key_offsets, mask=real_key, other=0.0)
         v = tl.load(v_base + key_offsets, mask=real_key, other=0.0)
         causal = queries[:, None] >= (ahead + keys)[None, :]
         largest_log2, total, y = _add_keys(q, k, v, causal, largest_log2, total, y, scale_log2)
+        k_base += BLOCK_K * 3 * H * D
+        v_base += BLOCK_K * 3 * H * D
+    k_base, v_base = qkv_base + H * D, qkv_base + 2 * H * D
+    for _ in range(0, start, BLOCK_K):  # keys before the first query: all real, all seen
+        k = tl.load(k_base + key_offsets, mask=real_channel[None, :], other=0.0)
+        v = tl.load(v_base + key_offsets, mask=real_channel[None, :], other=0.0)
+        largest_log2, total, y = _add_keys(q, k, v, None, largest_log2, total, y, scale_log2)
         k_base += BLOCK_K * 3 * H * D
         v_base += BLOCK_K * 3 * H * D
 
@@ -266,23 +271,26 @@ def _backward_dq_kernel(
     lse_log2 = tl.load(lse_ptr + rows, mask=real_query, other=0.0) * LOG2E
     delta = tl.sum(dy.to(tl.float32) * y.to(tl.float32), axis=1)
     tl.store(delta_ptr + rows, delta, mask=real_query)
-    k_base, v_base = qkv_base + H * D, qkv_base + 2 * H * D
+    k_base = qkv_base + start.to(tl.int64) * (3 * H * D) + H * D
+    v_base = k_base + H * D
     key_offsets = keys[:, None] * (3 * H * D) + channels[None, :]
     scale_log2 = scale * LOG2E
 
     dq = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
-    for _ in range(0, start, BLOCK_K):  # keys before the first query: all real, all seen
-        k = tl.load(k_base + key_offsets, mask=real_channel[None, :], other=0.0)
-        v = tl.load(v_base + key_offsets, mask=real_channel[None, :], other=0.0)
-        dq = _add_dq(q, dy, k, v, None, lse_log2, delta, dq, scale_log2)
-        k_base += BLOCK_K * 3 * H * D
-        v_base += BLOCK_K * 3 * H * D
-    for ahead in range(0, BLOCK_Q, BLOCK_K):  # the diagonal: keys start + ahead ...
+    # the diagonal: keys start + ahead ...; first, as a loop that may run no round keeps ptxas from overlapping wgmma
+    for ahead in range(0, BLOCK_Q, BLOCK_K):
         real_key = ((keys < T - start - ahead) | EVEN)[:, None] & real_channel[None, :]
         k = tl.load(k_base + key_offsets, mask=real_key, other=0.0)
         v = tl.load(v_base + key_offsets, mask=real_key, other=0.0)
         causal = queries[:, None] >= (ahead + keys)[None, :]
         dq = _add_dq(q, dy, k, v, causal, lse_log2, delta, dq, scale_log2)
+        k_base += BLOCK_K * 3 * H * D
+        v_base += BLOCK_K * 3 * H * D
+    k_base, v_base = qkv_base + H * D, qkv_base + 2 * H * D
+    for _ in range(0, start, BLOCK_K):  # keys before the first query: all real, all seen
+        k = tl.load(k_base + key_offsets, mask=real_channel[None, :], other=0.0)
+        v = tl.load(v_base + key_offsets, mask=real_channel[None, :], other=0.0)
+        dq = _add_dq(q, dy, k, v, None, lse_log2, delta, dq, scale_log2)
         k_base += BLOCK_K * 3 * H * D
         v_base += BLOCK_K * 3 * H * D
 

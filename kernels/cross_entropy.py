@@ -48,9 +48,9 @@ BLOCK = {"sm_80": 8192, "sm_86": 4096, "sm_90": 8192, "sm_120": 4096}
 
 
 def launch_parameters(width: int, gpu: str) -> dict[str, int]:
-    """Return, for all three kernels, the block of columns and its warps: 8 elements per thread."""
-    block = min(common.for_architecture(BLOCK, gpu), max(VECTOR.value, triton.next_power_of_2(width)))
-    return {"BLOCK": block, "num_warps": max(1, block // 256)}
+    """Return, for all three kernels, the block of columns and its warps: 8 elements per thread, each of one thread."""
+    block = min(common.for_architecture(BLOCK, gpu), max(256, triton.next_power_of_2(width)))
+    return {"BLOCK": block, "num_warps": block // 256}
 
 
 # ------------------------------------------------------------------------------ PyTorch
@@ -116,9 +116,18 @@ def _row_loss(row_ptr, target, largest, total, V: tl.constexpr):
 
 @triton.jit
 def _write_gradient(
-    row_ptr, drow_ptr, target, largest, total, scale, V: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    row_ptr,
+    drow_ptr,
+    target,
+    largest,
+    total,
+    scale,
+    V: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    IN_PLACE: tl.constexpr,
 ):
-    """Write drow = scale * (softmax(row) - [column is target]), 0 past V; drow may be row itself."""
+    """Write drow = scale * (softmax(row) - [column is target]), 0 past V; IN_PLACE: drow is row itself."""
     FULL: tl.constexpr = V // BLOCK * BLOCK
     in_range = (target >= 0) & (target < V)
     column = tl.where(in_range, target, 0)
@@ -126,7 +135,8 @@ def _write_gradient(
     log2_total = tl.where(in_range, tl.math.log2(total), tl.where(target == IGNORE_TARGET, float("inf"), float("nan")))
     at_target = tl.math.exp2((tl.load(row_ptr + column).to(tl.float32) - largest) * LOG2E - log2_total)
     at_target = tl.where(in_range, at_target - 1.0, at_target) * scale
-    tl.debug_barrier()  # all threads have read row[target] before any of them overwrites it
+    if IN_PLACE:
+        tl.debug_barrier()  # all threads have read row[target] before any of them overwrites it
 
     cols = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     for start in range(0, FULL, BLOCK):
@@ -183,7 +193,7 @@ def _backward_kernel(
     target, scale = tl.load(targets_ptr + row), tl.load(scale_ptr)
     largest, total = tl.load(largest_ptr + row), tl.load(total_ptr + row)
     row_ptr, drow_ptr = logits_ptr + row * row_stride, dlogits_ptr + row * WIDTH
-    _write_gradient(row_ptr, drow_ptr, target, largest, total, scale, V, WIDTH, BLOCK)
+    _write_gradient(row_ptr, drow_ptr, target, largest, total, scale, V, WIDTH, BLOCK, False)
 
 
 @triton.jit
@@ -194,7 +204,7 @@ def _in_place_kernel(logits_ptr, targets_ptr, losses_ptr, V: tl.constexpr, WIDTH
     target = tl.load(targets_ptr + row)
     largest, total = _row_statistics(row_ptr, V, WIDTH, BLOCK)
     tl.store(losses_ptr + row, _row_loss(row_ptr, target, largest, total, V))
-    _write_gradient(row_ptr, row_ptr, target, largest, total, 1.0, V, WIDTH, BLOCK)
+    _write_gradient(row_ptr, row_ptr, target, largest, total, 1.0, V, WIDTH, BLOCK, True)
 
 
 # ---------------------------------------------------------------------------- operators

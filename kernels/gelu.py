@@ -100,8 +100,10 @@ def _backward_kernel(
         dy = tl.load(dy_ptr + start + tile, mask=inside, other=0.0).to(tl.float32)  # 0 outside, and so is dz
 
         z2 = z * z
-        s = 1.0 / (1.0 + tl.math.exp2(z * (-LOG2E * LINEAR - LOG2E * CUBIC * z2)))
-        dz = dy * (s + z * s * (1.0 - s) * (LINEAR + 3.0 * CUBIC * z2))
+        # e * s is 1 - s without the cancellation; e stays finite, so that e * s is never inf * 0
+        e = tl.math.exp2(tl.minimum(z * (-LOG2E * LINEAR - LOG2E * CUBIC * z2), 126.0))
+        s = 1.0 / (1.0 + e)
+        dz = dy * (s + z * s * (e * s) * (LINEAR + 3.0 * CUBIC * z2))
         tl.store(dz_ptr + start + tile, dz, mask=inside)
         dbias += dz
 

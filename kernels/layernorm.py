@@ -119,7 +119,9 @@ def _forward_kernel(
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
 
-    mean = tl.sum(x, axis=0) / C
+    total = tl.sum(x, axis=0)
+    mean = total * (1.0 / C)
+    mean = tl.fma(tl.fma(mean, -C, total), 1.0 / C, mean)  # as right as a division, of which a GPU's is not
     centered = tl.where(mask, x - mean, 0.0)  # columns past C must not enter the variance
     rstd = tl.rsqrt(tl.sum(centered * centered, axis=0) / C + eps)
     y = weight * (centered * rstd) + bias

@@ -12,9 +12,11 @@ import math
 import mmap
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 plain_memory = pytest.mark.skipif(
@@ -78,6 +80,37 @@ def new_memory_is_nan():
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+@contextlib.contextmanager
+def approximations_of_a_gpu():
+    """
+    Within, the interpreter divides and takes exp2 in float32 as wrongly as a GPU may, and its fma rounds once.
+
+    Both instructions, div.full and ex2.approx, err by up to two units in the last place: here by two, up or down,
+    except that x / 1 = x and exp2(0) = 1.
+    Source: https://docs.nvidia.com/cuda/parallel-thread-execution, "div" and "ex2"
+    """
+
+    def two_units_off(function, right_at):
+        def approximate(self, *operands):
+            numbers = [operand.data for operand in operands]
+            exact = function(*numbers)
+            bits = exact.view(np.int32)
+            units = np.where(bits.astype(np.uint32) * np.uint32(0x9E3779B1) >> 31, np.int32(2), np.int32(-2))
+            right = ~np.isfinite(exact) | (exact == 0) | (numbers[-1] == right_at)
+            return TensorHandle(np.where(right, bits, bits + units).view(np.float32), operands[0].dtype.scalar)
+
+        return approximate
+
+    def fma(self, x, y, z):
+        return TensorHandle((np.float64(x.data) * y.data + z.data).astype(x.data.dtype), z.dtype.scalar)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_fdiv", two_units_off(np.divide, right_at=1))
+        patch.setattr(InterpreterBuilder, "create_exp2", two_units_off(np.exp2, right_at=0))
+        patch.setattr(InterpreterBuilder, "create_fma", fma)
+        yield
 
 
 def far_rows(rows: int, stride: int, cols: int, dtype: torch.dtype = torch.float16) -> list[Tensor]:

@@ -78,6 +78,13 @@ def test_the_block_of_every_gpu_is_as_right_as_pytorch(V, width, block):
         check_linear(make_linear(3, 8, V, width, torch.float32), make_targets(3, V), V)
 
 
+@pytest.mark.parametrize("width", [1, 8, 104, 300, 9088])
+def test_no_two_threads_share_a_column(width):
+    """Else one may overwrite a logit in place before the other, which only reads, has read it."""
+    launch = ce.launch_parameters(width, "sm_80")
+    assert launch["BLOCK"] == 32 * ce.VECTOR.value * launch["num_warps"]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("N", "C", "V", "width"), [(1, 8, 1, 8), (9, 100, 65, 128), (40, 16, 300, 300), (6, 8, 9000, 9088)]

@@ -1,8 +1,19 @@
 """layernorm.py: accuracy over awkward shapes and dtypes, extremes, errors, operator registration."""
 
+import contextlib
+
 import pytest
 import torch
-from accuracy import DEVICE, before_a_wall, check_all, far_rows, new_memory_is_nan, plain_memory, results
+from accuracy import (
+    DEVICE,
+    approximations_of_a_gpu,
+    before_a_wall,
+    check_all,
+    far_rows,
+    new_memory_is_nan,
+    plain_memory,
+    results,
+)
 
 from kernels import layernorm
 from kernels.layernorm import add_layer_norm, add_layer_norm_torch, layer_norm, layer_norm_reference, layer_norm_torch
@@ -98,10 +109,12 @@ def test_one_output_may_go_unused(output):
     ],
     ids=["constant", "one huge", "large mean", "tiny"],
 )
-def test_extreme_rows(row):
+@pytest.mark.parametrize("arithmetic", [contextlib.nullcontext, approximations_of_a_gpu])
+def test_extreme_rows(row, arithmetic):
     tensors, dy, _ = inputs((3, 100), torch.float32)
     tensors["x"] = row.repeat(3, 1).to(DEVICE).requires_grad_()
-    check_all(layer_norm, layer_norm_torch, layer_norm_reference, tensors, (dy,), eps=EPS)
+    with arithmetic():
+        check_all(layer_norm, layer_norm_torch, layer_norm_reference, tensors, (dy,), eps=EPS)
 
 
 def test_reference_is_pytorch_in_float64_and_differentiable():
