@@ -99,7 +99,7 @@ def read_text(path: str | Path, encoding: str | None = None) -> str:
             f"{path} is not {(encoding or marked).upper()}: byte 0x{content[error.start]:02x} at offset {error.start}"
         )
         raise other_encoding(path, content, encoding, place) from None
-    if "\0" in text:
+    if 8 * text.count("\0") > len(text):  # UTF-16, or binary
         raise other_encoding(path, content, encoding, f"{path} holds zero bytes")
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
