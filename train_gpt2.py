@@ -43,6 +43,7 @@ from training import plan as planner
 from training import sweep as sweeps
 from training.checkpoint import check_resume, checkpoints, restarted_in, starting_point
 from training.distributed import Distributed, Mode
+from training.ladder import climb as road
 from training.optimizer import learning_rate, make_optimizers, mean_learning_rate
 from training.pace import Pace, matmul_speed
 from training.run import Run, StopRequest, profiler, require
@@ -113,7 +114,7 @@ class Config:
     plan: bool = False  # only print the memory, time, cost and disk space of the run
     find_lr: bool = False  # only try learning rates, draw find_lr.png and suggest one
     sweep: tuple[str, ...] = ()  # train a grid of runs: --sweep lr=1e-4,3e-4 n_layer=4,6
-    ladder: bool = False  # train six models on tiny shakespeare, from a bigram to a small GPT
+    ladder: bool = False  # climb from a neuron to GPT-2 beside published losses; without a preset
 
     def __post_init__(self):
         above_zero = ["block_size", "batch_tokens", "micro_batch", "max_steps", "lr", "eval_tokens"]
@@ -554,13 +555,16 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character of a sample
     with files.exit_on_user_error():
         startup.end()
-        arguments, grid = sweeps.take_grid(sys.argv[1:] if arguments is None else arguments)
+        arguments = sys.argv[1:] if arguments is None else arguments
+        if "--ladder" in arguments:
+            raise SystemExit(road.main([word for word in arguments if word != "--ladder"]))
+        arguments, grid = sweeps.take_grid(arguments)
         if not arguments or {"-h", "--help"} & set(arguments):
             print(command_line.show(arguments, PRESETS))
             return
         arguments = command_line.read_words(arguments, PRESETS)
         config = parse(arguments)
-        chosen = [as_flag(name) for name in ("plan", "find_lr", "ladder") if getattr(config, name)]
+        chosen = [as_flag(name) for name in ("plan", "find_lr") if getattr(config, name)]
         chosen += ["--sweep"] if grid is not None else []
         if len(chosen) > 1:
             raise UserError(f"{' and '.join(chosen)} are commands of their own: give one of them")
@@ -568,8 +572,6 @@ def main(arguments: list[str] | None = None) -> None:
             status = show_plan(config)
         elif grid is not None:
             status = sweeps.train_grid(Path(__file__), arguments, grid, parse)
-        elif config.ladder:
-            status = sweeps.climb_ladder(Path(__file__), arguments, parse)
         else:
             status = launch(config)
     raise SystemExit(status)

@@ -106,7 +106,12 @@ def parse_options(command_line: Callable[[], T]) -> T:
     raise UserError(f"{message} (--help shows every option)")
 
 
-def run_script(commands: Callable[..., str] | dict[str, Callable[..., str]], prog: str, description: str = "") -> None:
+def run_script(
+    commands: Callable[..., str] | dict[str, Callable[..., str]],
+    prog: str,
+    description: str = "",
+    arguments: list[str] | None = None,  # instead of the command line's
+) -> None:
     """Run a data script: print what its function, or that of the subcommand typed, returns for the options typed."""
 
     def delayed(command):  # so that parsing, whose errors are caught, ends before the command runs
@@ -115,10 +120,10 @@ def run_script(commands: Callable[..., str] | dict[str, Callable[..., str]], pro
     with exit_on_user_error():
         if callable(commands):
             description = commands.__doc__.splitlines()[0]
-            call = functools.partial(tyro.cli, delayed(commands), prog=prog, description=description)
+            call = functools.partial(tyro.cli, delayed(commands), prog=prog, description=description, args=arguments)
         else:
             cli, functions = tyro.extras.subcommand_cli_from_dict, {k: delayed(v) for k, v in commands.items()}
-            call = functools.partial(cli, functions, prog=prog, description=description)
+            call = functools.partial(cli, functions, prog=prog, description=description, args=arguments)
         print(parse_options(call)())
 
 

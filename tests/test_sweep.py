@@ -1,4 +1,4 @@
-"""training/sweep.py: grids and the ladder, run with the real training script in small."""
+"""training/sweep.py: grids, run with the real training script in small."""
 
 import json
 import os
@@ -17,7 +17,6 @@ import train_gpt2
 from data.files import UserError, lock
 from data.shards import write_dataset
 from data.tokenizer import CharTokenizer
-from model import GPT
 from training import sweep
 
 SCRIPT = Path(train_gpt2.__file__)
@@ -75,11 +74,6 @@ def test_the_grid_wins_over_the_command_line_switches_take_true_and_false_and_pa
         (["--sweep", "compile=yes"], "the values of compile are true and false"),
         (["--sweep", "out_dir=a,b"], "a sweep cannot vary --out-dir"),
         (["--resume=never", "--sweep", "lr=1"], "leave --resume out"),
-        (["--ladder", "--n-layer", "3"], "--ladder sets --n-layer itself"),
-        (["--ladder", "--block_size=8"], "--ladder sets --block-size itself"),
-        (["--ladder", "--micro-batch", "64"], "rung 5-context: --batch-tokens 2048 does not divide evenly"),
-        (["--ladder", "--resume", "never"], "leave --resume out"),
-        (["--ladder", "--sweep", "lr=1"], "give one of them"),
         (["--plan", "--find-lr"], "--plan and --find-lr are commands of their own: give one of them"),
     ],
     ids=" ".join,
@@ -103,42 +97,6 @@ def test_the_words_after_sweep_are_taken_out_of_the_command_line():
 def test_the_folder_is_out_dir_or_one_beside_the_preset_s_run():
     assert str(sweep.choose_folder(["laptop", "--out_dir=x/y"], "x/y", "sweep")) == "x/y"
     assert sweep.choose_folder(["laptop", "--lr", "1"], "runs/laptop", "sweep").as_posix() == "runs/laptop-sweep"
-
-
-# -------------------------------------------------------------------------------------------------------------- ladder
-
-
-def test_each_rung_changes_one_dimension_from_a_bigram_up_and_can_be_built():
-    rungs = sweep.rungs(["laptop"], train_gpt2.parse)
-    shapes = [[getattr(run.config, name) for name in sweep.DIMENSIONS] for run in rungs]
-    assert shapes[0][0] == 0
-    for before, after in zip(shapes, shapes[1:], strict=False):
-        assert sum(a != b for a, b in zip(before, after, strict=True)) == 1
-        assert all(b >= a for a, b in zip(before, after, strict=True))
-    for run in rungs:
-        assert run.config.data == "shakespeare-char" and run.config.max_steps == 2400
-        assert GPT(run.config.shape(65)).parameter_count() < 1_000_000
-
-
-def test_options_on_the_command_line_hold_for_every_rung_whichever_the_preset():
-    for preset in ("laptop", "gpt2-124m"):
-        rungs = sweep.rungs([preset, "--max-steps", "7", "--lr", "1e-3", "--data", "mine"], train_gpt2.parse)
-        assert {(run.config.max_steps, run.config.lr, run.config.data) for run in rungs} == {(7, 1e-3, "mine")}
-
-
-def test_a_ladder_of_one_rung_is_climbed_and_its_folder_is_for_nothing_else(dataset, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(sweep, "RUNGS", {"1-bigram": sweep.RUNGS["1-bigram"]})
-    words = ["laptop", "--ladder", f"--data={dataset}", "--eval-tokens=400", f"--out-dir={tmp_path}"]
-    assert sweep.climb_ladder(SCRIPT, [*words, "--max-steps=3"], train_gpt2.parse) == 0
-    shown = capfd.readouterr().out
-    assert "| no layers: a bigram | 0       | 1      | 32     | 8          | 3     | 576        |" in shown
-    assert (tmp_path / "ladder.md").read_text("utf-8").strip() in shown
-    assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(UserError, match=rf"^{tmp_path} holds a ladder made with --max-steps 3 \(now 4\): use another"):
-        sweep.climb_ladder(SCRIPT, [*words, "--max-steps=4"], train_gpt2.parse)
-    for folder, content in ((tmp_path, "the runs of --ladder"), (tmp_path / "1-bigram", "a single run")):
-        with pytest.raises(UserError, match=f"^{folder} holds {content}: give --sweep another folder with --out-dir"):
-            sweep.train_grid(SCRIPT, command(dataset, folder), ["lr=1e-3"], train_gpt2.parse)
 
 
 # ------------------------------------------------------------------------------------------------------------- running
@@ -276,8 +234,6 @@ def test_the_last_loss_is_drawn_against_the_option_with_most_values(dataset):
 def test_options_without_numbers_have_no_second_panel_and_unfinished_runs_no_point(dataset):
     assert len(panels(made_up(dataset, 3, 2, 1, optimizer="adamw"), made_up(dataset, 3, 2, 2, optimizer="muon"))) == 1
     assert len(panels(made_up(dataset, 3, 2, 1, lr=0.1))) == 1
-    rungs = [made_up(dataset, 3, 2, 1, rung="a bigram", n_layer=0), made_up(dataset, 2, 2, 1, rung="more", n_layer=1)]
-    assert len(panels(*rungs)) == 1
     runs = [made_up(dataset, *losses, n_layer=n) for n, losses in ((1, (3, 2, 1)), (2, (3, 2)), (3, (4, 3, 2)))]
     _, panel = panels(*runs)
     assert panel.lines[0].get_xdata().tolist() == [1, 3] and panel.get_xscale() == "linear"

@@ -1,17 +1,16 @@
 """
-Several runs, one after another: a grid of options (--sweep), or the ladder from a bigram to a small GPT (--ladder).
+Several runs, one after another, for every combination of some options' values.
 
     --sweep lr=1e-4,3e-4,1e-3 n_layer=4,6     six runs, in the folders lr=0.0001,n_layer=4 and so on
-    --ladder                                  the six runs of RUNGS, in the folders 1-bigram and so on
 
 Every command line is parsed before the first run starts. A run is a child process with a folder of its own inside
 --out-dir, and these folders are the only state: the same command skips the runs whose log has reached
 --max-steps, resumes the one that was interrupted and retries those that failed. Ctrl-C is passed on to the run in
 progress, which saves and ends. If a run fails, its error goes into the table and the others continue. Written after
-every run, WHAT being sweep or ladder:
+every run:
 
-    WHAT.md     a table: options, steps, parameters, training and validation loss per run
-    WHAT.png    the validation losses
+    sweep.md     a table: options, steps, parameters, training and validation loss per run
+    sweep.png    the validation losses
 """
 
 import dataclasses
@@ -40,25 +39,11 @@ WITHOUT_EFFECT = RESERVED | {
     "keep", "checkpoint_every", "sample_every", "hellaswag_every", "hellaswag_input", "diagnose", "profile", "wandb",
     "tensorboard",
 }  # fmt: skip
-DIMENSIONS = ("n_layer", "n_head", "n_embd", "block_size")
-RUNGS = {  # folder -> what is new, and its options
-    "1-bigram": ("no layers: a bigram", "--n-layer=0 --n-head=1 --n-embd=32 --block-size=8 --lr=3e-2"),
-    "2-one-head": ("one layer, one head", "--n-layer=1 --n-head=1 --n-embd=32 --block-size=8 --lr=1e-2"),
-    "3-four-heads": ("four heads", "--n-layer=1 --n-head=4 --n-embd=32 --block-size=8 --lr=1e-2"),
-    "4-depth": ("four layers", "--n-layer=4 --n-head=4 --n-embd=32 --block-size=8 --lr=1e-2"),
-    "5-context": ("128 tokens of context", "--n-layer=4 --n-head=4 --n-embd=32 --block-size=128 --lr=1e-2"),
-    "6-width": ("128 channels", "--n-layer=4 --n-head=4 --n-embd=128 --block-size=128 --lr=3e-3"),
-}
-COMMON = (  # options of every rung; those of the command line win. Muon has nothing to train in a bigram
-    "--data=shakespeare-char --optimizer=adamw --batch-tokens=2048 --micro-batch=auto --max-steps=2400 "
-    "--warmup-steps=100 --weight-decay=0.1 --dropout=0 --eval-every=200 --eval-tokens=111540 --hellaswag-every=0 "
-    "--sample-every=0 --checkpoint-every=800 --keep=1"
-)
 
 
 @dataclasses.dataclass
 class SweepRun:
-    """One run of a sweep or ladder: its folder's name, its options in the table, its command line, how it went."""
+    """One run of a sweep: its folder's name, its options in the table, its command line, how it went."""
 
     name: str
     columns: dict[str, object]
@@ -97,15 +82,6 @@ def train_grid(script: Path, arguments: list[str], grid: Sequence[str], parse: P
     """
     folder = choose_folder(arguments, parse(arguments).out_dir, "sweep")
     return train_all(script, expand(arguments, grid, parse), folder, "sweep")
-
-
-def climb_ladder(script: Path, arguments: list[str], parse: Parse) -> int:
-    """Train the rungs and print the table; arguments, result and errors as for train_grid."""
-    arguments = [word for word in arguments if word != "--ladder"]
-    if fixed := [as_flag(name) for name in DIMENSIONS if name in _given(arguments)]:
-        raise UserError(f"--ladder sets {fixed[0]} itself, rung by rung: leave it out")
-    folder = choose_folder(arguments, parse(arguments).out_dir, "ladder")
-    return train_all(script, rungs(arguments, parse), folder, "ladder")
 
 
 def take_grid(arguments: list[str]) -> tuple[list[str], list[str] | None]:
@@ -166,18 +142,6 @@ def _read_grid(grid: Sequence[str], base) -> list[list[str]]:
     return [*options.values()]
 
 
-def rungs(arguments: list[str], parse: Parse) -> list[SweepRun]:
-    """Return the runs of the ladder, parsed."""
-    runs = []
-    for name, (title, options) in RUNGS.items():
-        # after the preset, before what was typed: the last of two equal options wins
-        words = [*arguments[:1], *f"{COMMON} {options}".split(), *arguments[1:]]
-        config = _parse_run(parse, words, f"--ladder, rung {name}")
-        columns = {"rung": title} | {dimension: getattr(config, dimension) for dimension in DIMENSIONS}
-        runs.append(SweepRun(name, columns, words, config))
-    return runs
-
-
 def _parse_run(parse: Parse, arguments: list[str], what: str):
     try:
         return parse_options(lambda: parse(arguments))
@@ -232,10 +196,8 @@ def train_all(script: Path, runs: list[SweepRun], folder: Path, what: str) -> in
 
 def check_folder(runs: list[SweepRun], folder: Path, what: str) -> None:
     """Raise UserError if the folder holds anything but this sweep's runs, made with these options."""
-    other = "ladder" if what == "sweep" else "sweep"
-    for name, content in (("config.json", "a single run"), (f"{other}.md", f"the runs of --{other}")):
-        if (folder / name).exists():
-            raise UserError(f"{folder} holds {content}: give --{what} another folder with --out-dir")
+    if (folder / "config.json").exists():
+        raise UserError(f"{folder} holds a single run: give --{what} another folder with --out-dir")
     for run in runs:
         path = folder / run.name / "config.json"
         if not path.exists():
@@ -355,8 +317,7 @@ def _results(run: SweepRun) -> list[str]:
 
 def draw(figure, runs: list[SweepRun]) -> None:
     """Draw validation losses against tokens; beside them the last ones against the swept number with most values."""
-    names = [] if "rung" in runs[0].columns else runs[0].columns
-    values = {name: {run.columns[name] for run in runs} for name in names}
+    values = {name: {run.columns[name] for run in runs} for name in runs[0].columns}
     numeric = [n for n, found in values.items() if len(found) > 1 and all(type(v) in (int, float) for v in found)]
     panels = figure.subplots(1, 2 if numeric else 1, squeeze=False)[0]
     figure.set_size_inches(7.5 * len(panels), 5)

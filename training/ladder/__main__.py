@@ -1,0 +1,3 @@
+from training.ladder.climb import main
+
+main()
