@@ -152,7 +152,7 @@ def gpt(names: Names, steps: int, progress: Callable) -> tuple[int, float]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=64, block_size=block, vocab_size=names.vocab_size))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.1, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 100, 1.0 - step / steps))
     inputs, targets = names.rows(names.train, block)
     for _ in progress(steps):
