@@ -1,3 +1,6 @@
+"""`python -m training.ladder`: see climb.py."""
+
 from training.ladder.climb import main
 
-main()
+if __name__ == "__main__":
+    main()
