@@ -28,7 +28,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
-if not torch.cuda.is_available():
+EMULATED = os.environ.get("EMULATE")  # an NVIDIA GPU, such as sm_80: kernels are compiled for it and emulated
+if not torch.cuda.is_available() and not EMULATED:
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it as each kernel is defined
 
 
@@ -38,8 +39,8 @@ def pytest_unconfigure():
 
 
 def pytest_collection_modifyitems(items):
-    """Skip the tests marked `gpu` if no GPU is present."""
-    if not torch.cuda.is_available():
+    """Skip the tests marked `gpu` if no GPU is present or emulated."""
+    if not torch.cuda.is_available() and not EMULATED:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
@@ -72,6 +73,14 @@ def session_folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path_factory, session_folder):
     yield from in_an_empty_folder(tmp_path_factory)
+
+
+@pytest.fixture(scope="session", autouse=bool(EMULATED))
+def emulated_gpu():
+    from kernels.emulator import driver
+
+    with driver.emulated(EMULATED, errors=os.environ.get("EMULATE_ERRORS", "uniform")):
+        yield
 
 
 @pytest.fixture(scope="session")

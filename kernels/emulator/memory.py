@@ -1,0 +1,94 @@
+"""
+Memory that watches its accesses: bounds, alignment, races, asynchronous copies; and what each access costs.
+
+Two accesses to the same bytes race if they come from different threads, one of them writes, and no barrier of their
+program stands between. Between programs nothing ever does. So what threads see when they run in step is what they see
+in any order, unless a race is reported.
+"""
+
+import numpy as np
+
+BANKS, SECTOR_BYTES = 32, 32
+PROGRAM = 2**32  # a time is program * PROGRAM + barriers that the program has passed
+
+
+class History:
+    """Per granule: which thread wrote last and when, and which threads have read since the last barrier."""
+
+    def __init__(self, granules: int):
+        self.writer, self.first, self.last = np.full((3, granules), -1, np.int32)  # threads of the grid
+        self.written, self.read = np.full((2, granules), -1, np.int64)  # times
+        self.lowest, self.highest = np.full(granules, 2**30, np.int32), np.full(granules, -1, np.int32)  # programs
+
+    def unordered_writes(self, at: np.ndarray, thread: np.ndarray, time: np.ndarray) -> np.ndarray:
+        """Return which granules another thread has written with no barrier since."""
+        written, writer = self.written[at], self.writer[at]
+        ordered = (written < time) & (written >= time // PROGRAM * PROGRAM)
+        return (writer >= 0) & (writer != thread) & ~ordered
+
+    def note_reads(self, at: np.ndarray, thread: np.ndarray, time: np.ndarray) -> np.ndarray:
+        """Record reads, in order of threads; return which are races."""
+        fresh = self.read[at] != time
+        first = np.where(fresh, thread, np.minimum(self.first[at], thread))
+        last = np.where(fresh, thread, np.maximum(self.last[at], thread))
+        self.first[at[::-1]], self.last[at], self.read[at] = first[::-1], last, time  # of equal places the last stays
+        program = time // PROGRAM
+        self.lowest[at[::-1]] = np.minimum(self.lowest[at], program)[::-1]
+        self.highest[at] = np.maximum(self.highest[at], program)
+        return self.unordered_writes(at, thread, time)
+
+    def note_writes(self, at: np.ndarray, thread: np.ndarray, time: np.ndarray) -> np.ndarray:
+        program = time // PROGRAM
+        bad = (self.read[at] == time) & ((self.first[at] != thread) | (self.last[at] != thread))
+        bad |= (self.highest[at] > program) | (self.lowest[at] < program)
+        bad |= self.unordered_writes(at, thread, time)
+        self.writer[at], self.written[at] = thread, time
+        return bad
+
+
+class Memory:
+    """
+    The bytes of a tensor, or of the shared memory of several programs.
+
+    data: bytes from `start` on, a multiple of 16, as a view that kernels read and write; all of its length is a
+          multiple of 16 too, but only those from `first` to `end` may be touched
+    granule: the bytes that History keeps apart
+    """
+
+    def __init__(self, start: int, data: np.ndarray, first: int, end: int, granule: int):
+        self.start, self.first, self.end, self.granule = start, first, end, granule
+        self.views = {width: data.view(f"u{width}") for width in (1, 2, 4, 8)}
+        self.history = History(len(data) // granule)
+        self.in_flight = np.zeros(len(data) // granule, np.bool_)  # an asynchronous copy is to fill it
+
+    def inside(self, address: np.ndarray, size: int) -> np.ndarray:
+        return (address >= self.first) & (address + size <= self.end)
+
+    def granules(self, place: np.ndarray, size: int) -> np.ndarray:
+        """Return the granules of accesses of `size` bytes, one row each."""
+        return place[:, None] // self.granule + np.arange(max(1, size // self.granule))
+
+    def items(self, place: np.ndarray, width: int, count: int) -> np.ndarray:
+        """Return the places in views[width] of `count` items each."""
+        return place[:, None] // width + np.arange(count)
+
+
+def wavefronts(group: np.ndarray, address: np.ndarray, size: int) -> tuple[int, int]:
+    """
+    Return the wavefronts of accesses to shared memory and the least that as many distinct words need.
+
+    A warp is served 128 bytes at a time: `group` says which accesses go together. In a wavefront each of 32 banks gives
+    one word of 4 bytes.
+    """
+    words = (address[:, None] // 4 + np.arange(max(1, size // 4))).ravel()
+    distinct = np.unique(np.repeat(group, max(1, size // 4)) << 32 | words)
+    _, index = np.unique(distinct >> 32, return_inverse=True)
+    per_bank = np.bincount(index * BANKS + distinct % BANKS, minlength=(index.max() + 1) * BANKS).reshape(-1, BANKS)
+    return int(per_bank.max(axis=1).sum()), int((-(-per_bank.sum(axis=1) // BANKS)).sum())
+
+
+def sectors(warp: np.ndarray, address: np.ndarray, size: int) -> tuple[int, int]:
+    """Return the 32-byte sectors that each warp's accesses to global memory touch, and the least for the same bytes."""
+    touched = len(np.unique(warp << 47 | address // SECTOR_BYTES))
+    _, distinct = np.unique(np.unique(warp << 47 | address // size) >> 47, return_counts=True)
+    return touched, int((-(-distinct * size // SECTOR_BYTES)).sum())
