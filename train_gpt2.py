@@ -37,7 +37,7 @@ from data.loader import Loader, evaluation_windows, read_windows
 from data.tokenizer import Tokenizer, from_spec
 from kernels import Ops, families, select
 from model import GPT, GPTConfig, sample_text
-from training import command_line, curves, devices, diagnostics, hellaswag, weights
+from training import command_line, curves, devices, diagnostics, header, hellaswag, weights
 from training import find_lr as lr_finder
 from training import plan as planner
 from training import sweep as sweeps
@@ -407,14 +407,8 @@ def open_run(trainer: Trainer, data: Data, step: int):
     config, model, device, dist = trainer.config, trainer.raw_model, trainer.device, trainer.dist
     if dist.rank > 0:
         return contextlib.nullcontext()
-    cpu = f"{torch.get_num_threads()} threads"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    count, vocab_size = model.parameter_count() / 1e6, model.config.vocab_size
-    print(f"{count:.2f}M parameters, vocabulary of {vocab_size:,} tokens")
-    dtype = str(trainer.dtype).removeprefix("torch.")
-    print(f"{dist.world_size} x {device.type} ({name}), {dtype}")
-    print(f"{config.batch_tokens:,} tokens per step", end=", ")
-    print(f"{trainer.micro_batch} sequences per micro-step; into {config.out_dir}")
+    speed = matmul_speed(device)
+    print(header.describe(trainer, data, step, speed), flush=True)
     if config.warmup_steps >= config.max_steps:
         warmup = f"--warmup-steps {config.warmup_steps} is not below --max-steps {config.max_steps}"
         print(f"warning: {warmup}: the learning rate never falls", file=sys.stderr)
@@ -422,7 +416,7 @@ def open_run(trainer: Trainer, data: Data, step: int):
     fresh = config.resume == "never" and not restarted_in(folder)
     references = curves.reference_losses(data.val_split)
     flops = config.batch_tokens * model.flops_per_token() / dist.world_size
-    pace = Pace(config.max_steps - step, flops, matmul_speed(device))
+    pace = Pace(config.max_steps - step, flops, speed)
     return Run(folder, dataclasses.asdict(config), step, references, fresh, pace)
 
 
@@ -464,6 +458,8 @@ def train(config: Config, dist: Distributed) -> int:
             done = f"{config.out_dir} has done its {first} steps"
             print(f"{done}: raise --max-steps, or use --resume never")
         return 0
+    if checkpoint and dist.rank == 0:
+        print(header.resumed(config, checkpoint))
     trainer = make_trainer(config, data, dist, checkpoint)
     del checkpoint  # it memory-maps a file that --keep may delete
     questions = []

@@ -11,14 +11,15 @@ from pathlib import Path
 
 from data.files import UserError, lock
 
-DATASETS = {  # name -> the module that prepares it, and how
-    "pydocs": ("data.pydocs", {}),
-    "shakespeare-char": ("data.shakespeare", {"tokenizer": "char"}),
-    "shakespeare-gpt2": ("data.shakespeare", {"tokenizer": "gpt2"}),
-    "fineweb-edu-10B": ("data.fineweb", {"name": "sample-10BT"}),
-    "fineweb-edu-100B": ("data.fineweb", {"name": "sample-100BT"}),
-    "fineweb-edu-350B": ("data.fineweb", {"name": "sample-350BT"}),
-    "fineweb-10B": ("data.fineweb", {"pretokenized": "fineweb"}),
+_EDU = "`python -m data.fineweb --pretokenized fineweb-edu` is quicker"
+DATASETS = {  # name -> the module that prepares it, how, and what that takes
+    "pydocs": ("data.pydocs", {}, "seconds, no download"),
+    "shakespeare-char": ("data.shakespeare", {"tokenizer": "char"}, "a download of 1.1 MB"),
+    "shakespeare-gpt2": ("data.shakespeare", {"tokenizer": "gpt2"}, "a download of 1.1 MB"),
+    "fineweb-edu-10B": ("data.fineweb", {"name": "sample-10BT"}, f"hours, a download, 20 GB of disk; {_EDU}"),
+    "fineweb-edu-100B": ("data.fineweb", {"name": "sample-100BT"}, "a day or more, a download, 200 GB of disk"),
+    "fineweb-edu-350B": ("data.fineweb", {"name": "sample-350BT"}, "days, a download, 700 GB of disk"),
+    "fineweb-10B": ("data.fineweb", {"pretokenized": "fineweb"}, "a download of 20 GB"),
 }
 
 
@@ -43,5 +44,6 @@ def prepare_if_missing(name: str) -> None:
         held = lock(folder / ".lock")
     with held:
         if not (folder / "meta.json").exists():  # unless another process prepared it while this one waited
-            module, options = DATASETS[name]
+            module, options, takes = DATASETS[name]
+            print(f"preparing {folder}: {takes}", flush=True)
             print(importlib.import_module(module).prepare(folder=folder, **options))

@@ -41,7 +41,7 @@ def test_a_run_leaves_all_its_files_and_learns(dataset, tmp_path, capsys):
     kept = [path.name for path in sorted((out / "checkpoints").glob("*.pt"))]
     assert kept == [f"step_{step:06d}.pt" for step in (52, 56, 60)]
     printed = capsys.readouterr().out
-    assert "validation loss" in printed and "256 tokens per step" in printed
+    assert "validation loss" in printed and "60 steps of 256 tokens" in printed
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_or_order_does_not(dataset, tmp_path):
