@@ -10,7 +10,7 @@ text (`train_from_iterator` does not); and the two libraries may have different 
 are letters to only one of them.
 
 The vocabulary is the 256 bytes, the merges in order, and <|endoftext|> last: N counts them all. `python -m data.bpe
-compare` compares several tokenizers.
+compare` compares several tokenizers, `show` cuts a text into tokens.
 """
 
 import codecs
@@ -28,7 +28,7 @@ import tyro
 
 from data.files import UserError, atomic_write, run_script
 from data.text import other_encoding, read_text
-from data.tokenizer import BYTE_TO_UNICODE, PATTERNS, TRAINED_FILE, byte_pairs, choose
+from data.tokenizer import BYTE_TO_UNICODE, PATTERNS, TRAINED_FILE, Tokenizer, byte_pairs, choose
 from data.tokenizer_json import tokenizer_json
 
 CHUNK_BYTES = 1 << 20  # read at a time
@@ -203,7 +203,11 @@ def train(
 
 def compare(
     files: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FILES")],
-    tokenizer: Annotated[tuple[str, ...], tyro.conf.arg(metavar="char|gpt2|FILE ...")] = ("char", "gpt2"),
+    tokenizer: Annotated[tuple[str, ...], tyro.conf.arg(metavar="bytes|char|gpt2|FILE ...")] = (
+        "bytes",
+        "char",
+        "gpt2",
+    ),
 ) -> str:
     """Show the bytes per token of each text file for each tokenizer.
 
@@ -212,8 +216,8 @@ def compare(
 
     Args:
         files: Text files in UTF-8, a column each.
-        tokenizer: Characters (those of all the files), GPT-2's tokens, or those of a file or folder that holds a
-            tokenizer.
+        tokenizer: Bytes, characters (those of all the files), GPT-2's tokens, or those of a file or folder that holds
+            a tokenizer.
     """
     texts = [read_text(path) for path in files]
     empty = [str(path) for path, text in zip(files, texts, strict=True) if not text]
@@ -221,10 +225,45 @@ def compare(
         raise UserError(f"there is no text in {', '.join(empty) or 'no files'}: give files that hold some")
     rows = [["bytes per token", "vocabulary", *(path.name for path in files)], ["---"] * (2 + len(files))]
     for name in tokenizer:
-        chosen = choose(name, "".join(texts), documents=False)
+        chosen = _choose(name, "".join(texts))
         ratios = [len(text.encode()) / len(chosen.encode(text)) for text in texts]
         rows.append([name, f"{chosen.vocab_size:,}", *(f"{ratio:.2f}" for ratio in ratios)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def show(
+    text: Annotated[str, tyro.conf.Positional],
+    tokenizer: Annotated[tuple[str, ...], tyro.conf.arg(metavar="bytes|char|gpt2|FILE ...")] = ("char", "gpt2"),
+) -> str:
+    r"""Show a text's tokens.
+
+    Return, for each tokenizer, the number of tokens, the pieces between bars and the ids below. Line breaks, tabs and
+    bytes that are no whole character are shown as \n, \t and \xd0. Raise UserError for an empty text or no such
+    tokenizer.
+
+    Args:
+        text: The text, quoted for the shell.
+        tokenizer: Bytes, characters (those of the text), GPT-2's tokens, or those of a file or folder that holds a
+            tokenizer.
+    """
+    if not text:
+        raise UserError("the text is empty: give some, in quotes")
+    lines = []
+    for name in tokenizer:
+        chosen = _choose(name, text)
+        ids = chosen.encode(text).tolist()
+        pieces = [chosen.decode_bytes([i]).decode(errors="backslashreplace") for i in ids]
+        pieces = [piece.translate({9: r"\t", 10: r"\n", 13: r"\r"}) for piece in pieces]
+        widths = [max(len(piece), len(str(i))) for piece, i in zip(pieces, ids, strict=True)]
+        lines.append(f"{name}: {len(ids)} tokens of {len(text.encode())} bytes")
+        for row in (pieces, map(str, ids)):
+            lines.append(f"|{'|'.join(word.ljust(width) for word, width in zip(row, widths, strict=True))}|")
+    return "\n".join(lines)
+
+
+def _choose(name: str, text: str) -> Tokenizer:
+    """Return the tokenizer of that name: "bytes" has no merges, "char" the characters of `text`."""
+    return byte_pairs("gpt2", []) if name == "bytes" else choose(name, text, documents=False)
 
 
 def _write_json(path: Path, content: dict) -> None:
@@ -232,8 +271,8 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 def main() -> None:
-    description = "Learn a byte-level BPE from text, or compare tokenizers."
-    run_script({"train": train, "compare": compare}, prog="python -m data.bpe", description=description)
+    description = "Learn a byte-level BPE from text, compare tokenizers, or show a text's tokens."
+    run_script({"train": train, "compare": compare, "show": show}, prog="python -m data.bpe", description=description)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from tiktoken_ext import openai_public
 from tokenizers import models, pre_tokenizers, trainers
 
 from data import pydocs, shakespeare
-from data.bpe import compare, count_words, learn, main, read_chunks, train
+from data.bpe import compare, count_words, learn, main, read_chunks, show, train
 from data.files import UserError
 from data.pydocs import read_topics
 from data.shards import open_split
@@ -300,7 +300,8 @@ def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path):
     for arguments, complaint in (
         (["train", "--vocab-size", "200", "README.md", "--out", tmp_path / "out"], "--vocab-size 200 is too small"),
         (["train", "--vocab-size", "300", tmp_path / "none.txt", "--out", tmp_path / "out"], "none.txt"),
-        (["learn"], "train, compare"),
+        (["learn"], "train, compare, show"),
+        (["show", ""], "the text is empty"),
         (["train", "--vocab-siez", "300"], "Unrecognized options: --vocab-siez"),
     ):
         command = [sys.executable, "-m", "data.bpe", *map(str, arguments)]
@@ -312,8 +313,9 @@ def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path):
 def test_compare_prints_the_bytes_a_token_of_each_tokenizer_on_each_file(folder, tmp_path):
     (tmp_path / "code.txt").write_text(CODE, encoding="utf-8")
     files = (tmp_path / "code.txt", ROOT / "tests" / "texts" / "russian.txt")
-    head, rule, *rows = compare(files, ("char", "gpt2", str(folder))).splitlines()
+    head, rule, *rows = compare(files, ("bytes", "char", "gpt2", str(folder))).splitlines()
     assert head == "| bytes per token | vocabulary | code.txt | russian.txt |" and set(rule) == {"|", " ", "-"}
+    assert rows.pop(0) == "| bytes | 257 | 1.00 | 1.00 |"
     for row, tokenizer in zip(rows, (None, gpt2(), load(str(folder))), strict=True):
         name, vocabulary, *ratios = row.strip("| ").split(" | ")
         for text, ratio in zip((CODE, RUSSIAN), ratios, strict=True):
@@ -324,3 +326,19 @@ def test_compare_prints_the_bytes_a_token_of_each_tokenizer_on_each_file(folder,
     for files in ((), (tmp_path / "empty.txt",), (tmp_path / "code.txt", tmp_path / "empty.txt")):
         with pytest.raises(UserError, match=f"there is no text in {tmp_path / 'empty.txt' if files else 'no files'}"):
             compare(files)
+
+
+def test_show_puts_bars_between_tokens_and_escapes_what_is_no_character():
+    assert show("127 + 677 = 804", ("gpt2",)).splitlines() == [
+        "gpt2: 7 tokens of 15 bytes",
+        "|127  | +  | 6 |77  | = | 8 |04  |",
+        "|16799|1343|718|3324|796|807|3023|",
+    ]
+    assert show("мир\n", ("char", "bytes")).splitlines() == [
+        "char: 4 tokens of 7 bytes",
+        "|м|и|р|\\n|",
+        "|2|1|3|0 |",
+        "bytes: 7 tokens of 7 bytes",
+        r"|\xd0|\xbc|\xd0|\xb8|\xd1|\x80|\n |",
+        "|140 |120 |140 |116 |141 |222 |198|",
+    ]
