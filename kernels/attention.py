@@ -170,7 +170,7 @@ def _add_keys(q, k, v, causal, largest_log2, total, y, scale_log2):
     return new_largest_log2, total * shrink + tl.sum(p, axis=1), y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _forward_kernel(
     qkv_ptr,  # in  (B, T, 3, H, D)
     y_ptr,  # out (B, T, H, D)
@@ -185,6 +185,7 @@ def _forward_kernel(
     EVEN: tl.constexpr,
 ):
     """One program: BLOCK_Q rows of y and lse, for one head of one sequence."""
+    T = tl.multiple_of(T, 16) if EVEN else T
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q  # the longest rows first
     b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     queries, keys, channels = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
@@ -236,7 +237,7 @@ def _add_dq(q, dy, k, v, causal, lse_log2, delta, dq, scale_log2):
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _backward_dq_kernel(
     qkv_ptr,  # in  (B, T, 3, H, D)
     y_ptr,  # in  (B, T, H, D)
@@ -254,6 +255,7 @@ def _backward_dq_kernel(
     EVEN: tl.constexpr,
 ):
     """One program: BLOCK_Q rows of dq and delta, for one head of one sequence."""
+    T = tl.multiple_of(T, 16) if EVEN else T
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q  # the longest rows first
     b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     queries, keys, channels = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
@@ -308,7 +310,7 @@ def _add_dkdv(q, dy, k, v, causal, lse_log2, delta, dk, dv, scale_log2):
     return tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee"), dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _backward_dkdv_kernel(
     qkv_ptr,  # in  (B, T, 3, H, D)
     dy_ptr,  # in  (B, T, H, D)
@@ -325,6 +327,7 @@ def _backward_dkdv_kernel(
     EVEN: tl.constexpr,
 ):
     """One program: BLOCK_K rows of dk and dv, for one head of one sequence."""
+    T = tl.multiple_of(T, 16) if EVEN else T
     start = tl.program_id(0) * BLOCK_K  # the first key, and the first query that sees it
     b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     queries, keys, channels = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)

@@ -63,7 +63,7 @@ def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------ kernels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _forward_kernel(z_ptr, bias_ptr, y_ptr, N, W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """One program: a tile (ROWS, COLS) of y (N, W) from z (N, W), to which it adds the bias (W,)."""
     first_row = tl.program_id(0).to(tl.int64) * ROWS  # int64: first_row * W passes 2^31 for large batches
@@ -78,7 +78,7 @@ def _forward_kernel(z_ptr, bias_ptr, y_ptr, N, W: tl.constexpr, ROWS: tl.constex
     tl.store(y_ptr + tile, z / (1.0 + exp_minus_2u), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _backward_kernel(
     dy_ptr, z_ptr, bias_ptr, dz_ptr, dbias_parts_ptr, N, W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):

@@ -131,7 +131,7 @@ def _forward_kernel(
     tl.store(rstd_ptr + row, rstd)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _backward_kernel(
     dy_ptr,  # in  (N, C)
     dsummed_ptr,  # in  (N, C), or None

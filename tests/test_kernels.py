@@ -125,6 +125,39 @@ except ValueError as error:
     assert "the package triton is not installed: use --kernels none to train" in done.stdout
 
 
+def test_texts_of_every_length_share_a_few_compiled_kernels():
+    """An evaluation or a sample calls the kernels at any number of tokens: a new one per length would take seconds."""
+    code = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime.jit import create_function_from_signature
+from kernels import attention, gelu, layernorm
+
+def compiled(kernel, launches):
+    bind, x = create_function_from_signature(kernel.signature, kernel.params, backend), torch.empty(16)
+    calls = ({name: launch.pop(name, x) for name in kernel.arg_names} | launch for launch in launches)
+    return len({str(bind(**call)[1:]) for call in calls})  # specialization and options, not the arguments
+
+backend = CUDABackend(GPUTarget("cuda", 80, 32))
+lengths = range(1, 1025)
+for name in attention.LAUNCH:
+    parameters = (attention.launch_parameters(name, T, 64, torch.bfloat16, "sm_80") | {"T": T} for T in lengths)
+    launches = [launch | {"H": 12, "D": 64, "scale": 0.125} for launch in parameters]
+    print(compiled(getattr(attention, f"_{name}_kernel"), launches))
+for kernel, constants in (
+    (gelu._forward_kernel, gelu.LAUNCH["forward"] | {"W": 3072}),
+    (gelu._backward_kernel, gelu.LAUNCH["backward"] | {"W": 3072}),
+    (layernorm._backward_kernel, layernorm.launch_parameters(768) | {"C": 768}),
+):
+    print(compiled(kernel, [constants | {"N": N} for N in lengths]))
+"""
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+    # attention: blocks that divide T, smaller ones that do, and masks; the others: one for all
+    assert done.stdout.split() == ["3"] * 3 + ["1"] * 3
+
+
 def outputs_and_gradients(function, given, differentiable, dtype):
     """Every output, and the gradient of every tensor, as in training under autocast; float32 without it."""
     with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):

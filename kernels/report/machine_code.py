@@ -86,13 +86,13 @@ def compile_launch(launch: dict, architecture: str):
     kernel = getattr(importlib.import_module(launch["module"]), launch["kernel"])
     signature, constants, attributes = {}, dict(launch["constants"]), {}
     for position, name in enumerate(kernel.arg_names):
-        value = launch["arguments"].get(name)
-        if name in constants or value is None or (value == 1 and isinstance(value, int)):
+        value, specialized = launch["arguments"].get(name), not kernel.params[position].do_not_specialize
+        if name in constants or value is None or (value == 1 and isinstance(value, int) and specialized):
             signature[name] = "constexpr"
             constants.setdefault(name, value)
             continue
         if isinstance(value, int):
-            value = ["i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0]
+            value = ["i32" if -(2**31) <= value < 2**31 else "i64", specialized and value % 16 == 0]
         signature[name], divisible = ["fp32", False] if isinstance(value, float) else value
         if divisible:
             attributes[(position,)] = [["tt.divisibility", 16]]
