@@ -3,7 +3,7 @@ Report machine code, traffic and least time of every kernel on every GPU, withou
 
     python -m kernels.report                                         all targets, at the shapes of gpt2-124m
     python -m kernels.report --preset gpt2-1558m --shape T=2048 --arch sm_80 sm_90
-    python -m kernels.report --arch sm_80 sm_90 --check              exit status 1 if a limit below is broken
+    python -m kernels.report --check                                 exit status 1 if a limit below is broken
     python -m kernels.report --json report.json --plot roofline.png
 
 Every table says what it holds, as kernels/README.md explains: compiled, counted, or model. None is a timing; for those
@@ -113,11 +113,15 @@ def broken_by(kernel: dict, found: dict, architecture: str) -> Iterator[str]:
         yield f"{kernel['atomics']} atomic operations, the limit is 0"
     limits = LIMITS | {"shared_bytes": MULTIPROCESSORS[architecture].shared_bytes_per_program}
     for figure, limit in limits.items():
-        if (found[figure] or 0) > limit:
+        if found[figure] > limit:
             yield f"{figure.replace('_', ' ')} {found[figure]}, the limit is {limit}"
     if (found["narrowest_bits"] or NARROWEST_BITS) < NARROWEST_BITS:
         place = f"{kernel['launch']['module']} line {found['narrowest_line']}"
         yield f"accesses of {found['narrowest_bits']} bits at {place}, the limit is {NARROWEST_BITS}"
+    for number, sentence in found["warnings"]:
+        yield f"ptxas warns {number}, the limit is no warning about performance: {sentence}"
+    if 0 < found["wgmma"] <= found["waits"]:
+        yield f"{found['waits']} waits for {found['wgmma']} wgmma, one after the other: the limit is one for several"
     wanted = TENSOR_CORE.get(architecture, "")
     if kernel["flops"] and not any(name.startswith(wanted) for name in found["tensor_core"]):
         yield f"tl.dot, but no tensor-core instruction {wanted}".rstrip()
@@ -133,13 +137,26 @@ def machine_code_table(kernels: list[dict], architecture: str, found: list[dict]
         row = {"kernel": kernel["name"], "warps": f["warps"], "regs": f["registers"]}
         row |= {"spill": f"{f['stack_bytes']}+{f['spills']}", "shared": f["shared_bytes"]}
         row |= {"bits": f"{narrow}{f['widest_bits']}"}
-        row |= {"tensor cores": " ".join(f"{n} {name}" for name, n in f["tensor_core"].items())}
+        waits = [f"{f['waits']} waits"] if f["wgmma"] else []
+        row |= {"tensor cores": ", ".join([f"{n} {name}" for name, n in f["tensor_core"].items()] + waits)}
         row |= {"programs": f"{f['programs']} {f['occupancy']:.0%}" if "programs" in f else ""}
-        seconds = "cached" if f["compile_seconds"] is None else f"{f['compile_seconds']:.1f}"
-        rows.append(row | {"instr": f["instructions"], "s": seconds})
+        rows.append(row | {"instr": f["instructions"], "s": f"{f['compile_seconds']:.1f}"})
     limits = MULTIPROCESSORS.get(architecture)
     allowed = f", at most {limits.shared_bytes_per_program:,} bytes of shared memory per program" if limits else ""
     return table(f"{architecture}: compiled{allowed}", rows)
+
+
+def summary_table(kernels: dict[str, list[dict]], code: dict[str, list[dict]]) -> str:
+    rows = []
+    for same, found in zip(zip(*kernels.values(), strict=True), zip(*code.values(), strict=True), strict=True):
+        row = {"kernel": same[0]["name"]}
+        for architecture, f in zip(kernels, found, strict=True):
+            waits = [f["waits"]] if f["wgmma"] else []
+            cell = [f["registers"], f["stack_bytes"] + f["local_bytes"] + f["spills"], f.get("programs", ""), *waits]
+            row[architecture] = " ".join(map(str, cell))
+        rows.append(row)
+    title = "Registers, spill, programs per multiprocessor, and on sm_90 waits for the tensor cores: compiled"
+    return table(title, rows)
 
 
 def traffic_tables(kernels: dict[str, list[dict]]) -> Iterator[str]:
@@ -217,7 +234,9 @@ def run(options: Options) -> int:
     print(f"{options.preset}: {shape}, bfloat16 branches, float32 residual stream")
     compiled = [machine_code_table(kernels[architecture], architecture, found) for architecture, found in code.items()]
     modeled = [step_table(shape, name, found) for name, found in in_steps.items()]
-    print(*compiled, *traffic_tables(kernels), roofline_table(kernels), *modeled, sep="\n")
+    print(
+        *compiled, summary_table(kernels, code), *traffic_tables(kernels), roofline_table(kernels), *modeled, sep="\n"
+    )
     if options.json:
         figures = {"shape": dataclasses.asdict(shape), "counted": kernels, "compiled": code, "model": in_steps}
         options.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")

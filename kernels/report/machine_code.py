@@ -14,8 +14,10 @@ Occupancy: programs that fit on a multiprocessor at once, limited by warps, regi
 """
 
 import collections
+import contextlib
 import dataclasses
 import importlib
+import io
 import json
 import re
 import subprocess
@@ -78,7 +80,7 @@ def round_up(number: int, step: int) -> int:
 
 
 def compile_launch(launch: dict, architecture: str):
-    """Return Triton's compiled kernel and the seconds it took, None if it came from Triton's cache."""
+    """Return Triton's compiled kernel, the seconds it took, and what ptxas said. Nothing comes from Triton's cache."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -98,10 +100,11 @@ def compile_launch(launch: dict, architecture: str):
             attributes[(position,)] = [["tt.divisibility", 16]]
     amd = architecture == AMD
     target = GPUTarget("hip", AMD, 64) if amd else GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-    hits, start = [], time.perf_counter()
-    triton.knobs.compilation.listener = lambda **event: hits.append(event["cache_hit"])
-    compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target, launch["options"])
-    return compiled, None if hits[-1] else time.perf_counter() - start
+    triton.knobs.compilation.always_compile = triton.knobs.nvidia.dump_ptxas_log = True
+    log, start = io.StringIO(), time.perf_counter()
+    with contextlib.redirect_stdout(log):
+        compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target, launch["options"])
+    return compiled, time.perf_counter() - start, log.getvalue()
 
 
 def tool(name: str, *arguments: str) -> str:
@@ -166,7 +169,7 @@ def width_of_access(opcode: str) -> tuple[int, bool] | None:
 
 def figures(launch: dict, sites: dict[str, int], architecture: str) -> dict:
     """Compile one launch and read its machine code. sites: line -> bytes that one access in it spans."""
-    compiled, seconds = compile_launch(launch, architecture)
+    compiled, seconds, log = compile_launch(launch, architecture)
     if architecture == AMD:
         result, opcodes_by_line = read_amd(compiled.asm["amdgcn"])
     else:
@@ -190,6 +193,9 @@ def figures(launch: dict, sites: dict[str, int], architecture: str) -> dict:
         "tensor_core": {name: n for name, n in sorted(opcodes.items()) if TENSOR_CORE.match(name)},
         "atomics": sum(n for name, n in opcodes.items() if re.match(r"(RED|REDG|ATOM|ATOMG)$|\w+_atomic_", name)),
         "barriers": opcodes["BAR"] + opcodes["s_barrier"],
+        "wgmma": sum("GMMA" in opcode for _, opcode in opcodes_by_line),
+        "waits": sum(opcode.startswith("WARPGROUP.DEPBAR") for _, opcode in opcodes_by_line),  # for wgmma
+        "warnings": re.findall(r"\((C75\d\d)\) ([^\n]*)", log),  # of ptxas, about performance
         "instructions": sum(opcodes.values()) - opcodes["NOP"],
         "warps": warps,
         "stages": compiled.metadata.num_stages,
