@@ -151,8 +151,9 @@ def summary_table(kernels: dict[str, list[dict]], code: dict[str, list[dict]]) -
     for same, found in zip(zip(*kernels.values(), strict=True), zip(*code.values(), strict=True), strict=True):
         row = {"kernel": same[0]["name"]}
         for architecture, f in zip(kernels, found, strict=True):
-            waits = [f["waits"]] if f["wgmma"] else []
-            cell = [f["registers"], f["stack_bytes"] + f["local_bytes"] + f["spills"], f.get("programs", ""), *waits]
+            cell = [f["registers"], f["stack_bytes"] + f["local_bytes"] + f["spills"]]
+            cell += [f["programs"]] if "programs" in f else []
+            cell += [f["waits"]] if f["wgmma"] else []
             row[architecture] = " ".join(map(str, cell))
         rows.append(row)
     title = "Registers, spill, programs per multiprocessor, and on sm_90 waits for the tensor cores: compiled"
