@@ -2,6 +2,7 @@
 Write text with a trained GPT.
 
     python sample.py RUN_OR_NAME --prompt "Hello, I'm a language model,"   a run, gpt2, gpt2-xl ...
+    python sample.py RUN --chat                                   a run that learned from dialogues, turn by turn
     python sample.py RUN_OR_NAME --export FOLDER                  for Hugging Face's transformers
 """
 
@@ -20,9 +21,10 @@ import tyro
 
 import kernels
 import model as gpt
+from data.chat import as_prompt
 from data.files import UserError, as_flag, exit_on_user_error, parse_options
 from data.text import documents_of, read_text
-from data.tokenizer import StreamDecoder
+from data.tokenizer import StreamDecoder, Tokenizer
 from training import devices, weights
 
 
@@ -36,6 +38,8 @@ class SampleOptions:
     """text to continue; default: start a new document"""
     prompt_file: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """file with the prompt, - for standard input; a trailing newline is dropped"""
+    chat: bool = False
+    """answer standard input line by line, for a run on dialogues (data.chat)"""
     max_new_tokens: int = 300
     """most tokens to add"""
     stop: bool = True
@@ -71,9 +75,23 @@ class SampleOptions:
                 raise UserError(f"{as_flag(name)} is {value}, but must be at least {low}")
         given = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
         exclusive = [("prompt", "prompt_file"), ("num_samples", "best_of"), ("new_only", "best_of")]
+        single = ("prompt", "prompt_file", "num_samples", "best_of", "new_only", "export")
+        exclusive += [("chat", other) for other in single]
         for one, other in exclusive:
             if {one, other} <= given:
                 raise UserError(f"give {as_flag(one)} or {as_flag(other)}, not both")
+
+
+def load_model(options: SampleOptions) -> tuple[gpt.GPT, Tokenizer]:
+    """Return the model, on its device, and its tokenizer."""
+    device = devices.choose_device(options.device)
+
+    def choose_ops(shape: gpt.GPTConfig) -> kernels.Ops:
+        sizes = {"n_embd": shape.n_embd, "n_head": shape.n_head}
+        return kernels.select(options.kernels, device, **sizes, say=lambda sentence: None)
+
+    model, tokenizer = weights.load(options.model, choose_ops)
+    return model.to(device), tokenizer
 
 
 def write_samples(options: SampleOptions) -> None:
@@ -83,18 +101,13 @@ def write_samples(options: SampleOptions) -> None:
         file = "/dev/stdin" if options.prompt_file == "-" else options.prompt_file
         prompt = read_text(file).removesuffix("\n")
     known = documents_of(options.model) if options.new_only else set()
+    model, tokenizer = load_model(options)
     device = devices.choose_device(options.device)
-
-    def choose_ops(shape: gpt.GPTConfig) -> kernels.Ops:
-        sizes = {"n_embd": shape.n_embd, "n_head": shape.n_head}
-        return kernels.select(options.kernels, device, **sizes, say=lambda sentence: None)
-
-    model, tokenizer = weights.load(options.model, choose_ops)
     start = gpt.start_tokens(tokenizer) if tokenizer.eot is not None or not prompt else []
     ids = [*start, *tokenizer.encode(prompt).tolist()]
     eot = tokenizer.eot if options.stop or options.new_only else None
     samples = max(options.num_samples, options.best_of)
-    steps = model.to(device).generate_stream(
+    steps = model.generate_stream(
         torch.tensor([ids] * samples, device=device),
         options.max_new_tokens,
         options.temperature,
@@ -135,6 +148,40 @@ def write_samples(options: SampleOptions) -> None:
     print(f"{n_tokens / seconds:,.1f} tokens/s", file=sys.stderr)
 
 
+def chat(options: SampleOptions) -> None:
+    """Answer standard input line by line. The context is the dialogue so far, its newest part."""
+    model, tokenizer = load_model(options)
+    if tokenizer.eot is None:
+        raise UserError(f"{options.model} has no end-of-text token to end an answer: see data.chat")
+    device = devices.choose_device(options.device)
+    generator, ids = torch.Generator(device).manual_seed(options.seed), []
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        ids += tokenizer.encode(as_prompt(line)).tolist()
+        decoder, answer = StreamDecoder(tokenizer), ""
+        steps = model.generate_stream(
+            torch.tensor([ids], device=device),
+            options.max_new_tokens,
+            options.temperature,
+            options.top_k,
+            options.top_p,
+            generator,
+            tokenizer.eot,
+            options.cache,
+        )
+        for token in (tokens.item() for tokens, _ in steps):
+            ids.append(token)
+            if token != tokenizer.eot:
+                piece = decoder.feed(token)
+                print(piece if answer else piece.removeprefix(" "), end="", flush=True)
+                answer += piece
+        print(decoder.flush())
+        ids += [tokenizer.eot] if ids[-1] != tokenizer.eot else []
+
+
 def main(arguments: list[str] | None = None) -> None:
     if sys.stdout:  # None if closed
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character of the text
@@ -147,7 +194,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{options.export} is ready for transformers: {load}")
         else:
             with devices.explain_out_of_memory("draw fewer samples, or take a smaller model"):
-                write_samples(options)
+                (chat if options.chat else write_samples)(options)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from data import DATASETS, dataset_dir, files, prepare_if_missing, shards
 from data.files import UserError, as_flag, as_user_error
-from data.loader import Loader, evaluation_windows, read_windows
+from data.loader import IGNORED, Loader, evaluation_windows, read_windows
 from data.tokenizer import Tokenizer, from_spec
 from kernels import Ops, families, select
 from model import GPT, GPTConfig, sample_text
@@ -212,6 +212,7 @@ class Trainer:
     dtype: torch.dtype
     micro_batch: int  # sequences
     dist: Distributed = Distributed()
+    partly_scored: bool = False  # some targets are IGNORED
 
     def autocast(self):
         enabled = self.dtype != torch.float32
@@ -221,6 +222,16 @@ class Trainer:
 def seed_dropout(*numbers: int) -> None:
     """Make torch's randomness a function of these numbers: a resumed run needs no saved state."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+
+def count_scored(targets: Tensor) -> Tensor:
+    """Count the targets that are not IGNORED."""
+    return (targets != IGNORED).sum()
+
+
+def replace_unscored(inputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the targets, or if all are IGNORED the inputs: the mean loss of no target is nan."""
+    return torch.where(count_scored(targets) > 0, targets, inputs)
 
 
 def train_step(trainer: Trainer, inputs: Tensor, targets: Tensor, step: int) -> tuple[float, float]:
@@ -234,13 +245,19 @@ def train_step(trainer: Trainer, inputs: Tensor, targets: Tensor, step: int) -> 
     config, dist, size = trainer.config, trainer.dist, trainer.micro_batch
     seed_dropout(config.seed, step, dist.rank)
     micro_batches = list(zip(inputs.split(size), targets.split(size), strict=True))
+    # backward sums gradients: dividing makes the sum the mean over the full batch
+    divisors = [len(micro_batches)] * len(micro_batches)
+    if trainer.partly_scored:  # the mean over scored tokens, of which some micro-batches have more
+        counts = [count_scored(y) for _, y in micro_batches]
+        micro_batches = [(x, replace_unscored(x, y)) for x, y in micro_batches]
+        mean = dist.sum(sum(counts).float()) / dist.world_size
+        divisors = [mean / count for count in counts]  # infinite for none: loss and gradients are 0
     loss_sum = torch.zeros((), device=trainer.device)
-    for micro_step, (x, y) in enumerate(micro_batches, start=1):
+    for micro_step, ((x, y), divisor) in enumerate(zip(micro_batches, divisors, strict=True), 1):
         # gradients accumulate on each rank: one all-reduce, in the last backward, is enough
         dist.set_grad_sync(trainer.model, enabled=micro_step == len(micro_batches))
         with trainer.autocast():
-            # backward sums gradients: dividing makes the sum the mean over the full batch
-            loss = trainer.model(x, y) / len(micro_batches)
+            loss = trainer.model(x, y) / divisor
         loss.backward()
         loss_sum += loss.detach()  # no .item(): it would wait for the GPU in every micro-step
     # both are read before the update: if one is not finite, the weights stay intact
@@ -271,16 +288,22 @@ def validate(trainer: Trainer, split: shards.Split) -> float:
     starts = evaluation_windows(split, block_size, trainer.config.eval_tokens)
     mine = starts[dist.rank :: dist.world_size]
     trainer.raw_model.eval()
-    loss_sum = torch.zeros((), dtype=torch.float64)
+    sums = torch.zeros(2, dtype=torch.float64)  # of losses, and of their weights
     for first in range(0, math.ceil(len(starts) / dist.world_size), size):
         windows = mine[first : first + size]
         read = windows if len(windows) else starts[:1]  # fsdp: all ranks must call it equally often
         batch = read_windows(split, read, block_size)
         inputs, targets = (tensor.to(trainer.device) for tensor in batch)
+        weight = len(windows)
+        if trainer.partly_scored:
+            weight = count_scored(targets).item() if weight else 0
+            targets = replace_unscored(inputs, targets)
         with trainer.autocast():
-            loss_sum += trainer.raw_model(inputs, targets).item() * len(windows)
+            loss = trainer.raw_model(inputs, targets).item()
+        sums += torch.tensor([loss * weight, weight])
     trainer.raw_model.train()
-    return dist.sum(loss_sum.to(trainer.device, torch.float32)).item() / len(starts)
+    loss_sum, weight_sum = dist.sum(sums.to(trainer.device, torch.float32)).tolist()
+    return loss_sum / weight_sum
 
 
 # --------------------------------------------------------------------------------- starting a run
@@ -353,7 +376,9 @@ def make_trainer(
     elif config.init_from:
         weights.init_from(raw_model, config.init_from, split.tokenizer_spec)
     raw_model.to(device)
-    trainer = Trainer(config, raw_model, raw_model, [], device, dtype, 0, dist)
+    trainer = Trainer(
+        config, raw_model, raw_model, [], device, dtype, 0, dist, split.partly_scored
+    )
     trainer.micro_batch = devices.choose_micro_batch(
         config, raw_model, dist, trainer.autocast, checkpoint and checkpoint["micro_batch"]
     )

@@ -15,6 +15,8 @@ import torch
 from data.files import UserError
 from data.shards import Split
 
+IGNORED = -100  # a target that does not count in the loss, as in PyTorch
+
 
 class Loader:
     """Batches of (inputs, targets) as a pure function of (seed, step): no state affects a batch.
@@ -63,8 +65,7 @@ class Loader:
         ahead, self._ahead = self._ahead, None
         rows = ahead[1].result() if ahead and ahead[0] == step else self._read(step)
         self._ahead = step + 1, self._thread.submit(self._read, step + 1)
-        rows = rows.to(self.device, non_blocking=True)
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        return _inputs_and_targets(rows.to(self.device, non_blocking=True), self.split)
 
     def _read(self, step: int) -> torch.Tensor:
         """Return (batch_sequences // world_size, block_size + 1) int64, in pinned memory if the device is a GPU."""
@@ -94,13 +95,20 @@ def evaluation_windows(split: Split, block_size: int, n_tokens: int) -> np.ndarr
 
 def read_windows(split: Split, starts: Iterable[int], block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (inputs, targets), each (len(starts), block_size) int64 on the CPU; targets are shifted by one."""
-    rows = _read_rows(split, starts, block_size)
-    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    return _inputs_and_targets(_read_rows(split, starts, block_size), split)
 
 
 def _read_rows(split: Split, starts: Iterable[int], block_size: int) -> torch.Tensor:
     rows = [split.read(int(start), block_size + 1) for start in starts]
     return torch.from_numpy(np.stack(rows) if rows else np.empty((0, block_size + 1), np.int64))
+
+
+def _inputs_and_targets(rows: torch.Tensor, split: Split) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shift by one. rows: (n, block_size + 1) int64. Targets that do not count in the loss become IGNORED."""
+    inputs, targets = rows[:, :-1], rows[:, 1:]
+    if split.partly_scored:
+        inputs, targets = torch.where(inputs < 0, ~inputs, inputs), targets.masked_fill(targets < 0, IGNORED)
+    return inputs.contiguous(), targets.contiguous()
 
 
 def _check_length(split: Split, block_size: int) -> None:

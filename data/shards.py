@@ -7,6 +7,8 @@ A dataset is a folder. It exists if and only if it holds `meta.json`, which is w
                         "baselines": LOSSES OF N-GRAM COUNTS, see baselines.py, or absent}
     train_000000.npy   one-dimensional, little-endian uint16, or uint32 if V > 65,536
     val_000000.npy
+    train_000000.scored.npy   of dialogues (chat.py): bool, whether a token counts in the loss; named in the shard's
+                              entry, "scored": {"file": ..., "sha256": ...}; all tokens do without it
 
 A shard may also be a `.bin` file of llm.c or modded-nanogpt: 256 int32 (magic 20240520, version 1, number of tokens,
 zeros), then uint16 GPT-2 tokens. A folder of .bin files alone is a dataset too: `train` or `val` in the file name gives
@@ -40,12 +42,14 @@ def write_dataset(
     splits: dict[str, Iterable[np.ndarray]],
     shard_tokens: int = 100_000_000,
     command: str | None = None,
+    scored: dict[str, Iterable[np.ndarray]] | None = None,
 ) -> dict:
     """Write {"train": documents, "val": documents} as a dataset, in place of an older one in `folder`.
 
     documents: 1-D integer arrays of token ids, end-of-text tokens included, read one by one, so that memory holds one
         shard
     command: what prepares this dataset again, for error messages
+    scored: for each of the documents, 1-D bool: the tokens that count in the loss; None: all of them
     Return the content of meta.json. Raise UserError, and leave no dataset, if a split has no tokens or an id is not in
     the vocabulary; raise it too if another process is writing to the folder.
     """
@@ -59,6 +63,10 @@ def write_dataset(
             shards[split] = [write_shard(folder / f"{split}_{i:06d}.npy", tokens) for i, tokens in pieces]
             if not shards[split]:
                 raise UserError(f"the {split} split of {folder} would be empty: give more text")
+            for shard, marks in zip(shards[split], cut(scored[split], shard_tokens, 2) if scored else (), strict=False):
+                path = folder / shard["file"].replace(".npy", ".scored.npy")
+                entry = write_shard(path, marks.astype(bool))
+                shard["scored"] = {"file": entry["file"], "sha256": entry["sha256"]}
         return write_meta(folder, tokenizer, shards, command)
 
 
@@ -73,7 +81,7 @@ def write_meta(
     """
     folder, V = Path(folder), tokenizer.vocab_size
     meta = {"format": 1, "tokenizer": tokenizer.spec(), "vocab_size": V, "command": command, "shards": shards}
-    if shards.get("train") and shards.get("val"):
+    if shards.get("train") and shards.get("val") and "scored" not in shards["train"][0]:  # counts are of all tokens
         train, val = (_split_from_meta(folder, meta, name, "prepare the dataset again") for name in ("train", "val"))
         meta["baselines"] = baselines.measure(train, val, V)
     atomic_write(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
@@ -83,7 +91,9 @@ def write_meta(
 def clear_dataset(folder: Path) -> None:
     """Remove a dataset, meta.json first, and what an interrupted preparation left; other files stay."""
     (folder / "meta.json").unlink(missing_ok=True)
-    ours = re.compile(r"(train|val)_[\d_]+\.npy|progress_\d+\.json|\.(train|val|progress|meta).*\.[0-9a-f]{8}\.tmp")
+    ours = re.compile(
+        r"(train|val)_[\d_]+(\.scored)?\.npy|progress_\d+\.json|\.(train|val|progress|meta).*\.[0-9a-f]{8}\.tmp"
+    )
     for path in folder.iterdir():
         if ours.fullmatch(path.name):
             path.unlink(missing_ok=True)
@@ -138,11 +148,19 @@ def cut(documents: Iterable[np.ndarray], shard_tokens: int, vocab_size: int) -> 
 
 
 class Shard(NamedTuple):
-    """One file of a split. tokens: (n,) uint16 or uint32, memory-mapped; sha256 is None without meta.json."""
+    """One file of a split. tokens: (n,) uint16 or uint32, memory-mapped; sha256 is None without meta.json.
+
+    scored: (n,) bool, with its own path and sha256, or None if all tokens count in the loss
+    """
 
     path: Path
     tokens: np.memmap
     sha256: str | None
+    scored: "Shard | None" = None
+
+
+def _files(shards: list[Shard]) -> list[Shard]:
+    return [file for shard in shards for file in (shard, shard.scored) if file]
 
 
 class Split:
@@ -157,11 +175,15 @@ class Split:
         self.shards, self.hint, self.baselines = shards, hint, {}
         self.borders = np.cumsum([0] + [len(shard.tokens) for shard in shards])  # shard i holds borders[i:i+2]
         self.n_tokens = int(self.borders[-1])
-        listing = [vocab_size] + [[s.path.name, len(s.tokens), s.sha256] for s in shards]
+        self.partly_scored = any(shard.scored for shard in shards)
+        listing = [vocab_size] + [[s.path.name, len(s.tokens), s.sha256] for s in _files(shards)]
         self.fingerprint = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Return tokens [start, start + count) as (count,) int64, across shard borders; IndexError past either end."""
+        """Return tokens [start, start + count) as (count,) int64, across shard borders; IndexError past either end.
+
+        A token that does not count in the loss is returned as ~id, which is negative.
+        """
         if not 0 <= start <= start + count <= self.n_tokens:
             raise IndexError(f"tokens {start} to {start + count} of {self.label}, which has {self.n_tokens}")
         out, done = np.empty(count, np.int64), 0
@@ -170,6 +192,8 @@ class Split:
             offset = start + done - int(self.borders[i])
             piece = self.shards[i].tokens[offset : offset + count - done]
             out[done : done + len(piece)] = piece
+            if scored := self.shards[i].scored:
+                out[done : done + len(piece)] ^= scored.tokens[offset : offset + len(piece)].astype(np.int64) - 1
             done += len(piece)
             i += 1
         return out
@@ -179,7 +203,7 @@ class Split:
 
         Without meta.json there is no sha256 to check.
         """
-        for shard in self.shards[part::parts]:
+        for shard in _files(self.shards[part::parts]):
             size, expected = shard.path.stat().st_size, shard.tokens.offset + shard.tokens.nbytes
             if size != expected:
                 raise UserError(f"{shard.path} has {size} bytes, but {expected} are expected: {self.hint}")
@@ -267,8 +291,20 @@ def _split_from_meta(folder: Path, meta: dict, split: str, hint: str) -> Split:
         expected = f"{token_dtype(vocab_size)} ({n_tokens},)"
         if f"{tokens.dtype} {tokens.shape}" != expected:
             raise UserError(f"{path} holds {tokens.dtype} {tokens.shape}, but meta.json says {expected}: {hint}")
-        shards.append(Shard(path, tokens, sha256))
+        shards.append(Shard(path, tokens, sha256, _map_scored(folder, entry, n_tokens, hint)))
     return Split(f"the {split} split of {folder}", dict(meta["tokenizer"]), vocab_size, shards, hint)
+
+
+def _map_scored(folder: Path, entry: dict, n_tokens: int, hint: str) -> Shard | None:
+    if "scored" not in entry:
+        return None
+    path = folder / Path(str(entry["scored"]["file"])).name
+    if not path.is_file():
+        raise UserError(f"{path} is missing, though meta.json lists it: {hint}")
+    scored = _map_npy(path, hint)
+    if scored.dtype != bool or scored.shape != (n_tokens,):
+        raise UserError(f"{path} holds {scored.dtype} {scored.shape}, not bool ({n_tokens},): {hint}")
+    return Shard(path, scored, str(entry["scored"]["sha256"]))
 
 
 def _map_npy(path: Path, hint: str) -> np.memmap:
