@@ -2,7 +2,7 @@
 Write text with a trained GPT.
 
     python sample.py RUN_OR_NAME --prompt "Hello, I'm a language model,"   a run, gpt2, gpt2-xl ...
-    python sample.py RUN --chat                                   a run that learned from dialogues, turn by turn
+    python sample.py RUN --chat                                   a run on dialogues, turn by turn
     python sample.py RUN_OR_NAME --export FOLDER                  for Hugging Face's transformers
 """
 
