@@ -260,10 +260,11 @@ def train_step(trainer: Trainer, inputs: Tensor, targets: Tensor, step: int) -> 
             loss = trainer.model(x, y) / divisor
         loss.backward()
         loss_sum += loss.detach()  # no .item(): it would wait for the GPU in every micro-step
-    # both are read before the update: if one is not finite, the weights stay intact
-    mean_loss = (dist.sum(loss_sum) / dist.world_size).item()
+    mean_loss = dist.sum(loss_sum) / dist.world_size
     parameters = trainer.raw_model.parameters()
-    grad_norm = dist.item(nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf))
+    grad_norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf)
+    # the step's only wait, before the update: if one is not finite, the weights stay intact
+    mean_loss, grad_norm = dist.floats(mean_loss, grad_norm)
     if not math.isfinite(mean_loss) or not math.isfinite(grad_norm):
         raise UserError(
             f"step {step} has loss {mean_loss} and gradient norm {grad_norm}: stopped before the "

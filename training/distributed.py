@@ -161,9 +161,9 @@ class Distributed:
 
     # ---------------------------------------------------------------------------------------------------------- state
 
-    def item(self, value: Tensor) -> float:
-        """Return the number in a tensor, which fsdp may have sharded. Collective."""
-        return (value.full_tensor() if self.mode == "fsdp" else value).item()
+    def floats(self, *scalars: Tensor) -> list[float]:
+        """Return the numbers in tensors, which fsdp may have sharded, by a single wait for the GPU. Collective."""
+        return torch.stack([t.full_tensor() if hasattr(t, "full_tensor") else t for t in scalars]).tolist()
 
     def gather_full(self, value):
         """Gather sharded tensors (in nested dicts and lists) to the CPU of rank 0; None on other ranks.

@@ -1,0 +1,153 @@
+"""
+What only a GPU executes, on one that is not there: see fake_cuda.py.
+
+No tensor of the CPU meets one of the GPU, Python waits for the GPU only where it must, and Triton compiles few kernels.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hellaswag_questions import write_questions
+
+TESTS = Path(__file__).parent
+UNABLE = sys.platform != "linux" or torch.version.cuda or torch.version.hip or not shutil.which("g++")
+pytestmark = pytest.mark.skipif(bool(UNABLE), reason="needs Linux, PyTorch for CPUs, and a C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> Path:
+    """The GPU that is not there, compiled."""
+    folder = Path(importlib.util.find_spec("torch").origin).parent
+    library = tmp_path_factory.mktemp("fake_cuda") / "fake_cuda.so"
+    includes = [f"-I{folder / 'include'}", f"-I{folder / 'include/torch/csrc/api/include'}"]
+    links = [f"-L{folder / 'lib'}", f"-Wl,-rpath,{folder / 'lib'}", "-ltorch_cpu", "-lc10"]
+    command = ["g++", "-shared", "-fPIC", "-std=c++20", *includes, TESTS / "fake_cuda.cpp", "-o", library, *links]
+    subprocess.run(command, check=True)
+    return library
+
+
+@pytest.fixture
+def on_gpu(library):
+    """A function: run code in a process that has this GPU, and return what it prints as JSON in its last line."""
+
+    def run(code: str, *arguments):
+        paths = os.pathsep.join([str(TESTS), os.environ["PYTHONPATH"]])
+        environment = os.environ | {"FAKE_CUDA": str(library), "PYTHONPATH": paths}
+        environment.pop("TRITON_INTERPRET", None)
+        command = [sys.executable, "-c", f"import fake_cuda, json, sys\n{code}", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+RUN = """
+import torch, sample, train_gpt2
+from pathlib import Path
+from kernels import select
+from kernels.bench import operations
+from kernels.report.shapes import calls_per_step
+from training.run import read_log
+tiny = "laptop --n-layer 1 --n-embd 32 --n-head 2 --block-size 32 --batch-tokens 256 --eval-tokens 64"
+logs = {}
+for kernels in ("none", "all"):
+    paths = ["--data", sys.argv[1], "--hellaswag-input", sys.argv[2], "--out-dir", f"{sys.argv[3]}/{kernels}"]
+    for options in ("--hellaswag-every 1 --no-compile --max-steps 1", "--hellaswag-every 0 --compile --max-steps 2"):
+        try:
+            train_gpt2.main([*tiny.split(), *options.split(), "--kernels", kernels, "--micro-batch", "auto", *paths])
+        except SystemExit as end:
+            assert end.code == 0
+    logs[kernels] = read_log(Path(sys.argv[3], kernels))
+    sample.main([f"{sys.argv[3]}/{kernels}", "--kernels", kernels, "--max-new-tokens", "40", "--top-k", "9"])
+gpu = torch.device("cuda", 0)
+for operation in calls_per_step(operations.TINY):
+    for function in (getattr(select(names, gpu), operation) for names in ("none", "all")):
+        found = operations.time_operation(function, operation, operations.TINY, gpu, torch.bfloat16, repeats=1)
+        assert found["both_ms"] == 1 and found["queued"] == 1
+print()
+print(json.dumps(logs))
+"""
+
+
+def test_runs_that_resume_samples_and_the_bench_touch_no_tensor_of_the_cpu(on_gpu, dataset, tmp_path):
+    logs = on_gpu(RUN, dataset, write_questions(tmp_path / "questions.jsonl"), tmp_path / "runs")
+    for log in logs.values():
+        assert [record["step"] for record in log] == [1, 2] and 0 <= log[0]["hellaswag_acc"] <= 1
+    assert 4 < logs["none"][1]["val_loss"] < logs["none"][0]["val_loss"]
+
+
+WAITS = """
+import dataclasses, torch, train_gpt2
+from pathlib import Path
+from model import sample_text
+from training import diagnostics, hellaswag
+from training.distributed import Distributed
+numbers = torch.ones(3, device="cuda")
+for mistake in (lambda: numbers + torch.ones(3), lambda: torch.multinomial(numbers, 1, generator=torch.Generator())):
+    try:
+        mistake()
+    except RuntimeError as error:
+        assert "cpu" in str(error)
+    else:
+        raise AssertionError("CUDA would refuse this")
+tiny = "laptop --n-layer 2 --n-embd 32 --n-head 2 --block-size 32 --batch-tokens 256 --micro-batch 4 --eval-tokens 256"
+config = train_gpt2.parse([*tiny.split(), "--data", sys.argv[1]])
+data, dist, found = train_gpt2.open_data(config, Distributed()), Distributed(), {}
+questions = hellaswag.questions_for(sys.argv[2], data.tokenizer, 32)
+for kernels in ("none", "all"):
+    trainer = train_gpt2.make_trainer(dataclasses.replace(config, kernels=kernels), data, dist)
+    watch = diagnostics.Diagnostics(trainer.raw_model, trainer.optimizers, trainer.autocast)
+    fake_cuda.waits(), fake_cuda.launches.clear()
+    waits = {}
+    batch = data.loader.batch(0)
+    waits["batch"] = fake_cuda.waits()
+    train_gpt2.train_step(trainer, *batch, 1)
+    waits["step"], launches = fake_cuda.waits(), list(fake_cuda.launches)
+    train_gpt2.validate(trainer, data.val_split)
+    waits["validate"] = fake_cuda.waits()
+    hellaswag.scores(trainer.raw_model, questions, trainer.device, dist, trainer.autocast)
+    waits["hellaswag"] = fake_cuda.waits()
+    sample_text(trainer.raw_model, data.tokenizer, 50, seed=1)
+    waits["sample"] = fake_cuda.waits()
+    with watch.watching(*batch):
+        pass
+    waits["diagnose"] = fake_cuda.waits()
+    found[kernels] = {"waits": waits, "launches": launches}
+print(json.dumps(found))
+"""
+
+
+def test_python_waits_for_the_gpu_only_where_it_reads_a_result_or_brings_new_tokens(on_gpu, dataset, tmp_path):
+    found = on_gpu(WAITS, dataset, write_questions(tmp_path / "questions.jsonl"))
+    to_gpu, from_gpu, item = "copy to the GPU", "copy from the GPU", "item"
+    for each in found.values():
+        waits = {name: Counter(waits) for name, waits in each["waits"].items()}
+        assert waits.pop("diagnose").keys() == {from_gpu}
+        assert waits == {
+            "batch": {},  # from pinned memory
+            "step": {from_gpu: 1},  # its loss and gradient norm
+            "validate": {to_gpu: 2 * 2 + 1, item: 2 + 1},  # two batches, and their sum
+            "hellaswag": {to_gpu: 3 * 4 + 1, from_gpu: 3 + 1},  # three batches, and the counts
+            "sample": {to_gpu: 1, from_gpu: 1},  # whatever the number of tokens
+        }
+    assert not found["none"]["launches"]
+    calls = 2 * 2  # layers times micro-steps
+    assert Counter(name for name, _ in found["all"]["launches"]) == {
+        "layernorm._forward_kernel": 2 * calls + 2,
+        "layernorm._backward_kernel": 2 * calls + 2,
+        "attention._forward_kernel": calls,
+        "attention._backward_dq_kernel": calls,
+        "attention._backward_dkdv_kernel": calls,
+        "gelu._forward_kernel": calls,
+        "gelu._backward_kernel": calls,
+        "cross_entropy._in_place_kernel": 2,
+    }
