@@ -14,6 +14,7 @@ if __name__ == "__main__":
 import dataclasses
 import sys
 import time
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -26,13 +27,26 @@ from data.files import UserError, as_flag, exit_on_user_error, parse_options
 from data.text import documents_of, read_text
 from data.tokenizer import StreamDecoder, Tokenizer
 from training import devices, weights
+from training.command_line import known_option
+
+OTHER_NAMES = {  # what users of other repositories type -> what to type here
+    "start": "--prompt",
+    "text": "--prompt",
+    "length": "--max-new-tokens",
+    "max-length": "--max-new-tokens",
+    "max-tokens": "--max-new-tokens",
+    "n": "--num-samples",
+    "out-dir": "the folder alone, as in python sample.py runs/laptop",
+    "model": "the folder alone, as in python sample.py runs/laptop",
+    "init-from": "the name alone, as in python sample.py gpt2",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleOptions:
     """Write text with a trained GPT, or write the GPT in Hugging Face's format."""
 
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_NAME")]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_NAME")] = ""
     """run folder, checkpoint, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or Hugging Face folder"""
     prompt: str = ""
     """text to continue; default: start a new document"""
@@ -68,6 +82,13 @@ class SampleOptions:
     """instead of text, write the model to this new folder, in Hugging Face's format"""
 
     def __post_init__(self):
+        if not self.model:
+            runs = [str(folder.parent) for folder in sorted(Path("runs").glob("*/checkpoints"))]
+            known = ", ".join([*runs, *weights.RELEASES])
+            raise UserError(f"which model? python sample.py {(runs or ['gpt2'])[0]}, or another of {known}")
+        if any("\ud800" <= character <= "\udfff" for character in self.prompt):
+            encoding = sys.getfilesystemencoding()
+            raise UserError(f"--prompt holds bytes that are not {encoding}: give it with --prompt-file")
         least = dict.fromkeys(("max_new_tokens", "num_samples", "best_of", "top_k"), 1)
         for name, low in (least | {"temperature": 0, "top_p": 1e-6, "seed": 0}).items():
             value = getattr(self, name)
@@ -187,6 +208,11 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character of the text
     with exit_on_user_error():
         startup.end()
+        arguments = sys.argv[1:] if arguments is None else arguments
+        defaults = {field.name: field.default for field in dataclasses.fields(SampleOptions)[1:]}
+        for word in arguments:
+            if word.startswith("--") and word != "--help":
+                known_option(word, defaults, OTHER_NAMES, "python sample.py")
         options = parse_options(lambda: tyro.cli(SampleOptions, args=arguments))
         if options.export:
             weights.export(options.export, *weights.load(options.model))

@@ -96,7 +96,7 @@ class Config:
     checkpoint_every: int = 1000  # steps between checkpoints; the last step always writes one
     keep: int = 3  # newest checkpoints to keep
     resume: str = "auto"  # auto: if --out-dir has a run; never: move it aside; or a checkpoint
-    init_from: str = ""  # initial weights: gpt2, ..., gpt2-xl, a run, or a Hugging Face folder
+    init_from: str = ""  # initial weights: gpt2, ..., gpt2-xl, a run or another's folder: its shape
     diagnose: int = 0  # steps between diagnoses of every layer (diagnostics.png); 0: off
     profile: bool = False  # write a torch.profiler trace of steps 6 to 8 to trace.json
     wandb: bool = False  # log to Weights & Biases too
@@ -563,7 +563,8 @@ def show_plan(config: Config) -> int:
         prepare_if_missing(config.data)
         vocab_size = shards.open_split(dataset_dir(config.data), "train").vocab_size
     if dist.rank == 0:
-        print(planner.report(config, vocab_size, dist.world_size))
+        with as_user_error():
+            print(planner.report(config, vocab_size, dist.world_size))
     return 0
 
 

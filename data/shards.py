@@ -242,7 +242,7 @@ def _no_dataset(folder: Path) -> UserError:
     """Return the error for a folder without a dataset: with the command that makes one of what is there."""
     if (folder / "checkpoints").is_dir():
         return UserError(
-            f"{folder} is a run, not a dataset: --init-from takes it, --data what the run's config.json says"
+            f"{folder} is a run, not a dataset: use --init-from {folder} to start from its weights, and --data DATASET"
         )
     files = [folder] if folder.is_file() else sorted(folder.glob("[!.]*"))
     files = [path for path in files if path.is_file() and path.suffix not in (".npy", ".bin")]

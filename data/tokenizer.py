@@ -129,10 +129,9 @@ class CharTokenizer(Tokenizer):
         unknown = np.flatnonzero(ids < 0)
         if len(unknown):
             some = "".join(dict.fromkeys(text[i] for i in unknown[:1000]))
-            known = f"it knows only {_shorten(self.characters, 200)}"
-            raise UserError(
-                f"the character tokenizer lacks {_shorten(some, 5)}, first at position {unknown[0]}: {known}"
-            )
+            lacks = f"the character tokenizer lacks {_shorten(some, 5)}, first at position {unknown[0]}"
+            known = f"it knows the {len(self.characters):,} characters of its training text"
+            raise UserError(f"{lacks}: {known}, so leave out others, or train on text in --tokenizer gpt2")
         return ids.astype(token_dtype(self.vocab_size))
 
     def decode_bytes(self, ids: ArrayLike) -> bytes:

@@ -16,7 +16,7 @@ B sequences, T tokens, C channels, N = B * T rows, V vocabulary (weight and logi
 The model receives these as one bundle and does not know which versions are in it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +67,15 @@ def unsupported(n_embd: int | None = None, n_head: int | None = None, dropout: f
     return {family: reason for family, reason in reasons.items() if reason}
 
 
+def check_shape(chosen: Iterable[str], n_embd: int | None, n_head: int | None, dropout: float) -> None:
+    """Raise ValueError if one of the chosen families cannot run this shape; see `unsupported`."""
+    reasons = unsupported(n_embd, n_head, dropout)
+    for family in chosen:
+        if family in reasons:
+            others = ",".join(name for name in FAMILIES if name not in reasons)
+            raise ValueError(f"{reasons[family]}: leave {family} to PyTorch with --kernels {others}")
+
+
 def select(
     names: str,
     device: torch.device | str = "cpu",
@@ -97,10 +106,7 @@ def select(
     if chosen and device_reason:
         cure = "use --kernels none to train, or set TRITON_INTERPRET=1 to study the kernels on a CPU"
         raise ValueError(f"--kernels {names} asks for Triton kernels, but {device_reason}: {cure}")
-    for family in chosen:
-        if family in reasons:
-            others = ",".join(name for name in FAMILIES if name not in reasons)
-            raise ValueError(f"{reasons[family]}: leave {family} to PyTorch with --kernels {others}")
+    check_shape(chosen, n_embd, n_head, dropout)
     versions = {}
     for family, functions in FAMILIES.items():
         for name in functions:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import itertools
+import os
 import sys
 from collections.abc import Iterator
 from typing import TypeVar
@@ -30,10 +31,19 @@ def parse_options(options: type[T], words: list[str] | None, prog: str) -> T:
 
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Turn a ValueError or an OSError into one line `error: ...` and exit status 2, Ctrl-C into 130."""
+    """Turn a ValueError or an OSError into one line `error: ...` and exit status 2, Ctrl-C into 130.
+
+    If the reader of standard output is gone, as after `| head`, exit silently with the status of SIGPIPE.
+    """
     try:
-        yield
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # now, to notice a closed pipe before the interpreter exits
         return
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would flush again
+        raise SystemExit(141) from None
     except (ValueError, OSError) as error:
         named = isinstance(error, OSError) and error.strerror and error.filename is not None
         message, status = f"{error.strerror}: {error.filename}" if named else str(error), 2

@@ -341,7 +341,7 @@ def test_the_command_scores_a_hugging_face_folder_and_a_run_with_its_own_tokeniz
 def test_a_mistake_on_the_command_line_is_one_sentence(tmp_path, monkeypatch, capsys, folder):
     path = write_questions(tmp_path / "twenty.jsonl")
     for words, complaint in (
-        (["--model", tmp_path / "none", "--input", path], "error: no weights for"),
+        (["--model", tmp_path / "none", "--input", path], "error: there is no model"),
         (["--model", folder, "--input", path, "--batch", "0"], "error: --batch is 0, but must be at least 1"),
         (["--model", folder, "--input", tmp_path / "none"], "error: cannot read the questions in"),
         (["--model", folder, "--input", path, "--device", "gpu"], "error: --device gpu cannot be used"),

@@ -15,10 +15,12 @@ import re
 import shlex
 import textwrap
 import typing
+from pathlib import Path
 
 import tyro
 
 from data.files import UserError, as_flag, meant, parse_options
+from training import weights
 
 COLUMNS, LEFT = 100, 28  # of the help, and of its options
 COMMAND = ["python", "train_gpt2.py"]
@@ -86,8 +88,8 @@ def read_words(arguments: list[str], presets: Presets) -> list[str]:
                 raise UserError(f"{word!r} belongs to no option: {hint}")
             names.append(word)
             continue
-        flag, has_value, value = word.partition("=")
-        name = _option(flag.lstrip("-").replace("_", "-"), defaults)
+        _, has_value, value = word.partition("=")
+        name = known_option(word, defaults, OTHER_NAMES, "python train_gpt2.py laptop")
         switch = isinstance(defaults[name.removeprefix("no_")], bool)
         if switch and has_value and value.lower() in ("true", "false"):
             name, has_value = name if value.lower() == "true" else f"no_{name}", ""
@@ -102,18 +104,18 @@ def read_words(arguments: list[str], presets: Presets) -> list[str]:
     return [names[0], *words]
 
 
-def _option(name: str, defaults: dict) -> str:
-    """Return the field of Config that an option names, "no_" before it to switch it off; UserError if none."""
+def known_option(word: str, defaults: dict, others: dict[str, str], command: str) -> str:
+    """
+    Return the field that a word such as --max-steps=5 or --no-compile names, "no_" before it to switch it off.
+
+    defaults: field -> value. others: names of other repositories -> what to type. Raise UserError if there is none.
+    """
+    name = word.partition("=")[0].lstrip("-").replace("_", "-")
     field = name.replace("-", "_")
-    plain = field.removeprefix("no_")
-    if field in defaults or plain in defaults and isinstance(defaults[plain], bool):
+    if field in defaults or isinstance(defaults.get(field.removeprefix("no_")), bool):
         return field
-    flags = [as_flag(known).removeprefix("--") for known in defaults]
-    if name in OTHER_NAMES:
-        hint = f"use {OTHER_NAMES[name]}"
-    else:
-        close = meant(name, flags)
-        hint = f"did you mean --{close}?" if close else "python train_gpt2.py laptop --help shows every option"
+    close = meant(f"--{name}", map(as_flag, defaults))
+    hint = f"use {others[name]}" if name in others else f"did you mean {close}?" if close else f"see {command} --help"
     raise UserError(f"there is no option --{name}: {hint}")
 
 
@@ -122,8 +124,16 @@ def parse(arguments: list[str], presets: Presets):
     words = read_words(arguments, presets)
     preset = presets[words[0]][1]
     typed = {word.partition("=")[0] for word in words}
+    shape = _shape_of(_value_of("--init-from", words), presets)
+    if shape and not typed & {
+        as_flag(name) for name in shape
+    }:  # and as many tokens per step, in sequences of that size
+        sequences = max(1, round(preset.batch_tokens / shape["block_size"]))
+        shape["batch_tokens"] = sequences * shape["block_size"]
+    else:
+        shape = {}
     # checked once it fits: with another --batch-tokens, the preset's micro-batch need not divide it
-    default = dataclasses.replace(preset, micro_batch="auto")
+    default = dataclasses.replace(preset, micro_batch="auto", **shape)
     config = parse_options(lambda: tyro.cli(type(preset), default=default, args=words[1:], prog="train_gpt2.py"))
     if as_flag("adamw_lr") in typed and config.adamw_lr is not None and config.optimizer == "adamw":
         raise UserError("--adamw-lr is for --optimizer muon: with adamw, --lr is the only rate, so leave it out")
@@ -132,6 +142,21 @@ def parse(arguments: list[str], presets: Presets):
     sequences, rest = divmod(config.batch_tokens, config.block_size * int(os.environ.get("WORLD_SIZE", "1")))
     divisors = [n for n in range(1, preset.micro_batch + 1) if sequences % n == 0 and not rest]
     return dataclasses.replace(config, micro_batch=max(divisors, default=1))
+
+
+def _value_of(flag: str, words: list[str]) -> str:
+    """Return the last value of an option on a command line, "" without it."""
+    values = [word.partition("=")[2] for word in words if word.startswith(f"{flag}=")]
+    values += [value for word, value in zip(words, words[1:], strict=False) if word == flag]
+    return values[-1] if values else ""
+
+
+def _shape_of(model: str, presets: Presets) -> dict[str, int]:
+    """Return the options of the shape of --init-from, {} without one that is there."""
+    if model in OTHER_PRESETS and not Path(model).exists():
+        preset = presets[OTHER_PRESETS[model]][1]
+        return {name: getattr(preset, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
+    return weights.shape_of(model) if model and Path(model).exists() else {}
 
 
 # ---------------------------------------------------------------------------------------------------------------- help

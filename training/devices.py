@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,10 +30,10 @@ def choose_device(name: str, dist: Distributed = Distributed()) -> torch.device:
             raise UserError(f"{reason}, or use --device cpu to train without it")
     if name == "cuda":
         name = f"cuda:{dist.local_rank}"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise UserError(f"--device {name} cannot be used: use auto, cpu, cuda (a GPU), cuda:1 or mps")
     try:
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("training runs on cpu, cuda and mps")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0][:150]

@@ -79,7 +79,7 @@ def prepare_if_missing(
         folder.mkdir(parents=True, exist_ok=True)
         with lock(folder / ".lock"):
             if not path.exists():  # another process may have downloaded it meanwhile
-                option = "--input FILE (in train_gpt2.py: --hellaswag-input FILE)"
+                option = "--input FILE (in train_gpt2.py --hellaswag-input FILE, or --hellaswag-every 0)"
                 content = download(url, sha256, "HellaSwag's validation set", option)
                 atomic_write(path, lambda file: file.write(content))
     if not is_validation_set(path, sha256):

@@ -41,7 +41,7 @@ import math
 
 import torch
 
-from kernels import FAMILIES, families, unsupported
+from kernels import FAMILIES, check_shape, families, unsupported
 from kernels.cross_entropy import CHUNK_BYTES
 from kernels.gpus import GPU, GPUS
 from model import GPT
@@ -83,6 +83,7 @@ class Plan:
         """The kernel families in Triton; auto leaves to PyTorch what its kernels cannot run."""
         c = self.config
         if c.kernels != "auto":
+            check_shape(families(c.kernels), c.n_embd, c.n_head, c.dropout)
             return families(c.kernels)
         return tuple(name for name in FAMILIES if name not in unsupported(c.n_embd, c.n_head, c.dropout))
 

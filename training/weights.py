@@ -29,11 +29,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import kernels
-from data.files import UserError, as_flag, as_user_error
+from data.files import UserError, as_flag, as_user_error, meant
 from data.tokenizer import END_OF_TEXT, Tokenizer, from_spec, gpt2
 from data.tokenizer_json import tokenizer_json
 from model import GPT, GPTConfig
-from training.checkpoint import load_checkpoint, newest_checkpoint
+from training.checkpoint import checkpoints, load_checkpoint, newest_checkpoint
 
 # fmt: off
 RELEASES = {  # OpenAI's GPT-2s, huggingface.co/openai-community/NAME -> commit, sha256 of its model.safetensors
@@ -72,6 +72,11 @@ def load(name: str, choose_ops: ChooseOps | None = None) -> tuple[GPT, Tokenizer
     Raise UserError if there is no such model, or if it is corrupt or not a GPT-2.
     """
     path = Path(name)
+    if not path.exists() and name not in RELEASES:
+        known = [*RELEASES, *(str(folder.parent) for folder in sorted(Path("runs").glob("*/checkpoints")))]
+        close = meant(name, known)
+        hint = f"did you mean {close}? " if close else ""
+        raise UserError(f"there is no model {name}: {hint}use one of {', '.join(known)}, or the folder of another")
     if path.is_file() or (path / "checkpoints").is_dir():
         checkpoint = load_checkpoint(path) if path.is_file() else newest_checkpoint(path)[1]
         if checkpoint is None:
@@ -82,6 +87,14 @@ def load(name: str, choose_ops: ChooseOps | None = None) -> tuple[GPT, Tokenizer
         raise UserError(f"{path} is a folder of runs: give one of {', '.join(runs)}")
     model = from_hugging_face(name, choose_ops)
     return model, _read_tokenizer(path, model.config.vocab_size)
+
+
+def shape_of(name: str) -> dict[str, int]:
+    """Return n_layer, n_head, n_embd and block_size of a run, a checkpoint or a Hugging Face folder that exists."""
+    path = Path(name)
+    run = checkpoints(path)[:1] or [path] * path.is_file()
+    shape = load_checkpoint(run[0], verify=False)["config"] if run else _read_shape(path)
+    return {field: shape[field] for field in SHAPE if field != "vocab_size"}
 
 
 def init_from(model: GPT, name: str, tokenizer_spec: dict) -> None:
@@ -151,10 +164,10 @@ def _download(name: str) -> Path:
         path = Path(huggingface_hub.hf_hub_download(repository, file_name, revision=revision))
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError) as error:  # whose text is a page about the hub's cache
         url = huggingface_hub.hf_hub_url(repository, file_name, revision=revision)
         folder = Path(huggingface_hub.constants.HF_HUB_CACHE, f"models--openai-community--{name}/snapshots/{revision}")
-        raise UserError(f"cannot download {name} ({_one_line(error)}): put {url} into {folder}") from error
+        raise UserError(f"cannot download {name} ({type(error).__name__}): put {url} into {folder}") from error
     if found != sha256:
         raise UserError(f"sha256 mismatch for {path}, which is not OpenAI's {name}: delete it to download again")
     return path
