@@ -96,7 +96,7 @@ class Config:
     checkpoint_every: int = 1000  # steps between checkpoints; the last step always writes one
     keep: int = 3  # newest checkpoints to keep
     resume: str = "auto"  # auto: if --out-dir has a run; never: move it aside; or a checkpoint
-    init_from: str = ""  # initial weights: gpt2, ..., gpt2-xl, a run or another's folder: its shape
+    init_from: str = ""  # weights and shape of gpt2 ..., a run, or a Hugging Face folder
     diagnose: int = 0  # steps between diagnoses of every layer (diagnostics.png); 0: off
     profile: bool = False  # write a torch.profiler trace of steps 6 to 8 to trace.json
     wandb: bool = False  # log to Weights & Biases too
