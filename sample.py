@@ -84,11 +84,12 @@ class SampleOptions:
     def __post_init__(self):
         if not self.model:
             runs = [str(folder.parent) for folder in sorted(Path("runs").glob("*/checkpoints"))]
-            known = ", ".join([*runs, *weights.RELEASES])
-            raise UserError(f"which model? python sample.py {(runs or ['gpt2'])[0]}, or another of {known}")
+            first, *others = [*runs, *weights.RELEASES]
+            known = ", ".join(others)
+            raise UserError(f"which model? python sample.py {first}, or one of {known}")
         if any("\ud800" <= character <= "\udfff" for character in self.prompt):
-            encoding = sys.getfilesystemencoding()
-            raise UserError(f"--prompt holds bytes that are not {encoding}: give it with --prompt-file")
+            wrong = f"--prompt holds bytes that are not {sys.getfilesystemencoding()}"
+            raise UserError(f"{wrong}: give it with --prompt-file")
         least = dict.fromkeys(("max_new_tokens", "num_samples", "best_of", "top_k"), 1)
         for name, low in (least | {"temperature": 0, "top_p": 1e-6, "seed": 0}).items():
             value = getattr(self, name)

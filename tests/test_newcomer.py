@@ -78,7 +78,7 @@ WRONG = {  # what is typed -> what the error line says
     "train_gpt2.py laptop --data runs/mine": "runs/mine is a run, not a dataset: use --init-from runs/mine",
     "train_gpt2.py laptop --init-from gpt3": "--init-from gpt3: use one of gpt2, gpt2-medium",
     "train_gpt2.py gpt2-124m --plan --kernels all --n-head 4": "with --kernels layernorm,gelu,cross_entropy",
-    "sample.py": "which model? python sample.py runs/mine, or another of runs/mine, runs/new, gpt2",
+    "sample.py": "which model? python sample.py runs/mine, or one of runs/new, gpt2, gpt2-medium",
     "sample.py runs": "runs is a folder of runs: give one of runs/mine, runs/new",
     "sample.py runs/mien": "there is no model runs/mien: did you mean runs/mine?",
     "sample.py runs/new": "runs/new has no checkpoint yet: train_gpt2.py writes one every --checkpoint-every steps",
