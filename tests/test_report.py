@@ -262,7 +262,7 @@ def planted(tmp_path_factory):
 
 
 def test_the_gate_catches_a_planted_regression_and_names_kernel_target_and_figure(planted):
-    broken = report.broken_limits(*planted)
+    broken = report.broken_limits(*planted, {})
     planted_by = {"spills": "spilling", "stack bytes": "spilling", "accesses of 32 bits": "scalar_stores"}
     planted_by |= {"atomics": "adding", "ptxas warns C7515": "serialized", "8 waits for 8 wgmma": "serialized"}
     for words, name in planted_by.items():
@@ -276,10 +276,32 @@ def test_the_gate_catches_shared_memory_tensor_cores_and_traffic(planted):
     least = scalar["compulsory_bytes"]
     kernel = scalar | {"flops": 1, "loaded": 9 * least, "unique_bytes": 2 * least}
     found = {**code["sm_80"][1], "narrowest_bits": 128, "shared_bytes": 164 * 1024}
-    broken = report.broken_limits({"sm_80": [kernel]}, {"sm_80": [found]})
+    broken = report.broken_limits({"sm_80": [kernel]}, {"sm_80": [found]}, {})
     assert len(broken) == 4
     for words in ("bytes issued", "unique bytes", "shared bytes 167936", "no tensor-core instruction"):
         assert any(words in line for line in broken)
+
+
+EMULATE = """
+import json, planted, torch
+from kernels.emulator import costs, driver
+with driver.emulated("sm_80", counting=True) as launches:
+    planted.scalar_stores[(1,)](torch.ones(1024), torch.zeros(2048), BLOCK=1024, num_warps=1)
+print(json.dumps(costs.figures(launches)))
+"""
+
+
+def test_the_gate_catches_bank_conflicts_and_sectors(tmp_path, monkeypatch):
+    (tmp_path / "planted.py").write_text(PLANTED, encoding="utf-8")
+    (tmp_path / "emulate.py").write_text(EMULATE, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = report.child("emulate", work=[], interpret=False)
+    (said,) = report.broken_by_costs("scalar_stores", found)
+    assert said.startswith("sectors are 1.500 of the least, the limit is 1.0: planted.py:")
+    assert list(report.broken_by_costs("layer_norm.forward", found)) == []  # an exception
+    conflict = {"wavefronts": 64, "least_wavefronts": 32, "worst_wavefronts": "a.py:1 ld.shared.b32: 64, least 32"}
+    (said,) = report.broken_by_costs("layer_norm.forward", found | conflict)
+    assert "bank conflicts, the limit is none: a.py:1 ld.shared.b32: 64, least 32" in said
 
 
 # ----------------------------------------------------------------------------------------------------------- roofline
@@ -366,10 +388,16 @@ def test_the_command_passes_the_gate_at_gpt2_124m_prints_tables_and_writes_figur
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("0 limits broken\n")
     assert max(map(len, done.stdout.splitlines())) <= 120
-    for words in ("sm_80: compiled", "launched on sm_80: counted", "model, from counted traffic", "in Triton: model"):
+    for words in (
+        "sm_80: compiled",
+        "launched on sm_80: counted",
+        "counted, emulated",
+        "model, from counted traffic",
+        "in Triton: model",
+    ):
         assert words in done.stdout
     everything = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    assert set(everything) == {"shape", "counted", "compiled", "model"}
+    assert set(everything) == {"shape", "counted", "compiled", "emulated", "model"}
     assert {kernel["operation"] for kernel in everything["counted"]["sm_80"]} == set(calls_per_step(SMALL))
     assert len(everything["compiled"]["sm_80"]) == len(everything["counted"]["sm_80"])
     assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")

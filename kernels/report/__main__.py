@@ -7,8 +7,8 @@ Report machine code, traffic and least time of every kernel on every GPU, withou
     python -m kernels.report --json report.json --plot roofline.png
 
 Every table says what it holds, as kernels/README.md explains: compiled, counted, or model. None is a timing; for those
-there is kernels.bench. Two processes do the work, since Triton decides at import whether its kernels are interpreted
-or compiled: kernels.report.traffic with TRITON_INTERPRET, kernels.report.machine_code without it.
+there is kernels.bench. Other processes do the work, since Triton decides at import whether its kernels are interpreted
+or compiled: kernels.report.traffic with TRITON_INTERPRET; kernels.report.machine_code, kernels.emulator.costs without.
 """
 
 import concurrent.futures
@@ -18,7 +18,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from kernels.command_line import exit_on_error, parse_options, table
@@ -46,6 +46,14 @@ AMPLIFICATION_OF = {  # attention: at T = 1,024; it grows with T
     "causal_attention.backward_dq": 2.2,  # likewise
     "causal_attention.backward_dkdv": 2.25,  # queries again for every block of keys
     "linear_cross_entropy.in_place": 1.55,  # the logits twice, the second time soon after: 6 instead of 4
+}
+EMULATED = ("sm_80", "sm_86", "sm_89")  # the targets all of whose instructions kernels.emulator knows
+SECTORS = 1.0  # 32-byte sectors of global memory that accesses touch / the least for their bytes. Exceptions:
+SECTORS_OF = {  # a thread takes 16 of every 32 bytes of the float32 stream
+    "layer_norm.forward": 1.9,
+    "layer_norm.backward": 1.4,
+    "add_layer_norm.forward": 1.6,
+    "add_layer_norm.backward": 1.5,
 }
 
 
@@ -84,15 +92,25 @@ def compile_all(kernels: dict[str, list[dict]]) -> dict[str, list[dict]]:
         return dict(zip(kernels, pool.map(one, kernels), strict=True))
 
 
+def emulate_all(shape: Shape, architectures: Iterable[str]) -> dict[str, dict]:
+    """Return kernels.emulator.costs of every kernel by architecture, if that can be emulated, and by name."""
+    targets, work = [name for name in architectures if name in EMULATED], dataclasses.asdict(shape)
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        runs = pool.map(lambda name: child("kernels.emulator.costs", name, work=work, interpret=False), targets)
+        return dict(zip(targets, runs, strict=True))
+
+
 # --------------------------------------------------------------------------- gate
 
 
-def broken_limits(kernels: dict[str, list[dict]], code: dict[str, list[dict]]) -> list[str]:
+def broken_limits(kernels: dict[str, list[dict]], code: dict[str, list[dict]], costs: dict[str, dict]) -> list[str]:
     """Return one sentence per limit that is broken: kernel, target, figure."""
     broken = []
     for architecture in filter(code.__contains__, MULTIPROCESSORS):
         for kernel, found in zip(kernels[architecture], code[architecture], strict=True):
-            sentences = broken_by(kernel, found, architecture)
+            sentences = [*broken_by(kernel, found, architecture)]
+            if architecture in costs:
+                sentences += broken_by_costs(kernel["name"], costs[architecture][kernel["name"]])
             broken += [f"{kernel['name']} on {architecture}: {sentence}" for sentence in sentences]
     return broken
 
@@ -127,6 +145,14 @@ def broken_by(kernel: dict, found: dict, architecture: str) -> Iterator[str]:
         yield f"tl.dot, but no tensor-core instruction {wanted}".rstrip()
 
 
+def broken_by_costs(name: str, found: dict) -> Iterator[str]:
+    if found["wavefronts"] > found["least_wavefronts"]:
+        yield f"bank conflicts, the limit is none: {found['worst_wavefronts']} wavefronts of shared memory"
+    ratio, limit = found["sectors"] / found["least_sectors"], SECTORS_OF.get(name, SECTORS)
+    if ratio > limit:
+        yield f"sectors are {ratio:.3f} of the least, the limit is {limit}: {found['worst_sectors']}"
+
+
 # --------------------------------------------------------------------------- tables
 
 
@@ -158,6 +184,18 @@ def summary_table(kernels: dict[str, list[dict]], code: dict[str, list[dict]]) -
         rows.append(row)
     title = "Registers, spill, programs per multiprocessor, and on sm_90 waits for the tensor cores: compiled"
     return table(title, rows)
+
+
+def cost_table(costs: dict[str, dict]) -> str:
+    rows = []
+    for name in next(iter(costs.values())):
+        row = {"kernel": name}
+        for architecture, found in costs.items():
+            f = found[name]
+            conflicts = f"{f['wavefronts'] / f['least_wavefronts']:.2f}" if f["wavefronts"] else "-"
+            row[architecture] = f"{conflicts} {f['sectors'] / f['least_sectors']:.2f}"
+        rows.append(row)
+    return table("Wavefronts of shared memory, sectors of global memory, over the least: counted, emulated", rows)
 
 
 def traffic_tables(kernels: dict[str, list[dict]]) -> Iterator[str]:
@@ -231,21 +269,22 @@ def run(options: Options) -> int:
     if importlib.util.find_spec("triton") is None:
         raise ValueError("the package triton is not installed: there is nothing to compile with")
     kernels = count(shape, list(dict.fromkeys(options.arch)))
-    code, in_steps = compile_all(kernels), steps(kernels, shape)
+    code, costs, in_steps = compile_all(kernels), emulate_all(shape, kernels), steps(kernels, shape)
     print(f"{options.preset}: {shape}, bfloat16 branches, float32 residual stream")
     compiled = [machine_code_table(kernels[architecture], architecture, found) for architecture, found in code.items()]
     modeled = [step_table(shape, name, found) for name, found in in_steps.items()]
-    print(
-        *compiled, summary_table(kernels, code), *traffic_tables(kernels), roofline_table(kernels), *modeled, sep="\n"
-    )
+    counted = [cost_table(costs)] if costs else []
+    counted += [*traffic_tables(kernels), roofline_table(kernels)]
+    print(*compiled, summary_table(kernels, code), *counted, *modeled, sep="\n")
     if options.json:
-        figures = {"shape": dataclasses.asdict(shape), "counted": kernels, "compiled": code, "model": in_steps}
+        figures = {"shape": dataclasses.asdict(shape), "counted": kernels, "compiled": code, "emulated": costs}
+        figures["model"] = in_steps
         options.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
     if options.plot:
         roofline.plot(kernels, options.plot, f"{options.preset}: {shape}")
     if not options.check:
         return 0
-    broken = broken_limits(kernels, code)
+    broken = broken_limits(kernels, code, costs)
     print("\n".join(["", *broken, f"{len(broken)} limits broken"]))
     return 1 if broken else 0
 
