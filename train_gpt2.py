@@ -37,14 +37,20 @@ from data.loader import IGNORED, Loader, evaluation_windows, read_windows
 from data.tokenizer import Tokenizer, from_spec
 from kernels import Ops, families, select
 from model import GPT, GPTConfig, sample_text
-from training import command_line, curves, devices, diagnostics, header, hellaswag, weights
+from training import command_line, curves, devices, diagnostics, header, hellaswag, recipe, weights
 from training import find_lr as lr_finder
 from training import plan as planner
 from training import sweep as sweeps
 from training.checkpoint import check_resume, checkpoints, restarted_in, starting_point
 from training.distributed import Distributed, Mode
 from training.ladder import climb as road
-from training.optimizer import learning_rate, make_optimizers, mean_learning_rate
+from training.optimizer import (
+    learning_rate,
+    make_optimizers,
+    mean_learning_rate,
+    muon_parts,
+    set_schedules,
+)
 from training.pace import Pace, matmul_speed
 from training.run import Run, StopRequest, profiler, require
 
@@ -76,6 +82,7 @@ class Config:
     # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: the blocks' matrices; rest: AdamW
     lr: float = 6e-4  # peak learning rate
+    muon: str = "none"  # what Muon adds: all, none, or of momentum,decay,variance
     adamw_lr: float | None = None  # with muon: peak rate of AdamW's parameters; default: --lr
     min_lr: float | None = None  # learning rate at the last step; default: a tenth of --lr
     warmup_steps: int = 715  # steps over which the learning rate rises
@@ -98,6 +105,7 @@ class Config:
     resume: str = "auto"  # auto: if --out-dir has a run; never: move it aside; or a checkpoint
     init_from: str = ""  # weights and shape of gpt2 ..., a run, or a Hugging Face folder
     diagnose: int = 0  # steps between diagnoses of every layer (diagnostics.png); 0: off
+    recipe: bool = False  # train a ladder of recipes, from AdamW up, part by part
     profile: bool = False  # write a torch.profiler trace of steps 6 to 8 to trace.json
     wandb: bool = False  # log to Weights & Biases too
     tensorboard: bool = False  # log to TensorBoard too
@@ -125,6 +133,7 @@ class Config:
         with as_user_error():
             self.shape(vocab_size=1)
             chosen = () if self.kernels == "auto" else families(self.kernels)
+            muon_parts(self)
         self.sequences_per_rank(world_size=1)
         muon, mode = self.optimizer == "muon", self.parallel
         if self.dropout and "attention" in chosen:
@@ -271,8 +280,7 @@ def train_step(trainer: Trainer, inputs: Tensor, targets: Tensor, step: int) -> 
             f"update, checkpoints in {config.out_dir} unchanged; lower --lr or raise --warmup-steps"
         )
     for optimizer in trainer.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config) * group["lr_ratio"]
+        set_schedules(optimizer, step, config)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return mean_loss, grad_norm
@@ -587,7 +595,7 @@ def main(arguments: list[str] | None = None) -> None:
             return
         arguments = command_line.read_words(arguments, PRESETS)
         config = parse(arguments)
-        chosen = [as_flag(name) for name in ("plan", "find_lr") if getattr(config, name)]
+        chosen = [as_flag(name) for name in ("plan", "find_lr", "recipe") if getattr(config, name)]
         chosen += ["--sweep"] if grid is not None else []
         if len(chosen) > 1:
             raise UserError(f"{' and '.join(chosen)} are commands of their own: give one of them")
@@ -595,6 +603,8 @@ def main(arguments: list[str] | None = None) -> None:
             status = show_plan(config)
         elif grid is not None:
             status = sweeps.train_grid(Path(__file__), arguments, grid, parse)
+        elif config.recipe:
+            status = recipe.climb(Path(__file__), arguments, parse)
         else:
             status = launch(config)
     raise SystemExit(status)

@@ -33,7 +33,7 @@ from training.curves import draw_levels, reference_losses
 from training.run import StopRequest, read_log
 
 Parse = Callable[[list[str]], object]  # a command line -> train_gpt2.Config
-RESERVED = {"out_dir", "resume", "sweep", "ladder", "plan", "find_lr"}  # a run of a sweep cannot choose these
+RESERVED = {"out_dir", "resume", "sweep", "ladder", "recipe", "plan", "find_lr"}  # a run of a sweep cannot choose these
 # options that do not affect the losses: a finished run stays valid when they change
 WITHOUT_EFFECT = RESERVED | {
     "keep", "checkpoint_every", "sample_every", "hellaswag_every", "hellaswag_input", "diagnose", "profile", "wandb",
@@ -107,7 +107,7 @@ def expand(arguments: list[str], grid: Sequence[str], parse: Parse) -> list[Swee
     """Return the runs of a grid, parsed, the last option varying fastest."""
     runs = {}
     for words in itertools.product(*_read_grid(grid, parse(arguments))):
-        config = _parse_run(parse, [*arguments, *words], f"--sweep, run {' '.join(words)}")
+        config = parse_run(parse, [*arguments, *words], f"--sweep, run {' '.join(words)}")
         columns = {name: getattr(config, name) for name in _given(words)}
         # named by parsed values: 1e-3 and 0.001 share a folder, and 2e-3 typed later finds its own
         texts = [str(value).lower() if isinstance(value, bool) else str(value) for value in columns.values()]
@@ -142,7 +142,7 @@ def _read_grid(grid: Sequence[str], base) -> list[list[str]]:
     return [*options.values()]
 
 
-def _parse_run(parse: Parse, arguments: list[str], what: str):
+def parse_run(parse: Parse, arguments: list[str], what: str):
     try:
         return parse_options(lambda: parse(arguments))
     except UserError as error:
@@ -183,7 +183,7 @@ def train_all(script: Path, runs: list[SweepRun], folder: Path, what: str) -> in
                 print(f"[{i}/{len(runs)}] {run.name}{': done before' if run.val_loss is not None else ''}", flush=True)
                 checkpoint = folder / run.name / "checkpoints" / f"step_{run.config.max_steps:06d}.pt"
                 if run.val_loss is None or not checkpoint.exists():
-                    _train_one(script, run, folder / run.name, relay)
+                    train_one(script, run, folder / run.name, relay)
                     report(runs, folder, what)
         print(f"\n{report(runs, folder, what)}\n{folder} holds {what}.md, {what}.png and a folder for each run")
         if relay.signal and any(run.val_loss is None for run in runs):
@@ -242,7 +242,7 @@ class SignalRelay(StopRequest):
             self.child.terminate()
 
 
-def _train_one(script: Path, run: SweepRun, folder: Path, relay: SignalRelay) -> None:
+def train_one(script: Path, run: SweepRun, folder: Path, relay: SignalRelay) -> None:
     """Train one run, showing its progress bar, and store its records and error in `run`."""
     child, tail = relay.start([sys.executable, str(script), *run.arguments, f"--out-dir={folder}"]), b""
     with child:

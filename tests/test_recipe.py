@@ -1,0 +1,142 @@
+"""training/recipe.py: which runs the ladder asks for, what it keeps, and the command on runs that are there already."""
+
+import json
+import math
+
+import pytest
+from matplotlib.figure import Figure
+from runs import command
+
+import train_gpt2
+from data.files import UserError
+from training import recipe
+from training.sweep import SweepRun
+
+BEST = {"lr": 0.02, "adamw_lr": 0.01, "weight_decay": 0.3}
+GAINS = {"linear": 0.1, "muon": 0.5, "zero-init": 0.1, "momentum": 0.02, "decay": -0.1, "variance": 0.2, "half": -0.3}
+
+
+def loss_of(part, options, gains=GAINS) -> float:
+    """A made-up final loss: least at BEST, lower by the gain of every part, and a little different per seed."""
+    on = {
+        "linear": options["schedule"] == "linear",
+        "muon": options["optimizer"] == "muon",
+        "half": part.name == "half",
+    }
+    on |= {"zero-init": options["zero_init"]} | {name: name in options["muon"] for name in ("decay", "variance")}
+    on |= {"momentum": "momentum" in options["muon"]}
+    away = sum(abs(math.log(options[name] / best)) for name, best in BEST.items() if name in options)
+    seed = 0.01 * (options["seed"] % 3)
+    noise = seed * 3 if on["momentum"] else seed  # a gain of 0.02 that is less than twice its spread
+    return 4 + away - sum(gains[name] for name in on if on[name]) + noise
+
+
+def maker(losses=loss_of):
+    """Return make() for Climb, which trains nothing, and the runs that were asked for."""
+    asked = {}
+
+    def make(part, options):
+        last, name = losses(part, options), f"{part.name} {options}"
+        config = train_gpt2.Config(max_steps=options.get("max_steps", 100))
+        points = [(config.max_steps * quarter // 4, last + 4 - quarter) for quarter in (1, 2, 3, 4)]
+        records = [{"step": step, "tokens": 10 * step, "loss": loss, "val_loss": loss} for step, loss in points]
+        asked[name] = options
+        return SweepRun(name, {}, [], config, records)
+
+    return make, asked
+
+
+def test_rates_are_tuned_to_their_best_and_a_part_that_gains_less_than_twice_its_spread_is_refused():
+    make, _ = maker()
+    rungs = recipe.Climb(100, 1, make).rungs
+    assert [rung.part.name for rung in rungs] == [part.name for part in recipe.parts(100)]
+    assert {rung.part.name for rung in rungs if not rung.kept} == {"momentum", "decay"}
+    last = rungs[-1]
+    assert last.options["muon"] == "variance" and last.options["max_steps"] == 50 and last.options["zero_init"] is True
+    for name, best in BEST.items():
+        assert abs(math.log(last.options[name] / best)) <= math.log(recipe.FACTORS[name]) / 2 + 0.01
+    assert rungs[2].gains == pytest.approx([rungs[1].losses[i] - rungs[2].losses[i] for i in range(3)])
+    assert rungs[5].gains == pytest.approx([rungs[3].losses[i] - rungs[5].losses[i] for i in range(3)])
+
+
+def test_it_asks_for_runs_until_none_is_missing_and_for_none_twice():
+    make, asked = maker()
+    done, waves = set(), 0
+
+    def only_done(part, options):
+        run = make(part, options)
+        run.records = run.records if run.name in done else []
+        return run
+
+    while missing := recipe.Climb(100, 1, only_done).missing:
+        assert not {run.name for run in missing} & done
+        done.add(missing[0].name)
+        waves += 1
+    assert waves == len(done) == len(asked)
+    assert len(recipe.Climb(100, 1, only_done).rungs) == len(recipe.parts(100))
+
+
+def test_a_rate_that_diverges_is_passed_over_but_a_seed_that_fails_ends_the_ladder():
+    make, _ = maker()
+
+    def fails(condition):
+        def wrapped(part, options):
+            run = make(part, options)
+            return SweepRun(run.name, {}, [], run.config, [], "error: it diverged") if condition(part, options) else run
+
+        return wrapped
+
+    rungs = recipe.Climb(100, 1, fails(lambda part, options: options["lr"] > 0.012)).rungs
+    assert {rung.options["lr"] for rung in rungs if rung.options["optimizer"] == "adamw"} == {0.01}
+    with pytest.raises(UserError, match="^muon .* failed: error: it diverged"):
+        recipe.Climb(100, 1, fails(lambda part, options: part.name == "muon" and options["seed"] == 2))
+
+
+def test_tokens_to_a_loss_are_interpolated():
+    make, _ = maker(lambda part, options: 3.0)
+    run = make(recipe.parts(100)[0], {"seed": 1})  # 6, 5, 4 and 3 after 250, 500, 750 and 1,000 tokens
+    assert [recipe.tokens_to(loss, run) for loss in (7.0, 6.0, 5.5, 3.5, 3.0)] == [250, 250, 375, 875, 1000]
+    assert recipe.tokens_to(2.9, run) == math.inf
+
+
+def test_the_table_compares_with_the_tuned_adamw_and_the_picture_has_a_line_per_rung():
+    rungs = recipe.Climb(100, 1, maker()[0]).rungs
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in recipe.table(rungs).splitlines()[2:10]]
+    assert [row[0] for row in rows] == [part.title for part in recipe.parts(100)]
+    assert [row[-1] for row in rows] == ["yes", "yes", "yes", "yes", "no", "no", "yes", "yes"]
+    assert (
+        rows[0][5] == rows[-1][5] == "" and rows[0][6] == ""
+    )  # nothing below the first; cosine never reaches linear's
+    muon, goal = rungs[2], sum(rungs[1].losses) / 3
+    assert rows[2][6].startswith(f"{sum(recipe.tokens_to(goal, run) / 1000 for run in muon.runs) / 3:.3f} ±")
+    recipe.draw(axes := Figure().subplots(), rungs)
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert len(labels) == len(rungs) and [label.endswith("refused") for label in labels] == [not r.kept for r in rungs]
+
+
+def test_the_command_trains_the_run_that_is_missing_and_writes_the_table(dataset, tmp_path, capfd):
+    small = {"n_layer": 1, "n_embd": 16, "block_size": 16, "batch_tokens": 128, "max_steps": 8, "eval_every": 1}
+    words = command(dataset, tmp_path, **small, sample_every=0, checkpoint_every=100)
+    missing = []
+
+    def make(part, options):
+        """Write the log of every run but one of the last rung's."""
+        run = recipe.read_run(tmp_path, words, train_gpt2.parse, part, options)
+        if part.name == recipe.HALF and options["seed"] == 1339:
+            missing[:] = [tmp_path / run.name]
+        elif not run.records:
+            (tmp_path / run.name).mkdir()
+            run.records = maker()[0](part, options | {"max_steps": run.config.max_steps}).records
+            (tmp_path / run.name / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in run.records), "utf-8")
+        return run
+
+    assert len(recipe.Climb(8, 1337, make).rungs) == 7
+    with pytest.raises(SystemExit) as end:
+        train_gpt2.main([*words, "--recipe"])
+    shown = capfd.readouterr().out
+    assert end.value.code == 0 and shown.startswith(missing[0].name)
+    config = json.loads((missing[0] / "config.json").read_text("utf-8"))
+    assert (config["max_steps"], config["muon"], config["seed"]) == (4, "variance", 1339)
+    assert (tmp_path / "recipe.md").read_text("utf-8").strip() in shown
+    assert "| all of it, half the tokens " in shown
+    assert (tmp_path / "recipe.png").read_bytes().startswith(b"\x89PNG")
