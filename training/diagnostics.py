@@ -7,7 +7,8 @@ for anything not finite; RMS is the root of the mean square:
     update_ratio         log10 of RMS(update) / RMS(weight) per kind of matrix; the update is the step's total change
     gradient_ratio       log10 of RMS(gradient) / RMS(weight); gradients as the optimizer sees them, clipped
     gradient_mean, _std  of the same gradients
-    gelu_mean, _std      of the GELU's output; gelu_dead: fraction of its inputs below -3, whose slope is under 0.012
+    gelu_mean, _std      of the GELU's output; gelu_dead: fraction of its inputs below -3, whose slope is under 0.012;
+                         gelu_dead_units: fraction of its units for which all inputs are
     attention_mean, _std of what attention adds to the residual stream
     attention_entropy    of the attention weights, as a fraction of the maximum ln(keys); mean over heads and queries
     attention_focused    fraction of (head, query) pairs with an entropy under 0.1 nats: all weight on one key
@@ -15,6 +16,7 @@ for anything not finite; RMS is the root of the mean square:
     logit_std, entropy   of the predictions: spread over the vocabulary, and nats; means over tokens
     loss                 nats per token, of the same predictions
     loss_by_position     the same at positions 0, 1, 2-3, 4-7, 8-15, ...
+    histograms           see distributions.py
     schedule             the learning rate as a fraction of its peak
     ms                   what the diagnosis cost
     warnings             kind -> sentence, see find_warnings
@@ -38,6 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.files import atomic_write
+from training import distributions
 
 SEQUENCES = 16  # of the batch, for the activations
 ATTENTION_SEQUENCES, ATTENTION_QUERIES = 4, 64  # for the entropy, which needs a row of weights per query
@@ -81,6 +84,7 @@ class Diagnostics:
                 handle.remove()
         began = time.perf_counter()
         found |= updates.results()
+        found["histograms"] |= updates.histograms()
         found["ms"] = round(1000 * (seconds + updates.seconds + time.perf_counter() - began), 1)
         found["warnings"] = find_warnings(found, self.model.config.vocab_size)
 
@@ -100,7 +104,7 @@ class _Updates:
         self.kinds |= {"wte": [wte], "wpe": [model.transformer.wpe.weight]}
         self.rows = {id(p): p.shape[0] for parameters in self.kinds.values() for p in parameters}
         self.rows[id(wte)] = model.config.vocab_size  # the rest is padding
-        self.copies, self.stats = {}, defaultdict(dict)  # by the id of the parameter
+        self.copies, self.stats, self.counts = {}, defaultdict(dict), defaultdict(dict)  # by the parameter's id
         self.seconds, self.schedule = 0.0, None
 
     @torch.no_grad()
@@ -118,6 +122,7 @@ class _Updates:
                         "gradient_ratio": (torch.linalg.vector_norm(gradient) / weight).log10(),
                         "update_ratio": weight,  # until the step is done
                     }
+                    self.counts["gradient"][id(p)] = distributions.histogram("gradient", gradient.abs().log10())
                     self.copies[id(p)] = p.detach().clone()
         self.seconds += time.perf_counter() - began
 
@@ -125,8 +130,10 @@ class _Updates:
     def after(self, optimizer: torch.optim.Optimizer, *_) -> None:
         began = time.perf_counter()
         for p in (p for group in optimizer.param_groups for p in group["params"] if id(p) in self.copies):
-            update = torch.linalg.vector_norm(self.copies.pop(id(p)).sub_(p))
-            self.stats[id(p)]["update_ratio"] = (update / self.stats[id(p)]["update_ratio"]).log10()
+            update, weight = self.copies.pop(id(p)).sub_(p), self.stats[id(p)]["update_ratio"]
+            ratios = (update.abs() * (p.numel() ** 0.5 / weight)).log10()
+            self.counts["update_ratio"][id(p)] = distributions.histogram("update_ratio", ratios)
+            self.stats[id(p)]["update_ratio"] = (torch.linalg.vector_norm(update) / weight).log10()
         self.seconds += time.perf_counter() - began
 
     def results(self) -> dict:
@@ -136,13 +143,21 @@ class _Updates:
             for name in ("update_ratio", "gradient_ratio", "gradient_mean", "gradient_std")
         }
 
+    def histograms(self) -> dict[str, list[list[float]]]:
+        """Return, per kind, a layer's matrices together."""
+        layers = [*zip(*(self.kinds[kind] for kind in KINDS), strict=True)]
+        return {
+            kind: [distributions.fractions(sum(counts[id(p)] for p in ps if id(p) in counts)) for ps in layers]
+            for kind, counts in self.counts.items()
+        }
+
 
 @torch.no_grad()
 def measure_activations(
     model: nn.Module, inputs: Tensor, targets: Tensor, autocast: Callable = contextlib.nullcontext
 ) -> dict:
     """Return activation statistics of a forward pass without dropout. inputs, targets: (sequences, T) int64."""
-    stats = defaultdict(list)
+    stats, histograms = defaultdict(list), []
 
     def add_moments(name: str, y: Tensor) -> None:
         stats[f"{name}_mean"].append(y.mean())
@@ -151,7 +166,10 @@ def measure_activations(
     def mlp_hook(mlp: nn.Module, args: tuple, _) -> None:
         z = F.linear(args[0], mlp.c_fc.weight, mlp.c_fc.bias).float()
         stats["gelu_dead"].append((z < DEAD).float().mean())
-        add_moments("gelu", F.gelu(z, approximate="tanh"))
+        stats["gelu_dead_units"].append((z < DEAD).flatten(0, -2).all(0).float().mean())
+        y = F.gelu(z, approximate="tanh")
+        add_moments("gelu", y)
+        histograms.append(distributions.fractions(distributions.histogram("gelu", y)))
 
     def attention_hook(attention: nn.Module, args: tuple, y: Tensor) -> None:
         add_moments("attention", y.float())
@@ -178,7 +196,9 @@ def measure_activations(
         model.train(was_training)
         for handle in handles:
             handle.remove()
-    return {name: _floats(values) for name, values in stats.items()} | predictions
+    return (
+        {name: _floats(values) for name, values in stats.items()} | predictions | {"histograms": {"gelu": histograms}}
+    )
 
 
 def attention_entropy(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor]:

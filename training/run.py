@@ -6,6 +6,7 @@ The run folder: what training writes and how it is read back; and the signals th
                                    and if measured val_loss, hellaswag_acc, hellaswag_acc_norm, diagnostics
     loss.png                       the same as a picture
     diagnostics.png                with --diagnose: what happens in every layer
+    distributions.png              with --diagnose: histograms of the newest diagnosis
     samples.txt                    text that the model wrote
     checkpoints/step_NNNNNN.pt     after NNNNNN steps: torch.save of a dict, read with weights_only=True
     checkpoints/step_NNNNNN.pt.sha256
@@ -34,7 +35,7 @@ import torch
 from tqdm import tqdm
 
 from data.files import UserError, atomic_write, lock
-from training import curves, diagnostics
+from training import curves, diagnostics, distributions
 from training.checkpoint import checkpoints, launch_name, save_checkpoint, step_of
 from training.pace import Pace
 
@@ -167,6 +168,7 @@ class Run:
         """Draw loss.png, and diagnostics.png if layers were diagnosed."""
         curves.draw(self.records, self.folder / "loss.png", self.folder.name, self.references, self.published)
         diagnostics.draw(self.records, self.folder / "diagnostics.png", self.folder.name)
+        distributions.draw(self.records, self.folder / "distributions.png", self.folder.name)
 
     def save(self, checkpoint: dict, keep: int) -> None:
         """Write a checkpoint, named by its "step"; then remove all but the newest `keep`."""
