@@ -118,9 +118,11 @@ for kernels in ("none", "all"):
     waits["hellaswag"] = fake_cuda.waits()
     sample_text(trainer.raw_model, data.tokenizer, 50, seed=1)
     waits["sample"] = fake_cuda.waits()
+    emptied = []  # the queue, before the clock is read
+    torch.cuda.synchronize = emptied.append
     with watch.watching(*batch):
-        pass
-    waits["diagnose"] = fake_cuda.waits()
+        [optimizer.step() for optimizer in trainer.optimizers]
+    waits["diagnose"] = fake_cuda.waits() + ["clock"] * len(emptied)
     found[kernels] = {"waits": waits, "launches": launches}
 print(json.dumps(found))
 """
@@ -131,7 +133,8 @@ def test_python_waits_for_the_gpu_only_where_it_reads_a_result_or_brings_new_tok
     to_gpu, from_gpu, item = "copy to the GPU", "copy from the GPU", "item"
     for each in found.values():
         waits = {name: Counter(waits) for name, waits in each["waits"].items()}
-        assert waits.pop("diagnose").keys() == {from_gpu}
+        diagnosed = waits.pop("diagnose")
+        assert diagnosed.keys() == {from_gpu, "clock"} and diagnosed["clock"] == 4 + 2 * 4  # two optimizers
         assert waits == {
             "batch": {},  # from pinned memory
             "step": {from_gpu: 1},  # its loss and gradient norm

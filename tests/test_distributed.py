@@ -14,6 +14,7 @@ from hellaswag_questions import write_questions
 from runs import ROOT, assert_same_run, command, curve, finished, torchrun, train, wait_for_step
 
 from data import fineweb, text
+from model import GPT, GPTConfig
 from training.checkpoint import newest_checkpoint
 from training.distributed import Distributed
 
@@ -159,3 +160,23 @@ def test_a_state_is_loaded_with_the_options_of_the_optimizer_that_takes_it():
     assert own.param_groups[0]["fused"] and own.param_groups[0]["lr"] == 0.5
     assert own.param_groups[0]["weight_decay"] == 0.25 and own.state[weight]["step"].item() == 1
     own.step()
+
+
+def test_ddp_cuts_a_compiled_model_at_its_buckets_so_that_gradients_leave_during_the_backward():
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=4, n_head=8, n_embd=512, block_size=8, vocab_size=500))  # 48 MiB, two buckets
+    tokens = torch.zeros(1, 8, dtype=torch.int64)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        compiled = torch.compile(model, backend=backend)
+        Distributed(world_size=2).replicate(compiled)(tokens, tokens).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+        torch._dynamo.reset()
+    assert len(graphs) > 1

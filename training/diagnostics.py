@@ -71,10 +71,10 @@ class Diagnostics:
         Wrap one training step on this batch. Yield a dict with the activations at once, and the rest when the context
         exits without an exception. inputs, targets: (sequences, T) int64, on the model's device.
         """
-        began = time.perf_counter()
+        began = _now(inputs.device)
         updates = _Updates(self.model)
         found = measure_activations(self.model, inputs[:SEQUENCES], targets[:SEQUENCES], self.autocast)
-        seconds = time.perf_counter() - began
+        seconds = _now(inputs.device) - began
         handles = [o.register_step_pre_hook(updates.before) for o in self.optimizers]
         handles += [o.register_step_post_hook(updates.after) for o in self.optimizers]
         try:
@@ -82,10 +82,10 @@ class Diagnostics:
         finally:
             for handle in handles:
                 handle.remove()
-        began = time.perf_counter()
+        began = _now(inputs.device)
         found |= updates.results()
         found["histograms"] |= updates.histograms()
-        found["ms"] = round(1000 * (seconds + updates.seconds + time.perf_counter() - began), 1)
+        found["ms"] = round(1000 * (seconds + updates.seconds + _now(inputs.device) - began), 1)
         found["warnings"] = find_warnings(found, self.model.config.vocab_size)
 
     def new_warnings(self, found: dict) -> list[str]:
@@ -93,6 +93,13 @@ class Diagnostics:
         new = {kind: text for kind, text in found["warnings"].items() if kind not in self._reported}
         self._reported |= set(new)
         return list(new.values())
+
+
+def _now(device: torch.device) -> float:
+    """Return the time in seconds, once a GPU has done what is queued, so that a diagnosis does not pay for its step."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 class _Updates:
@@ -103,13 +110,14 @@ class _Updates:
         self.kinds = {kind: [block.get_submodule(path).weight for block in layers] for kind, path in KINDS.items()}
         self.kinds |= {"wte": [wte], "wpe": [model.transformer.wpe.weight]}
         self.rows = {id(p): p.shape[0] for parameters in self.kinds.values() for p in parameters}
+        self.device = wte.device
         self.rows[id(wte)] = model.config.vocab_size  # the rest is padding
         self.copies, self.stats, self.counts = {}, defaultdict(dict), defaultdict(dict)  # by the parameter's id
         self.seconds, self.schedule = 0.0, None
 
     @torch.no_grad()
     def before(self, optimizer: torch.optim.Optimizer, *_) -> None:
-        began = time.perf_counter()
+        began = _now(self.device)
         for group in optimizer.param_groups:
             peak = optimizer.defaults["lr"] * group.get("lr_ratio", 1.0)
             self.schedule = float(group["lr"]) / peak if peak else None
@@ -124,17 +132,17 @@ class _Updates:
                     }
                     self.counts["gradient"][id(p)] = distributions.histogram("gradient", gradient.abs().log10())
                     self.copies[id(p)] = p.detach().clone()
-        self.seconds += time.perf_counter() - began
+        self.seconds += _now(self.device) - began
 
     @torch.no_grad()
     def after(self, optimizer: torch.optim.Optimizer, *_) -> None:
-        began = time.perf_counter()
+        began = _now(self.device)
         for p in (p for group in optimizer.param_groups for p in group["params"] if id(p) in self.copies):
             update, weight = self.copies.pop(id(p)).sub_(p), self.stats[id(p)]["update_ratio"]
             ratios = (update.abs() * (p.numel() ** 0.5 / weight)).log10()
             self.counts["update_ratio"][id(p)] = distributions.histogram("update_ratio", ratios)
             self.stats[id(p)]["update_ratio"] = (torch.linalg.vector_norm(update) / weight).log10()
-        self.seconds += time.perf_counter() - began
+        self.seconds += _now(self.device) - began
 
     def results(self) -> dict:
         missing = torch.tensor(math.nan)

@@ -28,7 +28,7 @@ CUDA context, NCCL's buffers, cuBLAS's workspace and fragmentation, which are no
 Communication of DDP on n GPUs, g per machine, m = n / g machines, is a hierarchical all-reduce: a GPU sends
 2 (g-1)/g x 4P bytes over NVLink and 2 (m-1)/m x 4P/g over its network port. Gradients leave in buckets while the last
 micro-step's backward runs, wte's last of all, since it is tied to the head. What stays visible is closely
-max(all buckets - backward, last bucket). Under torch.compile all gradients are ready only at the end.
+max(all buckets - backward, last bucket). torch.compile cuts the model at the buckets, so it is the same.
 
 Sources: ring all-reduce: https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
          buckets: Li et al., "PyTorch Distributed", 2020, https://arxiv.org/abs/2006.15704
