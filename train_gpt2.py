@@ -19,6 +19,7 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 import sys
 import time
@@ -34,6 +35,7 @@ from tqdm import tqdm
 from data import DATASETS, dataset_dir, files, prepare_if_missing, shards
 from data.files import UserError, as_flag, as_user_error
 from data.loader import IGNORED, Loader, evaluation_windows, read_windows
+from data.streams import lasting_streams
 from data.tokenizer import Tokenizer, from_spec
 from kernels import Ops, families, select
 from model import GPT, GPTConfig, sample_text
@@ -41,7 +43,14 @@ from training import command_line, curves, devices, diagnostics, header, hellasw
 from training import find_lr as lr_finder
 from training import plan as planner
 from training import sweep as sweeps
-from training.checkpoint import check_resume, checkpoints, restarted_in, starting_point
+from training.checkpoint import (
+    check_resume,
+    checkpoints,
+    fitting,
+    restarted_in,
+    starting_point,
+    step_of,
+)
 from training.distributed import Distributed, Mode
 from training.ladder import climb as road
 from training.optimizer import (
@@ -144,6 +153,10 @@ class Config:
             message = "--optimizer muon needs full matrices, not --parallel fsdp: use zero1 or ddp"
         elif self.decay_fraction > 1:
             message = f"--decay-fraction is {self.decay_fraction}, but must be at most 1"
+        elif self.min_lr is not None and self.min_lr > self.lr:
+            message = f"--min-lr {self.min_lr} is above --lr {self.lr}: it is the rate of the end"
+        elif not self.out_dir or not self.data:
+            message = "--data and --out-dir need a name: an unset variable?"
         elif self.diagnose and mode != "ddp":
             message = f"--diagnose needs all weights on one rank, not --parallel {mode}: use ddp"
         else:
@@ -344,27 +357,36 @@ def choose_ops(config: Config, device: torch.device, say: Callable) -> Ops:
 
 @dataclasses.dataclass
 class Data:
-    """The data of a run: batches to train on, a split to validate on, and their tokenizer."""
+    """The data of a run: batches to train on, a split to validate on, their tokenizer and hash."""
 
     loader: Loader
     val_split: shards.Split
     tokenizer: Tokenizer
+    fingerprint: str
 
 
 def open_data(config: Config, dist: Distributed) -> Data:
     """Open and verify the dataset; UserError if it is corrupt or differs between ranks."""
     folder = dataset_dir(config.data)
     train_split, val_split = (shards.open_split(folder, name) for name in ("train", "val"))
-    for split in (train_split, val_split):
-        split.verify(dist.rank, dist.world_size)
     evaluation_windows(val_split, config.block_size, config.eval_tokens)  # long enough?
-    if dist.disagree(int(train_split.fingerprint[:12], 16)):
+    differ = dist.disagree(int(train_split.fingerprint[:7] + val_split.fingerprint[:7], 16))
+    sums = []
+    if not differ:  # the ranks of a machine read all its files, each a part
+        for split in (train_split, val_split):
+            sums += split.verify(dist.local_rank, dist.local_world_size)
+        differ, sums = dist.differing(sums)
+    if differ:
         raise UserError(f"the ranks see different files in {folder}: share it, or copy it to all")
+    if train_split.note and dist.rank == 0:
+        print(f"note: {train_split.note}")
+    content = f"{train_split.fingerprint} {val_split.fingerprint} {sums}".encode()
     size = config.sequences_per_rank(dist.world_size) * dist.world_size
     device = devices.choose_device(config.device, dist)
     order = config.seed, dist.rank, dist.world_size, device, config.shuffle
     loader = Loader(train_split, config.block_size, size, *order)
-    return Data(loader, val_split, from_spec(train_split.tokenizer_spec))
+    tokenizer = from_spec(train_split.tokenizer_spec)
+    return Data(loader, val_split, tokenizer, hashlib.sha256(content).hexdigest())
 
 
 def make_trainer(
@@ -381,7 +403,8 @@ def make_trainer(
     if config.zero_init:
         raw_model.zero_projections()
     if checkpoint:
-        raw_model.load_state_dict(checkpoint["model"])
+        with fitting(checkpoint["path"], "this model"):
+            raw_model.load_state_dict(checkpoint["model"])
     elif config.init_from:
         weights.init_from(raw_model, config.init_from, split.tokenizer_spec)
     raw_model.to(device)
@@ -393,9 +416,10 @@ def make_trainer(
     )
     dist.shard(raw_model, list(raw_model.transformer.h))
     trainer.optimizers = make_optimizers(raw_model, config, dist, dtype)
-    states = checkpoint["optimizers"] if checkpoint else []
-    for optimizer, state in zip(trainer.optimizers, states, strict=False):
-        dist.load_optimizer_state(optimizer, state)
+    if checkpoint:
+        with fitting(checkpoint["path"], "this model"):
+            for each, state in zip(trainer.optimizers, checkpoint["optimizers"], strict=True):
+                dist.load_optimizer_state(each, state)
     trainer.model = dist.replicate(torch.compile(raw_model) if config.compile else raw_model)
     return trainer
 
@@ -430,6 +454,7 @@ def save(trainer: Trainer, run: Run | None, data: Data, step: int) -> None:
         "tokenizer": data.tokenizer.spec(),
         "run": dataclasses.asdict(trainer.config),
         "micro_batch": trainer.micro_batch,
+        "data": data.fingerprint,
     }
     if run:
         run.save(checkpoint, trainer.config.keep)
@@ -452,6 +477,16 @@ def open_run(trainer: Trainer, data: Data, step: int):
     flops = config.batch_tokens * model.flops_per_token() / dist.world_size
     pace = Pace(config.max_steps - step, flops, speed)
     return Run(folder, dataclasses.asdict(config), step, references, fresh, pace)
+
+
+def complete(config: Config, data: Data, step: int) -> None:
+    """Say that all steps are done, after what a kill may have prevented: plots and the summary."""
+    folder, references = Path(config.out_dir), curves.reference_losses(data.val_split)
+    if [step_of(path) for path in checkpoints(folder)[:1]] == [step]:  # else newer ones are aside
+        with Run(folder, dataclasses.asdict(config), step, references) as run:
+            run.draw()
+        run.finish()
+    print(f"{folder} has done its {step} steps: raise --max-steps, or use --resume never")
 
 
 def run_step(trainer: Trainer, data: Data, watch: diagnostics.Diagnostics, step: int) -> dict:
@@ -485,12 +520,11 @@ def run_step(trainer: Trainer, data: Data, watch: diagnostics.Diagnostics, step:
 def train(config: Config, dist: Distributed) -> int:
     """Train, or resume. Return the exit status: 0, or 128 + the signal that ended it early."""
     data = open_data(config, dist)
-    checkpoint = starting_point(config, data.tokenizer.spec(), dist)
+    checkpoint = starting_point(config, data.tokenizer.spec(), dist, data.fingerprint)
     first, last = checkpoint["step"] if checkpoint else 0, config.max_steps
     if first >= last:
         if dist.rank == 0:
-            done = f"{config.out_dir} has done its {first} steps"
-            print(f"{done}: raise --max-steps, or use --resume never")
+            complete(config, data, first)
         return 0
     if checkpoint and dist.rank == 0:
         print(header.resumed(config, checkpoint))
@@ -516,10 +550,10 @@ def train(config: Config, dist: Distributed) -> int:
             stopping = dist.all_reduce_max(stop.signal)  # all ranks stop after the same step
             if run:
                 run.log(record)
+            if due(step, config.sample_every, last):  # before saving: a kill may come between
+                sample(trainer, run, data, step)
             if stopping or due(step, config.checkpoint_every, last):
                 save(trainer, run, data, step)
-            if due(step, config.sample_every, last):
-                sample(trainer, run, data, step)
             if profiling:
                 profiling.step()
             if stopping:
@@ -558,7 +592,7 @@ def launch(config: Config) -> int:
     if config.hellaswag_every and not config.find_lr:
         hellaswag.prepare_if_missing(config.hellaswag_input)
     gpus = torch.cuda.is_available() and config.device != "cpu"
-    with dist.process_group(gpus), devices.explain_out_of_memory():
+    with lasting_streams(), dist.process_group(gpus), devices.explain_out_of_memory():
         status = find_learning_rate(config, dist) if config.find_lr else train(config, dist)
     dist.end_process(status)
     return status
@@ -566,7 +600,10 @@ def launch(config: Config) -> int:
 
 def show_plan(config: Config) -> int:
     """--plan: print what a run would need, with one GPU per process of torchrun."""
-    dist, vocab_size = Distributed.from_env(config.parallel), 50257  # GPT-2's, as of FineWeb-Edu
+    dist, vocab_size = (
+        Distributed.from_env(config.parallel, joining=False),
+        50257,
+    )  # GPT-2's, as of FineWeb-Edu
     if config.data not in DATASETS or not config.data.startswith("fineweb"):
         prepare_if_missing(config.data)
         vocab_size = shards.open_split(dataset_dir(config.data), "train").vocab_size
@@ -582,8 +619,6 @@ def parse(arguments: list[str]) -> Config:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line, sys.argv by default; one rank of several under torchrun."""
-    if sys.stdout:  # None if closed
-        sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character of a sample
     with files.exit_on_user_error():
         startup.end()
         arguments = sys.argv[1:] if arguments is None else arguments
@@ -595,6 +630,7 @@ def main(arguments: list[str] | None = None) -> None:
             return
         arguments = command_line.read_words(arguments, PRESETS)
         config = parse(arguments)
+        command_line.check_warmup(arguments, config)
         chosen = [as_flag(name) for name in ("plan", "find_lr", "recipe") if getattr(config, name)]
         chosen += ["--sweep"] if grid is not None else []
         if len(chosen) > 1:

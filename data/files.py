@@ -8,7 +8,9 @@ import io
 import itertools
 import json
 import os
+import re
 import secrets
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
@@ -17,6 +19,8 @@ from pathlib import Path
 from typing import BinaryIO, TextIO, TypeVar
 
 import tyro
+
+from data.streams import explain, open_streams, printable
 
 try:
     import fcntl
@@ -35,11 +39,12 @@ class UserError(Exception):
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turn a UserError or an OSError into one line `error: ...` and exit status 2, Ctrl-C into 130.
+    """Turn a UserError, an OSError or a lack of memory into one line `error: ...` and exit status 2, Ctrl-C into 130.
 
     If the reader of standard output is gone, as after `| head`, exit silently with the status of SIGPIPE. Under
     torchrun one process per machine prints the line, and torchrun ends with it.
     """
+    open_streams()
     try:
         try:
             yield
@@ -52,18 +57,32 @@ def exit_on_user_error() -> Iterator[None]:
     except UserError as error:
         message, status = str(error), 2
     except OSError as error:
-        named = error.strerror and error.filename is not None
-        message, status = f"{error.strerror}: {error.filename}" if named else str(error), 2
+        message, status = explain(error), 2
+    except MemoryError:
+        message, status = "out of memory: take smaller sizes, or a machine with more", 2
     except KeyboardInterrupt:
         message, status = "interrupted", 130
-    line = f"error: {' '.join(message.splitlines())}"
+    line = f"error: {printable(' '.join(message.splitlines()))}"
     if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun's last lines repeat what each rank writes here
         fields = {"message": line, "extraInfo": {"timestamp": int(datetime.now().timestamp())}}
         with suppress(OSError):
             Path(report).write_text(json.dumps({"message": fields}), encoding="utf-8")
     if not report or os.environ.get("LOCAL_RANK") == "0":  # most errors are those of all ranks
-        sys.stderr.write(f"{line}\n")  # in one write, since ranks share the terminal
+        with suppress(OSError):
+            sys.stderr.write(f"{line}\n")  # in one write, since ranks share the terminal
+            sys.stderr.flush()
     raise SystemExit(status)
+
+
+@contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Name `path` in an OSError that names no file, as a failed write does."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(path)
+        raise
 
 
 @contextmanager
@@ -98,6 +117,8 @@ def parse_options(command_line: Callable[[], T]) -> T:
     lines = [line.strip("│| ") for line in shown.getvalue().splitlines()[1:]]
     sections = [list(part) for text, part in itertools.groupby(lines, lambda line: any(map(str.isalnum, line))) if text]
     message = " ".join(sections[0])
+    if message.startswith("Missing value"):
+        message += " One that begins with a hyphen is written --option=-value."
     for first, *rest in sections[1:]:
         if first.startswith(("Available", "Unrecognized")):
             message += f". {' '.join([first, *rest])}"
@@ -118,8 +139,10 @@ def run_script(
         return functools.wraps(command)(lambda *args, **options: functools.partial(command, *args, **options))
 
     with exit_on_user_error():
+        if empty := [word for word in sys.argv[1:] if word == "" or re.fullmatch(r"--[\w-]+=", word)]:
+            raise UserError(f"the command line has an empty value, {empty[0]!r}: an unset variable?")
         if callable(commands):
-            description = commands.__doc__.splitlines()[0]
+            description = (commands.__doc__ or description).partition("\n")[0]  # python -OO drops docstrings
             call = functools.partial(tyro.cli, delayed(commands), prog=prog, description=description, args=arguments)
         else:
             cli, functions = tyro.extras.subcommand_cli_from_dict, {k: delayed(v) for k, v in commands.items()}
@@ -145,9 +168,16 @@ def check_numbers(options: dict, above_zero: Iterable[str], zero_or_more: Iterab
 def lock(path: Path, refusal: str | None = None) -> TextIO:
     """Return an open file whose lock this process holds until it is closed or the process ends.
 
-    If another process holds it, wait, or with a `refusal` raise UserError with that text. No lock on Windows.
+    If another process holds it, wait, or with a `refusal` raise UserError with that text. No lock on Windows. A link
+    is not followed: it may lead to a file of another user's choice.
     """
-    file = path.open("w", encoding="utf-8")
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    except OSError:
+        if path.is_symlink():
+            raise UserError(f"{path} is a link, which a lock must not be: remove it") from None
+        raise
+    file = os.fdopen(descriptor, "r+", encoding="utf-8")
     if fcntl is not None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
@@ -187,26 +217,68 @@ def atomic_write(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> 
     """Write a file atomically by calling `write(file)`: `path` appears complete, replacing an older one, or not at all.
 
     The bytes go to a temporary file `.NAME.XXXXXXXX.tmp` in the same folder, which is renamed once they are on the
-    disk. An exception removes it; a killed process leaves it, and nothing reads it.
+    disk. An exception removes it; a killed process leaves it, and the next to write `path` removes that.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
+    with naming(path), temporary(path) as unfinished:
+        with open(unfinished, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        os.replace(unfinished, path)
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make new names in a folder survive a power cut. Some network file systems cannot; the files are complete."""
     if os.name == "posix":
-        # The new name survives a power cut only once the folder is on the disk too. Some network file systems cannot
-        # sync a folder; the file is complete all the same.
-        folder = os.open(path.parent, os.O_RDONLY)
+        held = os.open(folder, os.O_RDONLY)
         with suppress(OSError):
-            os.fsync(folder)
-        os.close(folder)
+            os.fsync(held)
+        os.close(held)
+
+
+@contextmanager
+def temporary(path: Path, folder: bool = False) -> Iterator[Path]:
+    """Give a new file or folder beside `path` to fill and rename; what is left of it, and of killed processes, goes.
+
+    It is locked while its process lives, so that no other takes it for a leftover.
+    """
+    leftover = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")
+    for other in [entry for entry in path.parent.iterdir() if leftover.fullmatch(entry.name)] if fcntl else ():
+        with suppress(OSError):
+            held = os.open(other, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                remove(other)
+            finally:
+                os.close(held)
+    held = None
+    while held is None:
+        own = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        own.mkdir() if folder else own.touch(exist_ok=False)
+        if fcntl is None:
+            break
+        held = os.open(own, os.O_RDONLY)
+        with suppress(OSError):  # a network file system without locks
+            fcntl.flock(held, fcntl.LOCK_EX)
+        if not own.exists():  # another process removed it before it was locked
+            os.close(held)
+            held = None
+    try:
+        yield own
+    finally:
+        if held is not None:
+            os.close(held)
+        remove(own)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all that it holds, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def download(url: str, sha256: str, what: str, option: str = "--input FILE") -> bytes:

@@ -10,9 +10,14 @@ A dataset is a folder. It exists if and only if it holds `meta.json`, which is w
     train_000000.scored.npy   of dialogues (chat.py): bool, whether a token counts in the loss; named in the shard's
                               entry, "scored": {"file": ..., "sha256": ...}; all tokens do without it
 
-A shard may also be a `.bin` file of llm.c or modded-nanogpt: 256 int32 (magic 20240520, version 1, number of tokens,
-zeros), then uint16 GPT-2 tokens. A folder of .bin files alone is a dataset too: `train` or `val` in the file name gives
-the split.
+Folders that other programs wrote are datasets too, of GPT-2's tokens as uint16; `train` or `val` in a file's name gives
+the split:
+
+    *.bin                           llm.c, modded-nanogpt: 256 int32 (magic 20240520, version 1, number of tokens,
+                                    zeros), then the tokens
+    train.bin, val.bin              nanoGPT: the tokens alone; of a character tokenizer if meta.pkl lies beside them,
+                                    which is not read: it is a pickle
+    NAME_train_NNNNNN.npy           build-nanogpt; without a NAME it is an unfinished dataset of ours
 """
 
 import hashlib
@@ -28,10 +33,22 @@ import numpy as np
 
 from data import DATASETS, baselines
 from data.files import UserError, atomic_write, meant, writing
-from data.tokenizer import Tokenizer, token_dtype
+from data.outside import read_json
+from data.tokenizer import Tokenizer, from_spec, token_dtype
 
 BIN_MAGIC, BIN_VERSION, BIN_HEADER_BYTES = 20240520, 1, 1024
 GPT2_SPEC, GPT2_VOCAB_SIZE = {"type": "gpt2"}, 50257
+# what meta.json holds, in the terms of outside.check_shape; of baselines, only the losses are read
+SCORED = {"file": str, "sha256": str}
+ENTRIES = [{"file": str, "tokens": range(1, 2**48), "sha256": str, "scored?": SCORED}]
+META = {
+    "format": range(1, 2),
+    "tokenizer": {"type": str},
+    "vocab_size": range(1, 2**31),
+    "command?": (str, None),
+    "shards": {"train?": ENTRIES, "val?": ENTRIES},
+    "baselines?": {f"{name}?": float for name in ("uniform", *baselines.ORDERS)},
+}
 
 # ------------------------------------------------------------------------------------------------------------- writing
 
@@ -167,8 +184,11 @@ class Split:
     """One split of a dataset, read as if its shards were a single array of n_tokens token ids.
 
     `baselines` holds the losses of n-gram counts (see baselines.py), or {}. `fingerprint` is a hex string that is equal
-    in two processes if they see the same list of shards (names, lengths, checksums).
+    in two processes if they see the same list of shards (names, lengths, checksums). `note` says what was taken for
+    granted about the files, for the terminal.
     """
+
+    note = ""
 
     def __init__(self, label: str, tokenizer_spec: dict, vocab_size: int, shards: list[Shard], hint: str):
         self.label, self.tokenizer_spec, self.vocab_size = label, tokenizer_spec, vocab_size
@@ -190,6 +210,9 @@ class Split:
         i = int(np.searchsorted(self.borders, start, side="right")) - 1
         while done < count:
             offset = start + done - int(self.borders[i])
+            for path, tokens, *_ in _files([self.shards[i]]):
+                if tokens._mmap.size() < tokens.offset + tokens.nbytes:  # reading past the end would kill the process
+                    raise UserError(f"{path} was cut short while it was read: {self.hint}")
             piece = self.shards[i].tokens[offset : offset + count - done]
             out[done : done + len(piece)] = piece
             if scored := self.shards[i].scored:
@@ -198,25 +221,29 @@ class Split:
             i += 1
         return out
 
-    def verify(self, part: int = 0, parts: int = 1) -> None:
+    def verify(self, part: int = 0, parts: int = 1) -> list[int | None]:
         """Check size, sha256 and every id of the shards i with i % parts == part; raise UserError for a corrupt one.
 
-        Without meta.json there is no sha256 to check.
+        Without meta.json there is no sha256 to compare with. Return the first 60 bits of each shard's sha256, None for
+        those that were not read.
         """
-        for shard in _files(self.shards[part::parts]):
+        files = _files(self.shards)
+        found: list[int | None] = [None] * len(files)
+        for i, shard in list(enumerate(files))[part::parts]:
             size, expected = shard.path.stat().st_size, shard.tokens.offset + shard.tokens.nbytes
             if size != expected:
                 raise UserError(f"{shard.path} has {size} bytes, but {expected} are expected: {self.hint}")
-            if shard.sha256 is not None:
-                with open(shard.path, "rb") as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
-                if found != shard.sha256:
-                    sums = f"sha256 {found[:12]}..., in meta.json {shard.sha256[:12]}..."
-                    raise UserError(f"{shard.path} is corrupt ({sums}): {self.hint}")
+            with open(shard.path, "rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            found[i] = int(sha256[:15], 16)
+            if shard.sha256 is not None and sha256 != shard.sha256:
+                sums = f"sha256 {sha256[:12]}..., in meta.json {shard.sha256[:12]}..."
+                raise UserError(f"{shard.path} is corrupt ({sums}): {self.hint}")
             if (largest := int(shard.tokens.max())) >= self.vocab_size:
                 raise UserError(
                     f"{shard.path} holds token id {largest}, but the vocabulary is {self.vocab_size}: {self.hint}"
                 )
+        return found
 
 
 def open_split(folder: str | Path, split: str) -> Split:
@@ -228,14 +255,39 @@ def open_split(folder: str | Path, split: str) -> Split:
     folder = Path(folder)
     if (folder / "meta.json").exists():
         return _open_with_meta(folder, split)
-    paths = sorted(folder.glob("*.bin"))
-    if not paths:
+    if (folder / "train.bin").is_file() and not _has_header(folder / "train.bin"):
+        return _open_nanogpt(folder, split)
+    names = sorted(path.name for path in folder.glob("*.bin"))
+    names = names or sorted(path.name for path in folder.glob("*.npy") if re.search(r"._(train|val)_\d+", path.name))
+    if not names:
         raise _no_dataset(folder)
     named = re.compile(rf"(?<![a-z]){split}(?![a-z])")  # "medieval_train_0.bin" is not a val shard
-    shards = [map_bin(path) for path in paths if named.search(path.name)]
-    if not shards:
-        raise UserError(f"no .bin file in {folder} has {split!r} in its name: download those of that split too")
-    return Split(f"the {split} split of {folder}", GPT2_SPEC, GPT2_VOCAB_SIZE, shards, "download it again")
+    paths = [folder / name for name in names if named.search(name)]
+    if not paths:
+        raise UserError(f"no {names[0][-4:]} file in {folder} has {split!r} in its name: add those of that split too")
+    shards = [map_bin(path) if path.suffix == ".bin" else _map_build_nanogpt(path) for path in paths]
+    return Split(f"the {split} split of {folder}", GPT2_SPEC, GPT2_VOCAB_SIZE, shards, "get the file again")
+
+
+def _open_nanogpt(folder: Path, split: str) -> Split:
+    """Open train.bin or val.bin of nanoGPT, whose tokens have no header."""
+    path, own = folder / f"{split}.bin", "`python -m data.text FILES --out FOLDER` makes a dataset of the same text"
+    if (folder / "meta.pkl").exists():
+        raise UserError(f"{folder} holds nanoGPT's files with a tokenizer of their own, in a pickle: {own}")
+    if not path.is_file() or not (size := path.stat().st_size) or size % 2:
+        raise UserError(f"{path}, which nanoGPT fills with uint16 tokens, is missing, empty or cut short: {own}")
+    shard = Shard(path, np.memmap(path, "<u2", mode="r"), None)
+    opened = Split(f"the {split} split of {folder}", GPT2_SPEC, GPT2_VOCAB_SIZE, [shard], own)
+    opened.note = f"{folder} holds nanoGPT's files, which do not name their tokenizer: taken as GPT-2's tokens"
+    return opened
+
+
+def _map_build_nanogpt(path: Path) -> Shard:
+    tokens = _map_npy(path, "get the file again")
+    if str(tokens.dtype) != "uint16" or tokens.ndim != 1 or not len(tokens):
+        found = f"{tokens.dtype} {tokens.shape}"
+        raise UserError(f"{path} holds {found}, not a row of uint16 tokens as build-nanogpt writes them")
+    return Shard(path, tokens, None)
 
 
 def _no_dataset(folder: Path) -> UserError:
@@ -263,28 +315,32 @@ def _no_dataset(folder: Path) -> UserError:
 
 
 def _open_with_meta(folder: Path, split: str) -> Split:
-    path, hint = folder / "meta.json", "prepare the dataset again"
-    try:
-        meta = json.loads(path.read_text("utf-8"))
-        if command := meta.get("command"):
-            hint += f" with `{command}`"
-        version, counted = meta["format"], dict(meta.get("baselines", {}))
-        if version != 1:
-            raise UserError(f"{path} has format {version}, this version reads format 1: {hint}")
-        opened = _split_from_meta(folder, meta, split, hint)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is corrupt ({type(error).__name__}: {error}): {hint}") from None
+    hint = ": prepare the dataset again"
+    meta = read_json(folder / "meta.json", hint=hint)
+    if isinstance(command := meta.get("command"), str):
+        hint += f" with `{command}`"
+    if type(version := meta.get("format")) is int and version > 1:
+        raise UserError(f"{folder / 'meta.json'} has format {version}, this version reads format 1{hint}")
+    meta = read_json(folder / "meta.json", META, hint)
+    opened = _split_from_meta(folder, meta, split, hint.removeprefix(": "))
     if not opened.shards:
-        raise UserError(f"the dataset in {folder} has no {split!r} split, only {sorted(meta['shards'])}: {hint}")
-    opened.baselines = counted
+        raise UserError(f"the dataset in {folder} has no {split!r} split, only {sorted(meta['shards'])}{hint}")
+    try:
+        size = from_spec(meta["tokenizer"]).vocab_size
+    except UserError as error:
+        raise UserError(f"{folder / 'meta.json'} is corrupt: {error}{hint}") from None
+    if size != opened.vocab_size:
+        sizes = f"vocab_size is {opened.vocab_size}, but its tokenizer has {size} tokens"
+        raise UserError(f"{folder / 'meta.json'} is corrupt: {sizes}{hint}")
+    opened.baselines = meta.get("baselines", {})
     return opened
 
 
 def _split_from_meta(folder: Path, meta: dict, split: str, hint: str) -> Split:
-    """Return the split that `meta` describes, perhaps without shards; ValueError, KeyError ... if it is corrupt."""
-    vocab_size, shards = int(meta["vocab_size"]), []
+    """Return the split that `meta`, which has the shape META, describes, perhaps without shards."""
+    vocab_size, shards = meta["vocab_size"], []
     for entry in meta["shards"].get(split, ()):
-        path, n_tokens, sha256 = folder / Path(str(entry["file"])).name, int(entry["tokens"]), str(entry["sha256"])
+        path, n_tokens, sha256 = folder / Path(entry["file"]).name, entry["tokens"], entry["sha256"]
         if not path.is_file():
             raise UserError(f"{path} is missing, though meta.json lists it: {hint}")
         tokens = map_bin(path, hint).tokens if path.suffix == ".bin" else _map_npy(path, hint)
@@ -292,19 +348,19 @@ def _split_from_meta(folder: Path, meta: dict, split: str, hint: str) -> Split:
         if f"{tokens.dtype} {tokens.shape}" != expected:
             raise UserError(f"{path} holds {tokens.dtype} {tokens.shape}, but meta.json says {expected}: {hint}")
         shards.append(Shard(path, tokens, sha256, _map_scored(folder, entry, n_tokens, hint)))
-    return Split(f"the {split} split of {folder}", dict(meta["tokenizer"]), vocab_size, shards, hint)
+    return Split(f"the {split} split of {folder}", meta["tokenizer"], vocab_size, shards, hint)
 
 
 def _map_scored(folder: Path, entry: dict, n_tokens: int, hint: str) -> Shard | None:
     if "scored" not in entry:
         return None
-    path = folder / Path(str(entry["scored"]["file"])).name
+    path = folder / Path(entry["scored"]["file"]).name
     if not path.is_file():
         raise UserError(f"{path} is missing, though meta.json lists it: {hint}")
     scored = _map_npy(path, hint)
     if scored.dtype != bool or scored.shape != (n_tokens,):
         raise UserError(f"{path} holds {scored.dtype} {scored.shape}, not bool ({n_tokens},): {hint}")
-    return Shard(path, scored, str(entry["scored"]["sha256"]))
+    return Shard(path, scored, entry["scored"]["sha256"])
 
 
 def _map_npy(path: Path, hint: str) -> np.memmap:
@@ -316,7 +372,11 @@ def _map_npy(path: Path, hint: str) -> np.memmap:
         raise UserError(f"{path} is truncated or not a .npy file ({type(error).__name__}: {error}): {hint}") from None
 
 
-def map_bin(path: Path, hint: str = "download it again") -> Shard:
+def _has_header(path: Path) -> bool:
+    return tuple(np.fromfile(path, "<i4", 2)) == (BIN_MAGIC, BIN_VERSION)
+
+
+def map_bin(path: Path, hint: str = "get the file again") -> Shard:
     """Memory-map a .bin shard. Raise UserError, with `hint` at its end, if it is truncated or not a shard."""
     header = np.fromfile(path, "<i4", 256)
     if len(header) < 256 or tuple(header[:2]) != (BIN_MAGIC, BIN_VERSION):

@@ -29,6 +29,7 @@ TINY = {
 def command(dataset, out_dir, *flags, **options):
     """The arguments of a tiny run; options replace those of TINY."""
     options = {"data": dataset, "out-dir": out_dir} | TINY | {k.replace("_", "-"): v for k, v in options.items()}
+    options["warmup-steps"] = min(options["warmup-steps"], options["max-steps"])
     words = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     return ["laptop", "--no-zero-init", *flags, *words]
 

@@ -87,7 +87,7 @@ def test_datasets_without_baselines_are_read_as_before(tmp_path):
     path.write_text(json.dumps(meta), encoding="utf-8")
     assert open_split(tmp_path, "val").baselines == {}
     path.write_text(json.dumps(meta | {"baselines": 3}), encoding="utf-8")
-    with pytest.raises(UserError, match="meta.json is corrupt .*prepare the dataset again"):
+    with pytest.raises(UserError, match="meta.json is corrupt: baselines is 3.*prepare the dataset again"):
         open_split(tmp_path, "val")
 
 

@@ -1,6 +1,7 @@
 """A run's folder: the log, the samples, the summary, and who may write to it."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -35,10 +36,14 @@ def test_a_log_is_cut_back_to_the_step_that_a_run_resumes_from(folder):
 
 def test_a_line_that_a_kill_cut_short_is_left_out_and_a_corrupt_one_is_named(folder):
     folder.mkdir(parents=True)
-    (folder / "log.jsonl").write_text('{"step": 1}\n{"ste', encoding="utf-8")
-    assert read_log(folder) == [{"step": 1}]
-    for damaged in ('{"step": 1\n{"step": 2}\n', "[]\n", "{}\n"):
-        (folder / "log.jsonl").write_text(damaged, encoding="utf-8")
+    first, second, third = (json.dumps(record(step)) + "\n" for step in (1, 2, 3))
+    path = folder / "log.jsonl"
+    path.write_text(f'{first}{{"ste', encoding="utf-8")
+    assert read_log(folder) == [record(1)]
+    wrong = (json.dumps(record(2) | change) + "\n" for change in ({"ms": "fast"}, {"tokens": None}, {"loss": math.inf}))
+    doubled, holed, reversed_, deep = first + first, first + third, second + first, "[" * 100_000 + "\n"
+    for damaged in ("[]\n", "{}\n", '{"step": 1}\n', "\xff\n", doubled, holed, reversed_, deep, *wrong):
+        path.write_text(damaged, encoding="utf-8")
         with pytest.raises(UserError, match="log.jsonl is corrupt"):
             read_log(folder)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -18,9 +19,7 @@ LETTERS = CharTokenizer.train("abcdefghijklmnopqrstuvwxyz", documents=True)
 
 def wide(vocab_size):
     """A tokenizer whose vocabulary has any size, since only the size matters here."""
-    tokenizer = CharTokenizer("ab", documents=False)
-    tokenizer.vocab_size = vocab_size
-    return tokenizer
+    return CharTokenizer("".join(chr(0x10000 + i) for i in range(vocab_size)), documents=False)
 
 
 def counting(folder, n_tokens, shard_tokens=7):
@@ -185,7 +184,11 @@ def test_a_missing_shard_and_one_of_another_kind_are_named(tmp_path):
 def test_bytes_behind_a_shard_and_an_id_past_the_vocabulary_are_named(tmp_path):
     split = counting(tmp_path, 10, shard_tokens=10)
     path = tmp_path / "meta.json"
-    path.write_text(path.read_text().replace('"vocab_size": 10', '"vocab_size": 9'))
+    fewer = path.read_text().replace('"vocab_size": 10', '"vocab_size": 9')
+    path.write_text(fewer)
+    with pytest.raises(UserError, match="vocab_size is 9, but its tokenizer has 10 tokens"):
+        open_split(tmp_path, "train")
+    path.write_text(fewer.replace(r"\ud800\udc09", ""))
     with pytest.raises(UserError, match="train_000000.npy holds token id 9, but the vocabulary is 9"):
         open_split(tmp_path, "train").verify()
     with open(tmp_path / "train_000000.npy", "ab") as file:
@@ -204,7 +207,7 @@ HEAD = '{"format": 1, "tokenizer": {}, "vocab_size": '
 )
 def test_a_damaged_meta_json_is_named(tmp_path, text):
     (tmp_path / "meta.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(UserError, match="meta.json is corrupt .*prepare the dataset again"):
+    with pytest.raises(UserError, match="meta.json is corrupt: .*prepare the dataset again"):
         open_split(tmp_path, "train")
 
 
@@ -231,6 +234,32 @@ def test_the_fingerprint_tells_datasets_apart(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------------- .bin shards
+
+
+def test_a_shard_that_is_cut_short_while_it_is_read_is_an_error_not_a_signal(tmp_path):
+    split = counting(tmp_path, 10_000, shard_tokens=10_000)
+    os.truncate(split.shards[0].path, 200)
+    with pytest.raises(UserError, match="train_000000.npy was cut short while it was read"):
+        split.read(5_000, 10)
+
+
+def test_files_of_nanogpt_and_build_nanogpt_are_read_as_gpt2s_tokens_and_pickles_are_not(tmp_path):
+    tokens = np.array([0, 7, 50256], np.uint16)
+    for split in ("train", "val"):
+        tokens.tofile(tmp_path / f"{split}.bin")
+        opened = open_split(tmp_path, split)
+        assert opened.read(0, 3).tolist() == tokens.tolist() and opened.verify() and "GPT-2" in opened.note
+    (tmp_path / "meta.pkl").write_bytes(b"pickled")
+    with pytest.raises(UserError, match="a tokenizer of their own, in a pickle"):
+        open_split(tmp_path, "train")
+    for folder, name in (("build", "edufineweb_train_000001"), ("ours", "train_000001")):
+        (tmp_path / folder).mkdir()
+        np.save(tmp_path / folder / f"{name}.npy", tokens)
+    assert open_split(tmp_path / "build", "train").read(0, 3).tolist() == tokens.tolist()
+    with pytest.raises(UserError, match="no .npy file in .* has 'val' in its name"):
+        open_split(tmp_path / "build", "val")
+    with pytest.raises(UserError, match="there is no dataset"):  # an unfinished one
+        open_split(tmp_path / "ours", "train")
 
 
 def test_bin_shards_are_read_in_the_order_of_their_names(tmp_path):

@@ -10,7 +10,6 @@ batch; one that is typed is kept.
 
 import dataclasses
 import inspect
-import os
 import re
 import shlex
 import textwrap
@@ -21,6 +20,7 @@ import tyro
 
 from data.files import UserError, as_flag, meant, parse_options
 from training import weights
+from training.distributed import env_number
 
 COLUMNS, LEFT = 100, 28  # of the help, and of its options
 COMMAND = ["python", "train_gpt2.py"]
@@ -139,7 +139,7 @@ def parse(arguments: list[str], presets: Presets):
         raise UserError("--adamw-lr is for --optimizer muon: with adamw, --lr is the only rate, so leave it out")
     if as_flag("micro_batch") in typed or preset.micro_batch == "auto":
         return config
-    sequences, rest = divmod(config.batch_tokens, config.block_size * int(os.environ.get("WORLD_SIZE", "1")))
+    sequences, rest = divmod(config.batch_tokens, config.block_size * max(1, env_number("WORLD_SIZE", 1)))
     divisors = [n for n in range(1, preset.micro_batch + 1) if sequences % n == 0 and not rest]
     return dataclasses.replace(config, micro_batch=max(divisors, default=1))
 
@@ -157,6 +157,14 @@ def _shape_of(model: str, presets: Presets) -> dict[str, int]:
         preset = presets[OTHER_PRESETS[model]][1]
         return {name: getattr(preset, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
     return weights.shape_of(model) if model and Path(model).exists() else {}
+
+
+def check_warmup(arguments: list[str], config) -> None:
+    """Raise UserError for a warmup that was typed and exceeds the run; a preset's may, for a run of a few steps."""
+    typed = any(word.partition("=")[0] == "--warmup-steps" for word in arguments)
+    if typed and config.warmup_steps > config.max_steps:
+        longer = f"--warmup-steps {config.warmup_steps} is longer than the run, --max-steps {config.max_steps}"
+        raise UserError(f"{longer}: the learning rate would never reach --lr")
 
 
 # ---------------------------------------------------------------------------------------------------------------- help

@@ -49,7 +49,8 @@ def draw(records: list[dict], path: Path, title: str, losses: dict[str, float], 
     metric, (tokens, accuracies) = EngFormatter(sep=""), _curve(records, "hellaswag_acc_norm")
     figure = Figure(figsize=(9, 9 if accuracies else 5.5), layout="constrained")
     panels = figure.subplots(2 if accuracies else 1, squeeze=False, sharex=True)[:, 0]
-    panels[0].set(title=title, ylabel="loss, nats per token")
+    panels[0].set(ylabel="loss, nats per token")
+    panels[0].set_title(title, parse_math=False)  # of a folder, whose name may hold $
     _draw_losses(panels[0], records, losses)
     if accuracies:
         panels[1].plot(tokens, accuracies, "o-", color="C1", markersize=4)

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import os
 import re
 import sys
 import warnings
@@ -14,6 +15,7 @@ from data.files import UserError, as_user_error
 from kernels import machine
 from kernels.common import unavailable
 from kernels.gpus import named_gpu
+from model import GPTConfig
 from training.distributed import Distributed
 
 CPU_TOKENS = 16_384  # per micro-step: larger batches make a CPU no faster
@@ -45,6 +47,7 @@ def choose_device(name: str, dist: Distributed = Distributed()) -> torch.device:
 
 def check_machine(config, device: torch.device, dist: Distributed) -> None:
     """Raise UserError if the first step on this device would fail, or if several ranks would train a GPT-2 on CPUs."""
+    check_size(config.shape(vocab_size=1), config.sequences_per_rank(dist.world_size) * (config.block_size + 1))
     if device.type == "cuda" and config.compile and (reason := unavailable(device)):
         raise UserError(f"--compile on a GPU is done by Triton, but {reason}: or use --no-compile --kernels none")
     if config.device == "auto" and device.type == "cpu" and dist.world_size > 1 and config.n_embd >= 768:
@@ -79,6 +82,24 @@ def peak_memory(device: torch.device) -> int | None:
     import resource  # Windows lacks it
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def check_size(shape: GPTConfig, batch_tokens: int) -> None:
+    """
+    Raise UserError if the weights, or a rank's tokens of a step, exceed this machine's memory, before building them.
+
+    A lower bound: what fits may still run out of memory. Without this, billions of layers would be built for hours.
+    """
+    if not hasattr(os, "sysconf"):  # Windows
+        return
+    memory, C = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), shape.n_embd
+    block = 4 * 12 * C * C + 50_000  # weights, and a block's Python objects
+    sizes = {"the model": shape.n_layer * block + 4 * C * (shape.vocab_size + shape.block_size)}
+    sizes["a step's batch"] = 8 * batch_tokens
+    for name, size in sizes.items():
+        if size > memory:
+            gigabytes = f"at least {size / 1e9:,.0f} GB, and this machine has {memory / 1e9:,.0f} GB"
+            raise UserError(f"{name} takes {gigabytes}: lower --n-layer, --n-embd, --block-size or --batch-tokens")
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -392,7 +392,7 @@ def draw(records: list[dict], path: str | Path, title: str = "") -> None:
     axes[15].set(title="warnings")
     axes[15].axis("off")
     axes[15].text(0, 0.98, text or "none", va="top", fontsize=9, color="darkred" if text else "darkgreen")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)  # of a folder, whose name may hold $
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=80))
 
 

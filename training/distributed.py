@@ -11,9 +11,12 @@ write the same checkpoint: full tensors by name, as a single process has them.
 
 import contextlib
 import dataclasses
+import math
 import os
 import secrets
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -28,25 +31,38 @@ from data.files import UserError
 
 Mode = Literal["ddp", "zero1", "fsdp"]
 JOIN_TIMEOUT = timedelta(days=7)  # a machine may still be preparing its data
+JOIN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells each process
+# per parameter, of AdamW, of Muon, and of Muon with a variance per row or column
+STATES = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}, {"momentum_buffer", "variance"})
 # in the errors of gloo and NCCL when a process is gone
 PEER_LOST = ("closed by peer", "reset by peer", "remote process exited", "Broken pipe", "Connection refused")
 
 
 @dataclasses.dataclass(frozen=True)
 class Distributed:
-    """The global and local rank of this process, the number of ranks, and the mode of parallelism."""
+    """The global and local rank of this process, the number of ranks, the mode of parallelism, ranks per machine."""
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
     mode: Mode = "ddp"
+    local_world_size: int = 1
 
     @classmethod
-    def from_env(cls, mode: Mode) -> "Distributed":
-        """Read torchrun's environment; without it, a single process. Raise UserError if the mode needs several."""
-        variables = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-        found = cls(*(int(os.environ.get(name, default)) for name, default in variables), mode)
-        if found.world_size == 1 and mode != "ddp":
+    def from_env(cls, mode: Mode, joining: bool = True) -> "Distributed":
+        """Read torchrun's environment; without it, a single process. Raise UserError if the mode needs several.
+
+        joining: the ranks will meet, so all of torchrun's variables are needed; else WORLD_SIZE alone may be given
+        """
+        rank, local_rank, world_size, local_world_size = map(
+            env_number, ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"), (0, 0, 1, 1)
+        )
+        found = cls(rank, local_rank, world_size, mode, max(1, local_world_size))
+        missing = [name for name in JOIN if not os.environ.get(name)]
+        if joining and (world_size > 1 and missing or not rank < max(1, world_size)):
+            given = f"RANK={rank} WORLD_SIZE={world_size}" + (f", without {', '.join(missing)}" if missing else "")
+            raise UserError(f"the environment says {given}: start several processes with torchrun, or unset these")
+        if found.world_size <= 1 and mode != "ddp":
             raise UserError(f"--parallel {mode} needs several processes: start them with torchrun, or use ddp")
         return found
 
@@ -57,6 +73,8 @@ class Distributed:
             yield
             return
         backend = "nccl" if gpus else "gloo"
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
         try:
             store, _, _ = next(dist.rendezvous("env://"))
             store = dist.PrefixStore(self._agreed_name(store), store)
@@ -115,15 +133,29 @@ class Distributed:
 
     def all_reduce_max(self, number: int) -> int:
         """Return the largest of the ranks' numbers. Collective."""
-        if self.world_size == 1:
-            return number
-        value = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(value, dist.ReduceOp.MAX)
-        return value.item()
+        return self._largest([number])[0]
 
     def disagree(self, number: int) -> bool:
         """Return whether the ranks have different numbers. Collective."""
-        return self.all_reduce_max(number) != -self.all_reduce_max(-number)
+        return bool(self.differing([number])[0])
+
+    def differing(self, numbers: list[int | None]) -> tuple[list[int], list[int]]:
+        """Return the indexes at which ranks have different numbers, and the largest number of each. Collective.
+
+        numbers: as many on every rank, within 62 bits; None if this rank has none
+        """
+        none = -(2**62)
+        largest = self._largest([none if number is None else number for number in numbers])
+        smallest = self._largest([none if number is None else -number for number in numbers])
+        pairs = zip(largest, smallest, strict=True)
+        return [i for i, (high, low) in enumerate(pairs) if high != -low], largest
+
+    def _largest(self, numbers: list[int]) -> list[int]:
+        if self.world_size == 1:
+            return numbers
+        values = torch.tensor(numbers, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values.tolist()
 
     # --------------------------------------------------------------------------------------------- weights, gradients
 
@@ -187,9 +219,20 @@ class Distributed:
         return optimizer.state_dict() if self.rank == 0 else None
 
     def load_optimizer_state(self, optimizer: torch.optim.Optimizer, state: dict) -> None:
-        """Load what `optimizer_state` returned in any mode; keep this optimizer's own options. Collective."""
+        """
+        Load what `optimizer_state` returned in any mode; keep this optimizer's own options. Collective.
+
+        Raise ValueError if it is not the state of such an optimizer: a moment of another shape corrupts the memory.
+        """
         own = [{name: value for name, value in g.items() if name != "params"} for g in optimizer.param_groups]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        sizes = [
+            [len(group["params"]) for group in groups] for groups in (state["param_groups"], optimizer.param_groups)
+        ]
+        if sizes[0] != sizes[1] or list(range(len(parameters))) != sorted(state["state"]):
+            raise ValueError(f"the optimizer's state is of {sizes[0]} parameters, not of {sizes[1]}")
+        for i, parameter in enumerate(parameters):
+            check_moments(state["state"][i], parameter, f"its optimizer's state of parameter {i}")
 
         def placed(name: str, value, parameter: Tensor):
             if self.mode == "fsdp" and name != "step":
@@ -203,3 +246,37 @@ class Distributed:
         # own options go in first: they decide on which device AdamW keeps "step"
         groups = [{**saved, **options} for saved, options in zip(state["param_groups"], own, strict=True)]
         optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+
+def env_number(name: str, default: int) -> int:
+    """Return a number that torchrun put into the environment; the default if it is absent or empty."""
+    text = os.environ.get(name, "").strip()
+    if text and not (text.isascii() and text.isdecimal() and int(text) < 2**31):
+        raise UserError(f"{name} is {text!r} in the environment, not a number: start with torchrun, or unset it")
+    return int(text) if text else default
+
+
+def end_with_parent(parent: int) -> None:
+    """Ask this process to save and end, as SIGTERM does, once torchrun is gone: killed, it cannot end its workers."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def check_moments(held: dict, parameter: Tensor, name: str) -> None:
+    """Raise ValueError unless an optimizer's state for a parameter is complete, finite and of its shape."""
+    if not isinstance(held, dict) or set(held) not in STATES:
+        raise ValueError(f"{name} lacks some of AdamW's or Muon's: {', '.join(map(str, held))}"[:200])
+    for key, value in held.items():
+        if key == "step":
+            value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+            fits = isinstance(value, int | float) and math.isfinite(value) and value >= 0
+        else:
+            fits = isinstance(value, Tensor) and value.is_floating_point() and bool(value.isfinite().all())
+            if key == "variance":  # c_attn is three matrices
+                rows, columns = parameter.shape
+                fits = fits and list(value.shape) in [[n * max(rows // n, columns)] for n in (1, 3)]
+            else:
+                fits = fits and value.shape == parameter.shape
+        if not fits:
+            raise ValueError(f"{name} has an unfit {key} for a parameter of {tuple(parameter.shape)}")

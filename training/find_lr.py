@@ -25,6 +25,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.files import UserError, atomic_write
+from data.streams import best_effort, printable
 
 LOW, HIGH, STEPS = 1e-5, 1.0, 200  # 40 steps per factor of ten
 EXPLODED = 4.0  # times the lowest smoothed loss: stop, higher rates are useless
@@ -134,7 +135,8 @@ def draw(result: Result, path: Path, title: str) -> None:
     axes.axvline(result.suggestion, color="tab:green", label=f"suggestion: --lr {result.suggestion:g}")
     ceiling = max(result.losses[0], result.smooth[0]) * 1.15
     axes.set_ylim(min(result.losses) - 0.05 * ceiling, ceiling)  # an explosion may leave the picture
-    axes.set(xlabel="learning rate", xscale="log", ylabel="loss, nats per token", title=title)
+    axes.set(xlabel="learning rate", xscale="log", ylabel="loss, nats per token")
+    axes.set_title(title, parse_math=False)  # of a folder, whose name may hold $
     axes.grid(alpha=0.3)
     axes.legend()
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=100))
@@ -168,8 +170,9 @@ def run_finder(
 
         result = find(step_with_lr, mean_rate=mean_rate)
     if not quiet:
-        folder.mkdir(parents=True, exist_ok=True)
-        draw(result, folder / "find_lr.png", f"{folder.name}: learning rates")
         adamw = f" --adamw-lr {result.suggestion * adamw_ratio:.3g}" if adamw_ratio != 1.0 else ""
         print(f"--lr {result.suggestion:g}{adamw}: {result.reason}")
-        print(f"{folder / 'find_lr.png'} shows the sweep")
+        with best_effort(f"{folder} has no find_lr.png"):
+            folder.mkdir(parents=True, exist_ok=True)
+            draw(result, folder / "find_lr.png", f"{printable(folder.name)}: learning rates")
+            print(f"{folder / 'find_lr.png'} shows the sweep")

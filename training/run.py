@@ -13,6 +13,7 @@ The run folder: what training writes and how it is read back; and the signals th
     checkpoints/step_NNNNNN.pt.old set aside when the run resumed from an earlier one
     trace.json                     with --profile: a few steps of this process
     find_lr.png                    with --find-lr, which writes nothing else
+    .wandb                         with --wandb: the id of the run there
     .launch                        the torchrun launch that wrote last: a restart resumes what its own launch wrote
 
 Files appear atomically, except log.jsonl and samples.txt, which only grow, and what the profiler, wandb and TensorBoard
@@ -28,20 +29,39 @@ import re
 import signal
 import statistics
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from data.files import UserError, atomic_write, lock
+from data.files import UserError, atomic_write, lock, naming, remove
+from data.outside import check_shape
+from data.streams import best_effort, printable
 from training import curves, diagnostics, distributions
-from training.checkpoint import checkpoints, launch_name, save_checkpoint, step_of
+from training.checkpoint import checkpoints, launch_name, one_line, save_checkpoint, step_of
 from training.pace import Pace
 
 BAR = "{{l_bar}}{{bar}}| {{n_fmt}}/{{total_fmt}} [{{elapsed}}<{}{{postfix}}]"  # the braces are tqdm's, {} is Pace's
 OVERFITTING = 0.03  # nats per token that the last validation loss may lie above the lowest
 SAMPLE_LINE = "-" * 40  # begins each sample in samples.txt
+OWN = ("config.json", "log.jsonl", "checkpoints")  # a folder that holds one of these is a run
+LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+RECORD = {  # what is read of a line of log.jsonl, in the terms of outside.check_shape
+    "step": range(1, 2**62),
+    "tokens": range(1, 2**62),
+    "loss": float,
+    "ms": float,
+    "tokens_per_s": float,
+    "mfu?": (float, None),
+    "memory_gb?": (float, None),
+    "val_loss?": float,
+    "hellaswag_acc?": float,
+    "hellaswag_acc_norm?": float,
+    "diagnostics?": dict,
+}
 
 
 class Run:
@@ -62,23 +82,27 @@ class Run:
         self.published = {} if config.get("hellaswag_input") else curves.HELLASWAG  # for HellaSwag's own questions only
         self._untrained = not config.get("init_from")
         busy = f"another process is writing to {folder}: wait for it, or use --out-dir"
-        if fresh and folder.exists():
+        if fresh and any((folder / name).exists() for name in OWN):  # what is not a run is never moved
             lock(folder / ".lock", busy).close()  # a live run is never moved
             _move_away(folder)
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         self._lock = lock(folder / ".lock", busy)
-        _clean(folder, step)
-        _write_text(folder / ".launch", launch_name())
-        self.records = [record for record in read_log(folder) if record["step"] <= step]
-        _write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
+        self.records = _log_until(folder, step)  # may be an error, so before anything is changed
+        _clean(folder, step, config.get("keep", sys.maxsize))
+        if step < config["max_steps"]:  # else only the end is missing
+            _write_text(folder / ".launch", launch_name())
+            _write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
         _write_text(folder / "log.jsonl", "".join(json.dumps(record) + "\n" for record in self.records))
-        _drop_samples(folder / "samples.txt", step)
-        self._services, self._max_steps = _services(config, folder), config["max_steps"]
+        with best_effort(f"{folder / 'samples.txt'} stays as it is"):
+            _drop_samples(folder / "samples.txt", step)
+        self._max_steps, unfinished = config["max_steps"], step < config["max_steps"]
+        self._services = _services(config, folder) if unfinished else {}
         self._log = (folder / "log.jsonl").open("a", encoding="utf-8")
         self._pace, self._sample = pace or Pace(config["max_steps"] - step), None
         self._val = next((f" val {r['val_loss']:.3f}" for r in reversed(self.records) if "val_loss" in r), "")
         seconds = 0.1 if sys.stderr.isatty() else 10.0  # between refreshes: a log file needs few
-        self._bar = tqdm(initial=step, total=config["max_steps"], unit="step", mininterval=seconds, dynamic_ncols=True)
+        style = {"unit": "step", "mininterval": seconds, "dynamic_ncols": True, "disable": not unfinished}
+        self._bar = tqdm(initial=step, total=config["max_steps"], **style)
 
     def log(self, record: dict) -> None:
         """Log a step: a line in log.jsonl, the bar, and wandb and TensorBoard if enabled."""
@@ -86,12 +110,14 @@ class Run:
             random = self.references[curves.RANDOM]
             if abs(record["loss"] - random) > 0.5:  # to an untrained model every token is equally likely
                 first = f"the first loss is {record['loss']:.3f}, far from {random:.3f}, that of guessing"
-                tqdm.write(f"warning: {first}: look at the data", file=sys.stderr)
+                tqdm.write(f"warning: {first}: look at the data, or at the size of the model", file=sys.stderr)
         self.records.append(record)
-        self._log.write(json.dumps(record) + "\n")
-        self._log.flush()
-        for service in self._services:
-            service({name: value for name, value in record.items() if isinstance(value, int | float)})
+        with naming(self.folder / "log.jsonl"):
+            self._log.write(json.dumps(record) + "\n")
+            self._log.flush()
+        for name, service in self._services.items():
+            with best_effort(f"--{name} lacks some steps"):
+                service({name: value for name, value in record.items() if isinstance(value, int | float)})
         if "val_loss" in record:
             self._val = f" val {record['val_loss']:.3f}"
         mfu = "" if record["mfu"] is None else f" MFU {record['mfu']:.1%}"
@@ -108,7 +134,8 @@ class Run:
 
     def __exit__(self, *_) -> None:
         self._bar.close()  # ends its line, so that what follows, such as an error, starts a new one
-        self._log.close()
+        with suppress(OSError):  # of a line that log() could not write, which said so
+            self._log.close()
         self._lock.close()
 
     def finish(self) -> None:
@@ -119,11 +146,14 @@ class Run:
             print(f"{name:<26} {value}")
         for name, loss in self.references.items():
             print(f"{'compare: ' + name:<26} {loss:.4f}")
-        print(f"{self.folder} holds loss.png, log.jsonl, samples.txt and checkpoints")
+        names = [name for name in ("loss.png", "log.jsonl", "samples.txt") if (self.folder / name).exists()]
+        print(f"{self.folder} holds {', '.join(names)} and checkpoints")
         print(f'python sample.py {self.folder} --prompt "..." writes more')
 
     def summary(self) -> dict[str, str]:
-        """Return the run's figures by name, with a verdict if the model overfits."""
+        """Return the run's figures by name, with a verdict if the model overfits; none if the log is lost."""
+        if not self.records:
+            return {}
         last, losses = self.records[-1], [record["loss"] for record in self.records]
         minutes, seconds = divmod(round(sum(record["ms"] for record in self.records) / 1000), 60)
         tail = losses[-max(1, len(losses) // 10) :]
@@ -161,21 +191,27 @@ class Run:
     def sample(self, step: int, text: str) -> None:
         """Add a text to samples.txt."""
         self._sample = text
-        with (self.folder / "samples.txt").open("a", encoding="utf-8") as file:
-            file.write(f"{SAMPLE_LINE} after {step} steps\n{text}\n")
+        path = self.folder / "samples.txt"
+        with best_effort(f"no sample of step {step}"), naming(path), path.open("ab") as file:
+            file.write(f"{SAMPLE_LINE} after {step} steps\n{text}\n".encode("utf-8", "replace"))
 
     def draw(self) -> None:
         """Draw loss.png, and diagnostics.png if layers were diagnosed."""
-        curves.draw(self.records, self.folder / "loss.png", self.folder.name, self.references, self.published)
-        diagnostics.draw(self.records, self.folder / "diagnostics.png", self.folder.name)
-        distributions.draw(self.records, self.folder / "distributions.png", self.folder.name)
+        if not self.records:
+            return
+        title = printable(self.folder.resolve().name)
+        with best_effort(f"{self.folder} has no new loss.png"):
+            curves.draw(self.records, self.folder / "loss.png", title, self.references, self.published)
+        for module, name in ((diagnostics, "diagnostics.png"), (distributions, "distributions.png")):
+            with best_effort(f"{self.folder} has no new {name}"):
+                module.draw(self.records, self.folder / name, title)
 
     def save(self, checkpoint: dict, keep: int) -> None:
         """Write a checkpoint, named by its "step"; then remove all but the newest `keep`."""
+        with naming(self.folder / "log.jsonl"):
+            os.fsync(self._log.fileno())  # after a power cut the log must reach the checkpoint
         save_checkpoint(self.folder / "checkpoints" / f"step_{checkpoint['step']:06d}.pt", checkpoint)
-        for old in checkpoints(self.folder)[keep:]:
-            old.unlink()
-            Path(f"{old}.sha256").unlink(missing_ok=True)
+        _remove_old(self.folder, keep)
 
 
 # ----------------------------------------------------------------------------------------------------------- the folder
@@ -195,47 +231,87 @@ def _move_away(folder: Path) -> None:
 
 
 def _drop_samples(path: Path, step: int) -> None:
-    """Remove the samples of later steps, which this run will write again."""
+    """Remove the samples of later steps, which this run will write again; text before the first sample stays."""
     if path.exists():
-        texts = re.split(rf"(?m)^(?={SAMPLE_LINE} after \d+ steps$)", path.read_text(encoding="utf-8"))
-        kept = [text for text in texts if text and int(text.split(maxsplit=3)[2]) <= step]
-        _write_text(path, "".join(kept)) if kept else path.unlink()
+        content = path.read_bytes()  # a kill or a full disk may have cut it inside a character
+        pieces = re.split(rb"(?m)^(?=%b after \d+ steps\r?$)" % SAMPLE_LINE.encode(), content)
+        found = [(re.match(rb"-+ after (\d{1,18}) steps", piece), piece) for piece in pieces]
+        kept = b"".join(piece for header, piece in found if not header or int(header[1]) <= step)
+        kept += b"" if kept.endswith(b"\n") or not kept else b"\n"
+        if not kept:
+            path.unlink()
+        elif kept != content:
+            atomic_write(path, lambda file: file.write(kept))
 
 
-def _clean(folder: Path, step: int) -> None:
+def _clean(folder: Path, step: int, keep: int) -> None:
     """Remove what a kill left half-written; rename checkpoints past `step`, which this run will write again."""
-    for path in [*folder.glob(".*.tmp"), *(folder / "checkpoints").glob(".*.tmp")]:
-        path.unlink()
+    for path in [*folder.iterdir(), *(folder / "checkpoints").iterdir()]:
+        if LEFTOVER.fullmatch(path.name):
+            remove(path)
     for path in checkpoints(folder):
         if step_of(path) > step:
             path.replace(f"{path}.old")
             if (sidecar := Path(f"{path}.sha256")).exists():
                 sidecar.replace(f"{path}.old.sha256")  # so that --resume can read it
+    for sidecar in (folder / "checkpoints").glob("step_*.pt.sha256"):
+        if not sidecar.with_suffix("").exists():
+            sidecar.unlink()
+    _remove_old(folder, keep)
+
+
+def _remove_old(folder: Path, keep: int) -> None:
+    for old in checkpoints(folder)[keep:]:
+        old.unlink()
+        Path(f"{old}.sha256").unlink(missing_ok=True)
+
+
+def _log_until(folder: Path, step: int) -> list[dict]:
+    """Return the log up to the step that a run resumes from; UserError if it has holes or ends before."""
+    records = [record for record in read_log(folder) if record["step"] <= step]
+    last = records[-1]["step"] if records else 0
+    if last < step and any(step_of(path) <= step for path in checkpoints(folder)):
+        if records:
+            lost = f"{folder / 'log.jsonl'} ends at step {last}, before the checkpoint of step {step}"
+            raise UserError(f"{lost}: move it away, the checkpoints do not need it")
+        print(f"warning: {folder / 'log.jsonl'} is missing: the log begins at step {step + 1}", file=sys.stderr)
+    return records
 
 
 def read_log(folder: Path) -> list[dict]:
-    """Return the lines of a run's log.jsonl, without a last one that a kill truncated."""
+    """Return the lines of a run's log.jsonl, without a last one that a kill truncated; UserError if it is corrupt."""
     path = folder / "log.jsonl"
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     try:
-        records = [json.loads(line) for line in lines]
-        if not all(isinstance(record["step"], int) for record in records):
-            raise TypeError("a step that is not a number")
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        records = []
+        for number, line in enumerate(lines, start=1):
+            record = json.loads(line)
+            check_shape(record, RECORD, f"line {number}")
+            if records and record["step"] != records[-1]["step"] + 1:
+                raise ValueError(f"line {number} is of step {record['step']}, after step {records[-1]['step']}")
+            records.append(record)
         return records
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is corrupt ({error}): move it away, the checkpoints do not need it") from error
+    except (OSError, ValueError, RecursionError) as error:
+        cure = "move it away, the checkpoints do not need it"
+        raise UserError(f"{path} is corrupt ({one_line(error)}): {cure}") from error
 
 
 # -------------------------------------------------------------------------------------------- signals, trace, services
 
 
 class StopRequest:
-    """Catch SIGINT and SIGTERM in `signal`, for the loop to save and stop; a second one exits at once."""
+    """
+    Catch SIGINT, SIGTERM and SIGHUP in `signal`, for the loop to save and stop; a second one exits at once.
 
-    numbers = signal.SIGINT, signal.SIGTERM
+    Those that are ignored stay so, as SIGHUP under nohup. A thread, such as a notebook's, cannot catch any.
+    """
 
     def __enter__(self) -> "StopRequest":
-        self.signal, self._before = 0, [(number, signal.signal(number, self.receive)) for number in self.numbers]
+        self.signal, self._before = 0, []
+        if threading.current_thread() is threading.main_thread():
+            numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]  # Windows lacks one
+            caught = [n for n in numbers if n and signal.getsignal(n) != signal.SIG_IGN]
+            self._before = [(number, signal.signal(number, self.receive)) for number in caught]
         return self
 
     def __exit__(self, *_) -> None:
@@ -265,19 +341,24 @@ def require(package: str):
         raise UserError(f"--{package} needs a package that is not installed: pip install {package}") from error
 
 
-def _services(config: dict, folder: Path) -> list[Callable[[dict], None]]:
-    """Return one function per enabled service, which logs the numbers of a step."""
-    found = []
+def _services(config: dict, folder: Path) -> dict[str, Callable[[dict], None]]:
+    """Return one function per enabled service that could begin, which logs the numbers of a step."""
+    found = {}
     if config.get("wandb"):
-        run = require("wandb").init(project="gpt2-triton", dir=folder, config=config)
-        found.append(lambda record: run.log(record, step=record["step"]))
+        wandb, known = require("wandb"), folder / ".wandb"
+        with best_effort("--wandb could not begin, and the run goes on without it"):
+            own = {"id": known.read_text(encoding="utf-8"), "resume": "allow"} if known.exists() else {}
+            run = wandb.init(project="gpt2-triton", dir=folder, config=config, **own)
+            found["wandb"] = lambda record: run.log(record, step=record["step"])
+            _write_text(known, run.id)  # a run that resumes is the same run there
     if config.get("tensorboard"):
-        writer = require("tensorboard").SummaryWriter(folder)
+        with best_effort("--tensorboard could not begin, and the run goes on without it"):
+            writer = require("tensorboard").SummaryWriter(folder)
 
-        def write(record: dict) -> None:
-            for name, value in record.items():
-                writer.add_scalar(name, value, record["step"])
-            writer.flush()
+            def write(record: dict) -> None:
+                for name, value in record.items():
+                    writer.add_scalar(name, value, record["step"])
+                writer.flush()
 
-        found.append(write)
+            found["tensorboard"] = write
     return found

@@ -15,6 +15,7 @@ SPIN_COUNT = 3_000  # loops
 
 def begin() -> None:
     """Prepare a process that runs a script: bound the spinning, say that PyTorch loads, let Ctrl-C end the imports."""
+    os.environ.pop("MPLBACKEND", None)  # of a notebook, which no picture needs, and which may not exist here
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
     if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":

@@ -18,7 +18,6 @@ import itertools
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -28,8 +27,10 @@ import torch
 
 from data import dataset_dir, prepare_if_missing, shards
 from data.files import UserError, as_flag, atomic_write, lock, parse_options
+from data.streams import best_effort
 from model import GPT
 from training.curves import draw_levels, reference_losses
+from training.distributed import env_number
 from training.run import StopRequest, read_log
 
 Parse = Callable[[list[str]], object]  # a command line -> train_gpt2.Config
@@ -167,11 +168,12 @@ def choose_folder(arguments: list[str], out_dir: str, what: str) -> Path:
 
 def train_all(script: Path, runs: list[SweepRun], folder: Path, what: str) -> int:
     """Train the unfinished runs into `folder` and report after each; result and errors as for train_grid."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if env_number("WORLD_SIZE", 1) > 1:
         raise UserError(f"--{what} starts one process per run: call python train_gpt2.py, without torchrun")
     check_folder(runs, folder, what)
     for name in {run.config.data for run in runs}:  # once, and while its messages are still shown
         prepare_if_missing(name)
+        shards.open_split(dataset_dir(name), "train")
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / ".lock", f"another process is writing to {folder}: wait for it, or use --out-dir"):
         for run in runs:
@@ -215,7 +217,7 @@ def check_folder(runs: list[SweepRun], folder: Path, what: str) -> None:
 
 class SignalRelay(StopRequest):
     """
-    Take SIGINT, SIGTERM and SIGHUP, and pass each on to `child` as SIGTERM; `signal` is the first.
+    Pass each signal on to `child` as SIGTERM; `signal` is the first.
 
     The child has a process group of its own: if Ctrl-C reached it twice, from the terminal and from this process, it
     would exit at once instead of saving.
@@ -223,8 +225,6 @@ class SignalRelay(StopRequest):
 
     def __enter__(self) -> "SignalRelay":
         self.child = None
-        numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
-        self.numbers = [n for n in numbers if n and signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores SIGHUP
         return super().__enter__()
 
     def start(self, command: list[str]) -> subprocess.Popen:
@@ -247,7 +247,7 @@ def train_one(script: Path, run: SweepRun, folder: Path, relay: SignalRelay) -> 
     child, tail = relay.start([sys.executable, str(script), *run.arguments, f"--out-dir={folder}"]), b""
     with child:
         while content := os.read(child.stderr.fileno(), 1 << 16):
-            sys.stderr.buffer.write(content)
+            sys.stderr.write(content.decode(errors="replace"))
             sys.stderr.flush()
             tail = (tail + content)[-10_000:]
     run.records = read_log(folder)
@@ -271,9 +271,10 @@ def report(runs: list[SweepRun], folder: Path, what: str) -> str:
     from matplotlib.figure import Figure
 
     text, figure = table(runs), Figure(layout="constrained")
-    draw(figure, runs)
-    atomic_write(folder / f"{what}.md", lambda file: file.write(f"{text}\n".encode()))
-    atomic_write(folder / f"{what}.png", lambda file: figure.savefig(file, format="png", dpi=120))
+    with best_effort(f"{folder} lacks the newest {what}.md and {what}.png"):
+        atomic_write(folder / f"{what}.md", lambda file: file.write(f"{text}\n".encode()))
+        draw(figure, runs)
+        atomic_write(folder / f"{what}.png", lambda file: figure.savefig(file, format="png", dpi=120))
     return text
 
 

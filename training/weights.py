@@ -17,7 +17,7 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,11 +29,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import kernels
-from data.files import UserError, as_flag, as_user_error, meant
+from data.files import UserError, as_flag, as_user_error, meant, temporary
+from data.outside import check_shape, parse_json
 from data.tokenizer import END_OF_TEXT, Tokenizer, from_spec, gpt2
 from data.tokenizer_json import tokenizer_json
 from model import GPT, GPTConfig
-from training.checkpoint import checkpoints, load_checkpoint, newest_checkpoint
+from training.checkpoint import checkpoints, load_checkpoint, newest_checkpoint, one_line, plain_names
 
 # fmt: off
 RELEASES = {  # OpenAI's GPT-2s, huggingface.co/openai-community/NAME -> commit, sha256 of its model.safetensors
@@ -60,6 +61,7 @@ SHAPE = {name: name for name in ("n_layer", "n_head", "n_embd", "vocab_size")} |
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # the matrices that are stored transposed
 WTE, WPE = "transformer.wte.weight", "transformer.wpe.weight"
 SPEC = "tokenizer_spec.json"
+MOST_ADDED = 1024  # rows of an embedding past GPT-2's tokens: padding, or tokens that were added, such as [PAD]
 ChooseOps = Callable[[GPTConfig], kernels.Ops]
 
 
@@ -86,7 +88,13 @@ def load(name: str, choose_ops: ChooseOps | None = None) -> tuple[GPT, Tokenizer
     if runs := sorted(str(folder.parent) for folder in path.glob("*/checkpoints")):
         raise UserError(f"{path} is a folder of runs: give one of {', '.join(runs)}")
     model = from_hugging_face(name, choose_ops)
-    return model, _read_tokenizer(path, model.config.vocab_size)
+    tokenizer = _read_tokenizer(path, model.config.vocab_size)
+    if added := model.config.vocab_size - tokenizer.vocab_size:
+        print(f"note: {name} has {added} rows past {tokenizer.name}'s tokens: left out", file=sys.stderr)
+        shape, state = dataclasses.asdict(model.config), model.state_dict()
+        shape["vocab_size"] = tokenizer.vocab_size
+        model = from_state_dict(shape, state | {WTE: state[WTE][: tokenizer.vocab_size]}, name, choose_ops)
+    return model, tokenizer
 
 
 def shape_of(name: str) -> dict[str, int]:
@@ -117,8 +125,14 @@ def from_state_dict(config: dict, weights: dict[str, Tensor], name: str, choose_
 
     config: the fields of GPTConfig. weights: wte with or without its padding. UserError if the two do not match.
     """
+    weights = plain_names(weights)
+    blocks = sum(key.endswith(".ln_1.weight") for key in weights)
     with as_user_error(), torch.device("meta"):
-        shape = GPTConfig(**config)
+        check_shape(config, {field: range(field != "n_layer", 2**31) for field in SHAPE} | {"dropout?": float})
+        if config["n_layer"] != blocks:  # counted first: building a billion blocks would take hours
+            sizes = f"they have {blocks} blocks, its configuration says {config['n_layer']}"
+            raise ValueError(f"the weights of {name!r} do not fit its shape: {sizes}")
+        shape = GPTConfig(**{field: config[field] for field in (*SHAPE, "dropout") if field in config})
         model = GPT(shape, choose_ops and choose_ops(shape))
     if WTE in weights and len(weights[WTE]) == model.config.vocab_size:
         padding = model.config.padded_vocab_size - model.config.vocab_size
@@ -126,7 +140,9 @@ def from_state_dict(config: dict, weights: dict[str, Tensor], name: str, choose_
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
-        raise UserError(f"the weights of {name!r} do not fit its shape: {_one_line(error)}") from error
+        raise UserError(f"the weights of {name!r} do not fit its shape: {one_line(error)}") from error
+    if bad := [key for key, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
+        raise UserError(f"the weights of {name!r} are not finite, first in {bad[0]}: nothing can be made of them")
     return model.eval()
 
 
@@ -140,13 +156,16 @@ def from_hugging_face(name: str, choose_ops: ChooseOps | None = None) -> GPT:
     else:
         shape, single, weights = _read_shape(folder), folder / "model.safetensors", {}
         for path in [single] if single.exists() else sorted(folder.glob("model-*.safetensors")):
-            weights |= _read_tensors(path)
+            tensors = _read_tensors(path)
+            if twice := sorted(weights.keys() & tensors.keys()):
+                raise UserError(f"{folder} is a mixture of two models: {path.name} holds {twice[0]} once more")
+            weights |= tensors
         if not weights:
             pickled = list(folder.glob("pytorch_model*.bin"))
             hint = " (transformers can convert pytorch_model.bin, a pickle, which may run any code)" if pickled else ""
             raise _unreadable(single, f"no such file{hint}")
     head = weights.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head, weights.get(WTE, torch.empty(0))):
+    if head is not None and not torch.equal(head, weights.setdefault(WTE, head)):  # tied, it may be stored once
         raise UserError(f"{name!r} is a variant of GPT-2 that is not supported: its head is not tied to its embedding")
     return from_state_dict(shape, weights, name, choose_ops)
 
@@ -175,9 +194,10 @@ def _download(name: str) -> Path:
 
 def _read_shape(folder: Path) -> dict[str, int]:
     """Return the shape in config.json; raise UserError if it is a variant of GPT-2 that computes something else."""
-    config = _read_json(folder / "config.json")
-    if missing := [theirs for theirs in SHAPE.values() if type(config.get(theirs)) is not int]:
-        raise UserError(f"{folder} is not a GPT-2: its config.json gives no integer for {', '.join(missing)}")
+    shape = {theirs: range(theirs != "n_layer", 2**31) for theirs in SHAPE.values()}
+    config = _read_json(folder / "config.json", shape | {"n_inner?": (int, None)})
+    if (kind := config.get("model_type", "gpt2")) != "gpt2":
+        raise UserError(f"{folder} is not a GPT-2: its config.json says model_type {kind!r}")
     other = {field: config[field] for field, good in ONLY_GPT2.items() if config.get(field, good[0]) not in good}
     if config.get("n_inner") not in (None, 4 * config["n_embd"]):
         other["n_inner"] = config["n_inner"]
@@ -190,7 +210,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of one file under our names and in our layout: copies, since the file is memory-mapped."""
     weights = {}
     try:
-        for theirs, tensor in safetensors.torch.load_file(path).items():
+        for theirs, tensor in plain_names(safetensors.torch.load_file(path)).items():
             name = theirs if theirs.startswith(("transformer.", "lm_head.")) else f"transformer.{theirs}"
             if not tensor.is_floating_point():
                 raise UserError(f"{path} holds {theirs} as {tensor.dtype}: only floating-point weights are read")
@@ -208,38 +228,36 @@ def transpose_conv1d(name: str, tensor: Tensor) -> Tensor:
 
 def _read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     """Return the tokenizer of a Hugging Face folder: the one that --export wrote, else GPT-2's."""
-    tokenizer = gpt2()
-    if (folder / SPEC).is_file():
-        tokenizer = from_spec(_read_json(folder / SPEC))
-    elif (folder / "tokenizer.json").is_file():
-        model, ours = _read_json(folder / "tokenizer.json").get("model"), tokenizer_json(tokenizer)["model"]
-        vocab = model.get("vocab") if isinstance(model, dict) else None
-        if not isinstance(vocab, dict) or vocab | {END_OF_TEXT: tokenizer.eot} != ours["vocab"]:
-            raise UserError(f"{folder} has a tokenizer of its own, not GPT-2's: only one that --export wrote is read")
-    if (size := tokenizer.vocab_size) != vocab_size:
+    exported = (folder / SPEC).is_file()
+    tokenizer = from_spec(_read_json(folder / SPEC)) if exported else gpt2()
+    size, eot = tokenizer.vocab_size, tokenizer.eot
+    if vocab_size != size and (exported or not size < vocab_size <= size + MOST_ADDED):
         raise UserError(f"{str(folder)!r} has {vocab_size} tokens, but its tokenizer, {tokenizer.name}, has {size}")
+    files = {"tokenizer.json": {"model": {"vocab": dict, "merges?": list}}, "vocab.json": dict}
+    for file_name in [name for name in files if (folder / name).is_file()][:1]:
+        content, ours = _read_json(folder / file_name, files[file_name]), tokenizer_json(tokenizer)["model"]
+        theirs = content["model"] if file_name == "tokenizer.json" else {"vocab": content}
+        known = {token: i for token, i in theirs["vocab"].items() if type(i) is not int or i < size}  # without [PAD]
+        known |= {END_OF_TEXT: eot} if eot is not None else {}  # may be listed apart
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in theirs.get("merges", ())]
+        if known != ours["vocab"] or (merges and merges != ours.get("merges")):
+            other = f"{folder} has a tokenizer of its own in {file_name}, not {tokenizer.name}'s"
+            raise UserError(f"{other}: only one that --export wrote is read")
     return tokenizer
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path, shape=dict) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path, shape)
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
-    if not isinstance(content, dict):
-        raise _unreadable(path, "it holds no JSON object")
-    return content
 
 
 def _unreadable(path: Path, reason: Exception | str) -> UserError:
-    reason = _one_line(getattr(reason, "strerror", None) or reason)
+    reason = one_line(getattr(reason, "strerror", None) or reason)
     known = f"a run's folder, one of {', '.join(RELEASES)} (a download), or a folder"
     hint = f"give {known} with config.json and model.safetensors"
     return UserError(f"no weights for {str(path.parent)!r}: {path.name}: {reason}; {hint}")
-
-
-def _one_line(error: Exception | str) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 # ----------------------------------------------------------------------------------------------------------- exporting
@@ -258,9 +276,7 @@ def export(folder: str | os.PathLike, model: GPT, tokenizer: Tokenizer) -> None:
     texts = _json_files(config, tokenizer)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent) as temporary:
-            new = Path(temporary, "new")  # with the usual permissions, unlike a temporary folder
-            new.mkdir()
+        with temporary(folder, folder=True) as new:
             for file_name, text in texts.items():
                 (new / file_name).write_text(text, encoding="utf-8")
             theirs = {key: transpose_conv1d(key, tensor).contiguous() for key, tensor in weights.items()}
@@ -270,7 +286,7 @@ def export(folder: str | os.PathLike, model: GPT, tokenizer: Tokenizer) -> None:
                     os.fsync(file.fileno())
             new.rename(folder)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder} could not be written ({_one_line(error)}): make room on that disk") from error
+        raise UserError(f"{folder} could not be written ({one_line(error)}): make room on that disk") from error
 
 
 def _json_files(config: GPTConfig, tokenizer: Tokenizer) -> dict[str, str]:

@@ -1,0 +1,76 @@
+"""What comes from outside, checked once and in one place: files that people, disks and other programs have changed."""
+
+import json
+import math
+from pathlib import Path
+
+from data.files import UserError
+
+
+def read_json(path: Path, shape=dict, hint: str = "") -> dict:
+    """Return the content of a JSON file that has the `shape` that `check_shape` asks for. Raise UserError otherwise.
+
+    hint: ends the message: what to do about it
+    """
+    try:
+        return parse_json(path, shape)
+    except ValueError as error:
+        raise UserError(f"{path} is corrupt: {error}{hint}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}{hint}") from None
+
+
+def parse_json(path: Path, shape=dict):
+    """Return the content as `read_json` does, but raise ValueError or OSError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    check_shape(content, shape)
+    return content
+
+
+def check_shape(value, shape, name: str = "") -> None:
+    """Raise ValueError, naming the field, unless a value from outside has a shape.
+
+    shape: {field: shape, ...}, a field that ends in ? may be missing; [shape], a list of any length; (shape, ...), one
+        of several; a range of integers; float, a finite number; None; else a type
+    """
+    name = name or "it"
+    if isinstance(shape, dict):
+        check_shape(value, dict, name)
+        for field, part in shape.items():
+            key, path = field.removesuffix("?"), f"{name}.{field.removesuffix('?')}".removeprefix("it.")
+            if key in value:
+                check_shape(value[key], part, path)
+            elif key == field:
+                raise ValueError(f"{path} is missing")
+    elif isinstance(shape, list):
+        check_shape(value, list, name)
+        for i, item in enumerate(value):
+            check_shape(item, shape[0], f"{name}[{i}]")
+    elif isinstance(shape, tuple):
+        if not any(_has_shape(value, each) for each in shape):
+            check_shape(value, shape[0], name)
+    elif isinstance(shape, range):
+        if type(value) is not int or value not in shape:
+            raise ValueError(f"{name} is {_brief(value)}, not a whole number from {shape[0]} to {shape[-1]}")
+    elif shape is float:
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"{name} is {_brief(value)}, not a finite number")
+    elif shape is None and value is not None or shape is not None and not isinstance(value, shape):
+        kinds = {dict: "an object", list: "a list", str: "a text", bool: "true or false", None: "null"}
+        raise ValueError(f"{name} is {_brief(value)}, not {kinds.get(shape) or shape.__name__}")
+
+
+def _has_shape(value, shape) -> bool:
+    try:
+        check_shape(value, shape)
+    except ValueError:
+        return False
+    return True
+
+
+def _brief(value) -> str:
+    """Return a value as an error message shows it; a container, which may be endless, by its type alone."""
+    return type(value).__name__ if isinstance(value, dict | list) else repr(value)[:60]
