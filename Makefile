@@ -1,6 +1,8 @@
 PYTHON ?= python3
+EMULATE ?= sm_80
+ARGS ?= tests/test_emulator.py $(patsubst %,tests/test_%.py,attention cross_entropy gelu layernorm) -k "not two_to_the_31"
 
-.PHONY: help laptop test gate lint
+.PHONY: help laptop test gate machine lint
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
@@ -13,6 +15,9 @@ test: .venv/ready  ## prove everything: under six minutes on two CPU cores
 
 gate: .venv/ready  ## hold every kernel's machine code and traffic to its limits, for six NVIDIA targets
 	.venv/bin/python -B -m kernels.report --check
+
+machine: .venv/ready  ## run the kernels' tests as compiled for the GPU in EMULATE, emulated; ARGS are pytest's
+	EMULATE=$(EMULATE) .venv/bin/python -B -m pytest -n 2 $(ARGS)
 
 lint: .venv/ready  ## check the style and the format of the code
 	.venv/bin/ruff check .

@@ -4,7 +4,7 @@ The arithmetic of a GPU in numpy: exact to the bit if PTX defines the result, el
 `errors` says how far approximate instructions are off: "exact" (rounded correctly), "uniform" (anything up to the
 bound, by a hash of the input's bits) or "worst" (by the bound, up or down by the same hash).
 
-    ex2.approx, div.full    2 units in the last place
+    ex2.approx, div.full    2 units in the last place; exp2(0) = 1 and x / 1 = x
     rsqrt.approx            a relative 2^-22.9
     mma                     products exact; eight of them and the sum so far are aligned to the largest, cut off one bit
                             below its last bit, added, and cut to float32, as measured on an A100; in every mode
@@ -46,15 +46,30 @@ def widen(bits: np.ndarray, type: str) -> np.ndarray:
 
 def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     """Return a * b + c, rounded once to float32."""
-    product, c = np.multiply(a, b, dtype=np.float64), c.astype(np.float64)
+    product = np.multiply(a, b, dtype=np.float64)
     total = product + c  # to round again errs only if halfway between two float32, or subnormal
-    bits = total.view(np.int64)
-    if ((bits & (2**29 - 1)) == 2**28).any() or (np.abs(total) < SMALLEST_NORMAL).any():
-        other = total - product
-        rest = (product - (total - other)) + (c - other)  # what the first rounding lost
-        odd = ((rest < 0) | (rest > 0)) & ((bits & 1) == 0)
-        total = np.where(odd, bits + np.where((rest > 0) == (total > 0), 1, -1), bits).view(np.float64)
+    if ((total.view(np.int64) & (2**29 - 1)) == 2**28).any() or (np.abs(total) < SMALLEST_NORMAL).any():
+        total = rounded_to_odd(product, c)
     return total.astype(np.float32)
+
+
+def rounded_to_odd(product: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """Return product + c in float64, with an odd last bit if inexact: rounding again, to fewer bits, is then right."""
+    total = product + c
+    other, bits = total - product, total.view(np.int64)
+    rest = (product - (total - other)) + (c - other)  # what rounding to float64 lost
+    inexact = ((rest < 0) | (rest > 0)) & ((bits & 1) == 0)
+    return np.where(inexact, bits + np.where((rest > 0) == (total > 0), 1, -1), bits).view(np.float64)
+
+
+def fma_16_bits(type: str, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """Return the bits of a * b + c, rounded once to "bf16" or "f16"."""
+    total = rounded_to_odd(np.multiply(a, b, dtype=np.float64), c)
+    if type == "f16":
+        return total.astype(np.float16).view(np.uint16)
+    bits = total.view(np.int64)
+    cut = (bits >> 29 << 29).view(np.float64).astype(np.float32).view(np.uint32)  # 8 bits are kept of these 24
+    return round_to_16_bits((cut | ((bits & (2**29 - 1)) != 0)).view(np.float32), type)
 
 
 # ------------------------------------------------------------------------- approximation
@@ -67,8 +82,9 @@ def within(bound: np.ndarray, bits: np.ndarray, errors: str) -> np.ndarray:
 
 
 def off_by_2_units(result: np.ndarray, bits: np.ndarray, errors: str) -> np.ndarray:
-    unit = np.spacing(np.abs(result).astype(np.float32))
-    return np.where(np.isfinite(result), result + within(2.0 * unit, bits, errors), result).astype(np.float32)
+    rounded = result.astype(np.float32)
+    off = (result + within(2.0 * np.spacing(np.abs(rounded)), bits, errors)).astype(np.float32)
+    return np.where(np.isfinite(rounded) & (rounded != 0), off, rounded)
 
 
 def ex2(x: np.ndarray, errors: str) -> np.ndarray:
@@ -79,7 +95,7 @@ def ex2(x: np.ndarray, errors: str) -> np.ndarray:
 
 def div_full(a: np.ndarray, b: np.ndarray, errors: str) -> np.ndarray:
     bits = a.view(np.uint32) ^ b.view(np.uint32) * np.uint32(31)
-    return off_by_2_units(np.divide(a, b, dtype=np.float64), bits, errors)
+    return np.where(b == 1, a, off_by_2_units(np.divide(a, b, dtype=np.float64), bits, errors))
 
 
 def rsqrt(x: np.ndarray, errors: str) -> np.ndarray:

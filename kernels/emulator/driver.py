@@ -132,13 +132,14 @@ def emulated(
     """
     if not isinstance(attention._forward_kernel, triton.runtime.JITFunction):
         raise ValueError("kernels are interpreted in this process: start it without TRITON_INTERPRET")
-    driver, before = Driver(architecture, change, collect, settings), backends["nvidia"]
-    backends["nvidia"] = type(before)(PtxBackend, before.driver)
+    driver, backend = Driver(architecture, change, collect, settings), backends["nvidia"]
+    outer = triton.runtime.driver._active  # None, or that of a surrounding emulated(): to ask for .active needs a GPU
+    backends["nvidia"] = type(backend)(PtxBackend, backend.driver)
     triton.runtime.driver.set_active(driver)
     try:
         with triton.knobs.runtime.scope(), emulate_gpu(architecture):
             triton.knobs.runtime.interpret = True  # what kernels.common asks before it launches on a CPU
             yield driver.finished
     finally:
-        backends["nvidia"] = before
-        triton.runtime.driver.set_active(None)  # it looks for a GPU when it is next needed
+        backends["nvidia"] = backend
+        triton.runtime.driver.set_active(outer)

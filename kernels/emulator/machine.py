@@ -18,24 +18,29 @@ import functools
 import numpy as np
 
 from kernels.emulator import arithmetic
-from kernels.emulator.memory import PROGRAM, Memory, sectors, wavefronts
+from kernels.emulator.memory import BARRIER, PROGRAM, WARP, Memory, sectors, wavefronts
 from kernels.emulator.ptx import DTYPES, SHARED_BASE, Address, Instruction, Kernel, Number, Register, parse
 
-WARP = len(arithmetic.LANES)
 THREADS_AT_ONCE = 2048
 ELEMENTWISE = {
     "add": np.add,
     "sub": np.subtract,
     "mul": np.multiply,
-    "fma": arithmetic.fma,
-    "max": np.fmax,  # the other operand if one is nan, as in PTX
-    "min": np.fmin,
+    "fma": lambda a, b, c: arithmetic.fma(np.asarray(a), b, np.asarray(c)),
+    "max": lambda *operands: functools.reduce(np.fmax, operands),  # of two or three, those that are not nan, as in PTX
+    "min": lambda *operands: functools.reduce(np.fmin, operands),
     "and": np.bitwise_and,
     "or": np.bitwise_or,
     "xor": np.bitwise_xor,
     "not": np.invert,
     "neg": np.negative,
     "abs": np.abs,
+}
+AS_FMA = {  # of 16-bit floats: operands -> a, b and c of a * b + c
+    "add": lambda a, b: (a, 1.0, b),
+    "sub": lambda a, b: (b, -1.0, a),
+    "mul": lambda a, b: (a, b, 0.0),
+    "fma": lambda a, b, c: (a, b, c),
 }
 APPROXIMATE = {"ex2": arithmetic.ex2, "div": arithmetic.div_full, "rsqrt": arithmetic.rsqrt}
 COMPARE = {
@@ -68,14 +73,17 @@ KNOWN = {  # instruction -> the modifiers that it may have
 }
 
 
+SHORT_FLOATS = (*AS_FMA, "cvt", "mma")  # what may have two operands per register, or operands of 16 bits
+
+
 @functools.cache
 def load(text: str) -> Kernel:
     """Parse a kernel's PTX. Raise ValueError if it has instructions that are not emulated."""
-    kernel = parse(text)
-    unknown = []
+    kernel, unknown = parse(text), []
     for block in kernel.blocks:
         for i in block:
-            if i.head not in KNOWN or set(i.modifiers) - set(KNOWN[i.head]):
+            floats = [type for type in i.types if "f16" in type or type == "f32x2"]
+            if i.head not in KNOWN or set(i.modifiers) - {*KNOWN[i.head]} or floats and i.head not in SHORT_FLOATS:
                 unknown.append(f"line {i.line}: {i.text}")
             elif i.head in ELEMENTWISE or i.head in APPROXIMATE:
                 i.run = Threads.elementwise
@@ -182,7 +190,10 @@ class Threads:
     def read_as(self, operand: object, type: str) -> np.ndarray:
         """Return an operand's value in a type of PTX; 16-bit floats as float32."""
         value = self.read(operand, DTYPES[type])
-        return arithmetic.widen(value, type) if type in ("bf16", "f16") else value
+        if "f16" in type:
+            halves = np.ascontiguousarray(np.broadcast_to(value, self.n)).view(np.uint16)
+            return arithmetic.widen(halves, type.removesuffix("x2"))
+        return value
 
     def put(self, target: Register | None, value: np.ndarray, mask: np.ndarray | None) -> None:
         if target is None:
@@ -202,11 +213,13 @@ class Threads:
         if "wide" in i.modifiers:
             sources = [source.astype(f"{source.dtype.kind}{2 * source.dtype.itemsize}") for source in sources]
         flush = arithmetic.flush if "ftz" in i.modifiers else lambda x: x
-        if i.head in APPROXIMATE:
+        if "f16" in i.types[0]:
+            value = arithmetic.fma_16_bits(i.types[0].removesuffix("x2"), *AS_FMA[i.head](*sources))
+        elif i.head in APPROXIMATE:
             value = APPROXIMATE[i.head](*map(np.atleast_1d, sources), self.launch.errors)
         else:
-            value = ELEMENTWISE[i.head](*map(flush, sources))
-        self.put(i.operands[0], flush(value), mask)
+            value = flush(ELEMENTWISE[i.head](*map(flush, sources)))
+        self.put(i.operands[0], value, mask)
 
     def do_mad(self, i, mask) -> None:
         a, b = (self.read(source, i.dtype) for source in i.operands[1:3])
@@ -339,13 +352,14 @@ class Threads:
         self.store(self.shared, givers, self.in_shared(givers, address, 16), matrices.reshape(-1, 8))
 
     def do_bar(self, i, mask) -> None:
-        if i.modifiers[0] == "warp" and self.kernel.threads > WARP:
-            self.refuse()
-        if mask is not None:
-            here = mask.reshape(-1, self.kernel.threads)
-            if (here.any(axis=1) != here.all(axis=1)).any():
-                self.fault("not all threads reach a barrier")
-        self.time = self.time + (1 if mask is None else mask)
+        if i.modifiers[0] == "warp":
+            self.time[self.whole_warps(mask)] += 1
+            return
+        here = np.ones(self.n, np.bool_) if mask is None else mask
+        programs = here.reshape(-1, self.kernel.threads)
+        if (programs.any(axis=1) != programs.all(axis=1)).any():
+            self.fault("not all threads reach a barrier")
+        self.time[here] += BARRIER
 
     # ---------------------------------------------------------------------------- memory
 

@@ -2,14 +2,14 @@
 Memory that watches its accesses: bounds, alignment, races, asynchronous copies; and what each access costs.
 
 Two accesses to the same bytes race if they come from different threads, one of them writes, and no barrier of their
-program stands between. Between programs nothing ever does. So what threads see when they run in step is what they see
-in any order, unless a race is reported.
+program, or of their warp if they share one, stands between. Between programs nothing ever does. So what threads see
+when they run in step is what they see in any order, unless a race is reported.
 """
 
 import numpy as np
 
-BANKS, SECTOR_BYTES = 32, 32
-PROGRAM = 2**32  # a time is program * PROGRAM + barriers that the program has passed
+BANKS, SECTOR_BYTES, WARP = 32, 32, 32
+BARRIER, PROGRAM = 2**20, 2**40  # a time is program * PROGRAM + barriers passed * BARRIER + warp barriers passed
 
 
 class History:
@@ -23,14 +23,21 @@ class History:
     def unordered_writes(self, at: np.ndarray, thread: np.ndarray, time: np.ndarray) -> np.ndarray:
         """Return which granules another thread has written with no barrier since."""
         written, writer = self.written[at], self.writer[at]
-        ordered = (written < time) & (written >= time // PROGRAM * PROGRAM)
+        ordered = (written // BARRIER < time // BARRIER) & (written // PROGRAM == time // PROGRAM)
+        ordered |= (writer // WARP == thread // WARP) & (written < time)
         return (writer >= 0) & (writer != thread) & ~ordered
+
+    def has_readers(self, at: np.ndarray, thread: np.ndarray, time: np.ndarray) -> np.ndarray:
+        """Return which granules `first` to `last` have read with no barrier since."""
+        read, warp = self.read[at], thread // WARP
+        alone = (self.first[at] // WARP == warp) & (self.last[at] // WARP == warp)
+        return (read // BARRIER == time // BARRIER) & ~(alone & (read < time))
 
     def note_reads(self, at: np.ndarray, thread: np.ndarray, time: np.ndarray) -> np.ndarray:
         """Record reads, in order of threads; return which are races."""
-        fresh = self.read[at] != time
-        first = np.where(fresh, thread, np.minimum(self.first[at], thread))
-        last = np.where(fresh, thread, np.maximum(self.last[at], thread))
+        others = self.has_readers(at, thread, time)
+        first = np.where(others, np.minimum(self.first[at], thread), thread)
+        last = np.where(others, np.maximum(self.last[at], thread), thread)
         self.first[at[::-1]], self.last[at], self.read[at] = first[::-1], last, time  # of equal places the last stays
         program = time // PROGRAM
         self.lowest[at[::-1]] = np.minimum(self.lowest[at], program)[::-1]
@@ -38,8 +45,9 @@ class History:
         return self.unordered_writes(at, thread, time)
 
     def note_writes(self, at: np.ndarray, thread: np.ndarray, time: np.ndarray) -> np.ndarray:
+        """Record writes; return which are races."""
         program = time // PROGRAM
-        bad = (self.read[at] == time) & ((self.first[at] != thread) | (self.last[at] != thread))
+        bad = self.has_readers(at, thread, time) & ((self.first[at] != thread) | (self.last[at] != thread))
         bad |= (self.highest[at] > program) | (self.lowest[at] < program)
         bad |= self.unordered_writes(at, thread, time)
         self.writer[at], self.written[at] = thread, time
