@@ -138,7 +138,7 @@ def test_python_waits_for_the_gpu_only_where_it_reads_a_result_or_brings_new_tok
         assert waits == {
             "batch": {},  # from pinned memory
             "step": {from_gpu: 1},  # its loss and gradient norm
-            "validate": {to_gpu: 2 * 2 + 1, item: 2 + 1},  # two batches, and their sum
+            "validate": {to_gpu: 2 * 2 + 1, item: 2, from_gpu: 1},  # two batches, and their sum
             "hellaswag": {to_gpu: 3 * 4 + 1, from_gpu: 3 + 1},  # three batches, and the counts
             "sample": {to_gpu: 1, from_gpu: 1},  # whatever the number of tokens
         }
