@@ -212,7 +212,7 @@ def check_folder(runs: list[SweepRun], folder: Path, what: str) -> None:
         changed = [name for name in new if name not in WITHOUT_EFFECT and new[name] != old.get(name, new[name])]
         if changed:
             options = ", ".join(f"{as_flag(name)} {old[name]} (now {new[name]})" for name in changed)
-            raise UserError(f"{folder} holds a {what} made with {options}: use another, as --out-dir {folder}-2")
+            raise UserError(f"{folder} holds a {what} made with {options}: use another --out-dir, {folder}-2")
 
 
 class SignalRelay(StopRequest):
