@@ -132,6 +132,14 @@ def test_a_reader_that_leaves_ends_a_command_silently(here):
         assert (process.stderr.read(), process.wait(timeout=60)) == ("", 141)
 
 
+def test_the_python_of_the_readme_runs(here):
+    os.rename("runs/mine", "runs/laptop")
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    program = program.replace('"The "', '"abc "')
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert shown.returncode == 0 and shown.stdout.startswith("abc ") and len(shown.stdout) == 4 + 50 + 1, shown.stderr
+
+
 def test_every_file_a_message_sends_to_is_there():
     texts = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("*/*.py") if path.parent.name != "tests")
     for module in re.findall(r"python -m ((?:data|kernels|training)(?:\.\w+)+)", texts):
