@@ -19,11 +19,9 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
-import hashlib
 import math
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -34,22 +32,16 @@ from tqdm import tqdm
 
 from data import DATASETS, dataset_dir, files, prepare_if_missing, shards
 from data.files import UserError, as_flag, as_user_error
-from data.loader import IGNORED, Loader, evaluation_windows, read_windows
+from data.loader import IGNORED, evaluation_windows, read_windows
 from data.streams import lasting_streams
-from data.tokenizer import Tokenizer, from_spec
-from kernels import Ops, families, select
 from model import GPT, GPTConfig, sample_text
-from training import command_line, curves, devices, diagnostics, header, hellaswag, recipe, weights
+from training import command_line, devices, diagnostics, header, hellaswag, recipe, setup, weights
 from training import find_lr as lr_finder
 from training import plan as planner
 from training import sweep as sweeps
 from training.checkpoint import (
-    check_resume,
-    checkpoints,
     fitting,
-    restarted_in,
     starting_point,
-    step_of,
 )
 from training.distributed import Distributed, Mode
 from training.ladder import climb as road
@@ -57,11 +49,10 @@ from training.optimizer import (
     learning_rate,
     make_optimizers,
     mean_learning_rate,
-    muon_parts,
     set_schedules,
 )
-from training.pace import Pace, matmul_speed
-from training.run import Run, StopRequest, profiler, require
+from training.run import Run, StopRequest, profiler
+from training.setup import Data
 
 # ---------------------------------------------------------------------------------------- options
 
@@ -134,34 +125,7 @@ class Config:
     ladder: bool = False  # climb from a neuron to GPT-2 beside published losses; without a preset
 
     def __post_init__(self):
-        above_zero = ["block_size", "batch_tokens", "micro_batch", "max_steps", "lr", "eval_tokens"]
-        above_zero += ["adamw_lr", "checkpoint_every", "keep"]
-        zero_or_more = ["warmup_steps", "eval_every", "sample_every", "hellaswag_every", "seed"]
-        zero_or_more += ["diagnose", "min_lr", "decay_fraction", "weight_decay", "grad_clip"]
-        files.check_numbers(dataclasses.asdict(self), above_zero, zero_or_more)
-        with as_user_error():
-            self.shape(vocab_size=1)
-            chosen = () if self.kernels == "auto" else families(self.kernels)
-            muon_parts(self)
-        self.sequences_per_rank(world_size=1)
-        muon, mode = self.optimizer == "muon", self.parallel
-        if self.dropout and "attention" in chosen:
-            message = "the Triton attention has no dropout: use --dropout 0, or other --kernels"
-        elif muon and self.n_layer == 0:
-            message = "--optimizer muon trains blocks, and --n-layer 0 has none: use adamw"
-        elif muon and mode == "fsdp":
-            message = "--optimizer muon needs full matrices, not --parallel fsdp: use zero1 or ddp"
-        elif self.decay_fraction > 1:
-            message = f"--decay-fraction is {self.decay_fraction}, but must be at most 1"
-        elif self.min_lr is not None and self.min_lr > self.lr:
-            message = f"--min-lr {self.min_lr} is above --lr {self.lr}: it is the rate of the end"
-        elif not self.out_dir or not self.data:
-            message = "--data and --out-dir need a name: an unset variable?"
-        elif self.diagnose and mode != "ddp":
-            message = f"--diagnose needs all weights on one rank, not --parallel {mode}: use ddp"
-        else:
-            return
-        raise UserError(message)
+        setup.check_config(self)
 
     def sequences_per_rank(self, world_size: int) -> int:
         """Return the sequences per rank and step; UserError if the batch does not divide evenly."""
@@ -331,64 +295,6 @@ def validate(trainer: Trainer, split: shards.Split) -> float:
 # --------------------------------------------------------------------------------- starting a run
 
 
-def check_options(config: Config, dist: Distributed) -> None:
-    """Raise UserError now for what would fail only after the data, many GB, is prepared."""
-    config.sequences_per_rank(dist.world_size)
-    device = devices.choose_device(config.device, dist)
-    devices.check_machine(config, device, dist)
-    with as_user_error():
-        choose_ops(config, device, say=lambda sentence: None)
-    folder, source = Path(config.out_dir), config.init_from
-    check_resume(folder, config.resume, config.max_steps)
-    if source and not (source in weights.RELEASES or Path(source).exists() or checkpoints(folder)):
-        names = ", ".join(weights.RELEASES)
-        raise UserError(f"--init-from {source}: use one of {names}, or the folder of a model")
-    for name in ("wandb", "tensorboard"):
-        if getattr(config, name):
-            require(name)
-    if config.hellaswag_every and config.hellaswag_input and not config.find_lr:
-        hellaswag.read_questions(Path(config.hellaswag_input))
-
-
-def choose_ops(config: Config, device: torch.device, say: Callable) -> Ops:
-    """Return the operations of --kernels; `say` is told what auto leaves to PyTorch on a GPU."""
-    return select(config.kernels, device, config.dropout, config.n_embd, config.n_head, say)
-
-
-@dataclasses.dataclass
-class Data:
-    """The data of a run: batches to train on, a split to validate on, their tokenizer and hash."""
-
-    loader: Loader
-    val_split: shards.Split
-    tokenizer: Tokenizer
-    fingerprint: str
-
-
-def open_data(config: Config, dist: Distributed) -> Data:
-    """Open and verify the dataset; UserError if it is corrupt or differs between ranks."""
-    folder = dataset_dir(config.data)
-    train_split, val_split = (shards.open_split(folder, name) for name in ("train", "val"))
-    evaluation_windows(val_split, config.block_size, config.eval_tokens)  # long enough?
-    differ = dist.disagree(int(train_split.fingerprint[:7] + val_split.fingerprint[:7], 16))
-    sums = []
-    if not differ:  # the ranks of a machine read all its files, each a part
-        for split in (train_split, val_split):
-            sums += split.verify(dist.local_rank, dist.local_world_size)
-        differ, sums = dist.differing(sums)
-    if differ:
-        raise UserError(f"the ranks see different files in {folder}: share it, or copy it to all")
-    if train_split.note and dist.rank == 0:
-        print(f"note: {train_split.note}")
-    content = f"{train_split.fingerprint} {val_split.fingerprint} {sums}".encode()
-    size = config.sequences_per_rank(dist.world_size) * dist.world_size
-    device = devices.choose_device(config.device, dist)
-    order = config.seed, dist.rank, dist.world_size, device, config.shuffle
-    loader = Loader(train_split, config.block_size, size, *order)
-    tokenizer = from_spec(train_split.tokenizer_spec)
-    return Data(loader, val_split, tokenizer, hashlib.sha256(content).hexdigest())
-
-
 def make_trainer(
     config: Config, data: Data, dist: Distributed, checkpoint: dict | None = None
 ) -> Trainer:
@@ -398,7 +304,7 @@ def make_trainer(
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     torch.manual_seed(config.seed)
-    ops = choose_ops(config, device, print if dist.rank == 0 else lambda sentence: None)
+    ops = setup.choose_ops(config, device, print if dist.rank == 0 else lambda sentence: None)
     raw_model = GPT(config.shape(split.vocab_size), ops)
     if config.zero_init:
         raw_model.zero_projections()
@@ -461,34 +367,6 @@ def save(trainer: Trainer, run: Run | None, data: Data, step: int) -> None:
         run.draw()
 
 
-def open_run(trainer: Trainer, data: Data, step: int):
-    """Print what will be trained and return its Run; a null context on ranks other than 0."""
-    config, model, device, dist = trainer.config, trainer.raw_model, trainer.device, trainer.dist
-    if dist.rank > 0:
-        return contextlib.nullcontext()
-    speed = matmul_speed(device)
-    print(header.describe(trainer, data, step, speed), flush=True)
-    if config.warmup_steps >= config.max_steps:
-        warmup = f"--warmup-steps {config.warmup_steps} is not below --max-steps {config.max_steps}"
-        print(f"warning: {warmup}: the learning rate never falls", file=sys.stderr)
-    folder = Path(config.out_dir)
-    fresh = config.resume == "never" and not restarted_in(folder)
-    references = curves.reference_losses(data.val_split)
-    flops = config.batch_tokens * model.flops_per_token() / dist.world_size
-    pace = Pace(config.max_steps - step, flops, speed)
-    return Run(folder, dataclasses.asdict(config), step, references, fresh, pace)
-
-
-def complete(config: Config, data: Data, step: int) -> None:
-    """Say that all steps are done, after what a kill may have prevented: plots and the summary."""
-    folder, references = Path(config.out_dir), curves.reference_losses(data.val_split)
-    if [step_of(path) for path in checkpoints(folder)[:1]] == [step]:  # else newer ones are aside
-        with Run(folder, dataclasses.asdict(config), step, references) as run:
-            run.draw()
-        run.finish()
-    print(f"{folder} has done its {step} steps: raise --max-steps, or use --resume never")
-
-
 def run_step(trainer: Trainer, data: Data, watch: diagnostics.Diagnostics, step: int) -> dict:
     """Do a step and return its record for log.jsonl, with times that exclude --diagnose."""
     config, dist, peak = trainer.config, trainer.dist, devices.peak_flops(trainer.device)
@@ -519,12 +397,12 @@ def run_step(trainer: Trainer, data: Data, watch: diagnostics.Diagnostics, step:
 
 def train(config: Config, dist: Distributed) -> int:
     """Train, or resume. Return the exit status: 0, or 128 + the signal that ended it early."""
-    data = open_data(config, dist)
+    data = setup.open_data(config, dist)
     checkpoint = starting_point(config, data.tokenizer.spec(), dist, data.fingerprint)
     first, last = checkpoint["step"] if checkpoint else 0, config.max_steps
     if first >= last:
         if dist.rank == 0:
-            complete(config, data, first)
+            setup.complete(config, data, first)
         return 0
     if checkpoint and dist.rank == 0:
         print(header.resumed(config, checkpoint))
@@ -538,7 +416,7 @@ def train(config: Config, dist: Distributed) -> int:
     profiled = config.profile and dist.rank == 0
     trace = profiler(config.out_dir, last - first) if profiled else contextlib.nullcontext()
     stopping = 0
-    with open_run(trainer, data, first) as run, StopRequest() as stop, trace as profiling:
+    with setup.open_run(trainer, data, first) as run, StopRequest() as stop, trace as profiling:
         for step in range(first + 1, last + 1):
             record = run_step(trainer, data, watch, step)
             if due(step, config.eval_every, last):
@@ -568,7 +446,7 @@ def train(config: Config, dist: Distributed) -> int:
 
 def find_learning_rate(config: Config, dist: Distributed) -> int:
     """--find-lr: try learning rates on weights that are thrown away, and suggest one."""
-    data = open_data(config, dist)
+    data = setup.open_data(config, dist)
     trainer = make_trainer(config, data, dist)
 
     def loss_at(rate: float, step: int) -> float:
@@ -585,7 +463,7 @@ def find_learning_rate(config: Config, dist: Distributed) -> int:
 def launch(config: Config) -> int:
     """Check options, prepare the data, join the other ranks, train. Return the exit status."""
     dist = Distributed.from_env(config.parallel)
-    check_options(config, dist)
+    setup.check_options(config, dist)
     # before the ranks join: those that wait in a collective would time out
     prepare_if_missing(config.data)
     shards.open_split(dataset_dir(config.data), "train")  # fail early on a wrong folder
