@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import DATASETS, dataset_dir, files, prepare_if_missing, shards
+from data import FINEWEB_TOKENS, dataset_dir, files, prepare_if_missing, shards
 from data.files import UserError, as_flag, as_user_error
 from data.loader import IGNORED, evaluation_windows, read_windows
 from data.streams import lasting_streams
@@ -98,6 +98,7 @@ class Config:
     hellaswag_every: int = 1000  # steps between HellaSwag evaluations, and at the end; 0: never
     hellaswag_input: str = ""  # questions in HellaSwag's format; default: its validation set
     sample_every: int = 1000  # steps between samples; 0: only at the end
+    sample_tokens: int = 300  # tokens of a sample; 0: no samples
 
     # run
     checkpoint_every: int = 1000  # steps between checkpoints; the last step always writes one
@@ -105,7 +106,6 @@ class Config:
     resume: str = "auto"  # auto: if --out-dir has a run; never: move it aside; or a checkpoint
     init_from: str = ""  # weights and shape of gpt2 ..., a run, or a Hugging Face folder
     diagnose: int = 0  # steps between diagnoses of every layer (diagnostics.png); 0: off
-    recipe: bool = False  # train a ladder of recipes, from AdamW up, part by part
     profile: bool = False  # write a torch.profiler trace of steps 6 to 8 to trace.json
     wandb: bool = False  # log to Weights & Biases too
     tensorboard: bool = False  # log to TensorBoard too
@@ -122,6 +122,7 @@ class Config:
     plan: bool = False  # only print the memory, time, cost and disk space of the run
     find_lr: bool = False  # only try learning rates, draw find_lr.png and suggest one
     sweep: tuple[str, ...] = ()  # train a grid of runs: --sweep lr=1e-4,3e-4 n_layer=4,6
+    recipe: bool = False  # train a ladder of recipes, from AdamW up, part by part
     ladder: bool = False  # climb from a neuron to GPT-2 beside published losses; without a preset
 
     def __post_init__(self):
@@ -337,9 +338,11 @@ def due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def sample(trainer: Trainer, run: Run | None, data: Data, step: int, length: int = 300) -> None:
-    """Append `length` tokens of text to samples.txt, drawn with the same seed every time."""
-    model, dist = trainer.raw_model, trainer.dist
+def sample(trainer: Trainer, run: Run | None, data: Data, step: int) -> None:
+    """Append --sample-tokens of text to samples.txt, drawn with the same seed every time."""
+    model, dist, length = trainer.raw_model, trainer.dist, trainer.config.sample_tokens
+    if length == 0:
+        return
     full = dist.gather_full(model.state_dict()) if dist.mode == "fsdp" else None
     if run is None:
         return
@@ -417,11 +420,14 @@ def train(config: Config, dist: Distributed) -> int:
     trace = profiler(config.out_dir, last - first) if profiled else contextlib.nullcontext()
     stopping = 0
     with setup.open_run(trainer, data, first) as run, StopRequest() as stop, trace as profiling:
+        doing = run.doing if run else lambda what: None  # what takes time between two steps
         for step in range(first + 1, last + 1):
             record = run_step(trainer, data, watch, step)
             if due(step, config.eval_every, last):
+                doing("validating")
                 record["val_loss"] = validate(trainer, data.val_split)
             if questions and due(step, config.hellaswag_every, last):
+                doing("HellaSwag")
                 record |= hellaswag.scores(
                     trainer.raw_model, questions, trainer.device, dist, trainer.autocast
                 )
@@ -429,8 +435,10 @@ def train(config: Config, dist: Distributed) -> int:
             if run:
                 run.log(record)
             if due(step, config.sample_every, last):  # before saving: a kill may come between
+                doing("sampling")
                 sample(trainer, run, data, step)
             if stopping or due(step, config.checkpoint_every, last):
+                doing("saving")
                 save(trainer, run, data, step)
             if profiling:
                 profiling.step()
@@ -478,16 +486,15 @@ def launch(config: Config) -> int:
 
 def show_plan(config: Config) -> int:
     """--plan: print what a run would need, with one GPU per process of torchrun."""
-    dist, vocab_size = (
-        Distributed.from_env(config.parallel, joining=False),
-        50257,
-    )  # GPT-2's, as of FineWeb-Edu
-    if config.data not in DATASETS or not config.data.startswith("fineweb"):
+    dist = Distributed.from_env(config.parallel, joining=False)
+    n_tokens, vocab_size = FINEWEB_TOKENS.get(config.data), 50257  # GPT-2's
+    if n_tokens is None:
         prepare_if_missing(config.data)
-        vocab_size = shards.open_split(dataset_dir(config.data), "train").vocab_size
+        splits = [shards.open_split(dataset_dir(config.data), name) for name in ("train", "val")]
+        n_tokens, vocab_size = sum(split.n_tokens for split in splits), splits[0].vocab_size
     if dist.rank == 0:
         with as_user_error():
-            print(planner.report(config, vocab_size, dist.world_size))
+            print(planner.report(config, vocab_size, dist.world_size, n_tokens))
     return 0
 
 

@@ -24,6 +24,14 @@ DATASETS = {  # name -> the module that prepares it, how, and what that takes
 }
 
 
+FINEWEB_TOKENS = {  # of GPT-2, rounded; --plan needs them before the data is there
+    "fineweb-edu-10B": 10**10,
+    "fineweb-edu-100B": 10**11,
+    "fineweb-edu-350B": 35 * 10**10,
+    "fineweb-10B": 10**10,
+}
+
+
 def dataset_dir(name: str) -> Path:
     """Return the folder of a dataset: datasets/NAME for a name in DATASETS; anything else is itself a folder."""
     return Path("datasets", name) if name in DATASETS else Path(name)

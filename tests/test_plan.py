@@ -211,9 +211,9 @@ def test_the_largest_micro_batch_fits_and_the_next_one_does_not(parallel):
     most = planned.largest_micro_batch(GPUS["A100"])
     assert 1 <= most < planned.sequences
     assert sum(planned.memory(most).values()) <= 76e9 < sum(planned.memory(2 * most).values())
-    text = plan.report(planned.config, 50257, 8)
+    text = plan.report(planned.config, 50257, 8, 10**10)
     assert f"{most} sequences, {planned.sequences // most} micro-step(s)" in text
-    fixed = plan.report(dataclasses.replace(planned.config, micro_batch=2 * most), 50257, 8)
+    fixed = plan.report(dataclasses.replace(planned.config, micro_batch=2 * most), 50257, 8, 10**10)
     assert re.search(r"A100 +80 GB +yes", text) and re.search(r"A100 +80 GB +NO", fixed)
     if parallel == "ddp":
         assert re.search(r"RTX 4090 +24 GB +NO +none", text)
@@ -317,7 +317,7 @@ def test_fsdp_and_zero1_pay_for_their_gathers():
 
 @pytest.mark.parametrize("name", train_gpt2.PRESETS)
 def test_every_plan_is_plain_text_of_at_most_100_columns(name):
-    text = plan.report(train_gpt2.PRESETS[name][1], 50257, 8 if name.startswith("gpt2") else 1)
+    text = plan.report(train_gpt2.PRESETS[name][1], 50257, 8 if name.startswith("gpt2") else 1, 10**10)
     assert text.isascii() and max(len(line) for line in text.splitlines()) <= 100
     assert "odel" in text and ("Communication" in text) == name.startswith("gpt2")
 
@@ -334,7 +334,7 @@ def test_the_command_prints_the_plan_for_as_many_gpus_as_torchrun_starts(capsys,
         "8 GPU(s), --parallel ddp, --optimizer adamw, --dtype bfloat16 --kernels layernorm,gelu,attention,",
         "micro-batch of 64 sequences, 1 micro-step(s) per step",
         "A100 80 GB yes 64 1,167,492 449 7.48 min 1.00 2.00",  # 0.4 x 8 x 312e12 / 855.2e6
-        "2 bytes per token of data, 1.05 GB if none is read twice",
+        "Disk: data 20.0 GB, 2 bytes per token",
         "checkpoints 5.97 GB: 3 kept and one being written, 1.49 GB each",
     ):
         assert part in shown, part
@@ -346,7 +346,9 @@ def test_auto_leaves_attention_with_dropout_or_small_heads_to_pytorch():
     assert "attention" in preset("shakespeare-char", dropout=0.0).families
     assert "attention" not in preset("gpt2-124m", n_head=96).families  # channels per head: 8
     assert preset("gpt2-124m", kernels="none").families == ()
-    assert "--kernels layernorm,gelu,cross_entropy\n" in plan.report(train_gpt2.PRESETS["shakespeare-char"][1], 65, 1)
+    assert "--kernels layernorm,gelu,cross_entropy\n" in plan.report(
+        train_gpt2.PRESETS["shakespeare-char"][1], 65, 1, 10**6
+    )
 
 
 @pytest.mark.parametrize("words", [["--parallel", "fsdp"], ["--parallel", "zero1"]])

@@ -78,7 +78,7 @@ def test_the_summary_adds_up_the_steps_and_takes_the_last_measurements(folder, c
         run.finish()
     assert found["time in training steps"] == "1 h 1 min 30 s" and found["tokens"] == "30"
     assert found["tokens/s, median"] == "2" and found["MFU, median"] == "30.0%"
-    assert found["validation loss"] == "2.0000 nats per token, perplexity 7.39"
+    assert found["validation loss"] == "2.0000 nats per token after step 2, perplexity 7.39"
     assert found["HellaSwag acc_norm"].startswith("0.2700") and "0.2955" in found["HellaSwag acc_norm"]
     assert "bigrams counted" in capsys.readouterr().out
 

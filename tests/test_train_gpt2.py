@@ -131,7 +131,8 @@ def test_a_signal_saves_and_the_same_command_goes_on_bit_for_bit(dataset, tmp_pa
     shown, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number, errors
     stopped_at = newest_checkpoint(out)[1]["step"]
-    assert f"{stopped_at} of 40: the same command resumes" in shown
+    assert f"stopped at {stopped_at} of 40: the same command resumes" in shown
+    assert errors.count("\nstopping once this step is done and saved; a second time exits at once\n") == 1
     assert stopped_at == read_log(out)[-1]["step"] and 20 <= stopped_at < 40
     assert train(dataset, out, **FORTY) == 0
     assert_same_run(straight, out)
@@ -381,8 +382,9 @@ def test_a_plan_is_printed_and_nothing_is_trained(dataset, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_profile_writes_a_trace_of_a_short_run_too(dataset, tmp_path):
-    assert train(dataset, tmp_path / "run", "--profile", max_steps=3) == 0
+def test_profile_writes_a_trace_of_a_short_run_too_and_without_samples_none_is_named(dataset, tmp_path, capsys):
+    assert train(dataset, tmp_path / "run", "--profile", max_steps=3, sample_tokens=0) == 0
+    assert "run holds loss.png, log.jsonl and checkpoints\n" in capsys.readouterr().out
     trace = json.loads((tmp_path / "run" / "trace.json").read_text())
     assert any("aten::" in event.get("name", "") for event in trace["traceEvents"])
 

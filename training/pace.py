@@ -42,6 +42,10 @@ class Pace:
         self.done, self._in_steps = self.done + 1, self._in_steps + seconds
         self._recent = [*self._recent[-49:], seconds]
 
+    def elapsed(self) -> str:
+        """Return the time since the run began or resumed, "2:05" or "1:02:05"."""
+        return tqdm.format_interval(round(time.perf_counter() - self._began))
+
     def remaining(self) -> str:
         """Return the time still to go, "2:05" or "1:02:05", "?" during the first steps.
 

@@ -280,7 +280,7 @@ def format_table(head: list[str], rows: list[list[str]]) -> list[str]:
     return ["  " + "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in lines]
 
 
-def report(config, vocab_size: int, world_size: int) -> str:
+def report(config, vocab_size: int, world_size: int, data_tokens: int) -> str:
     """Return everything that the run would take, as text of at most 100 columns."""
     plan, c = Plan(config, vocab_size, world_size), config
     micro_batch = c.micro_batch if c.micro_batch != "auto" else plan.largest_micro_batch(GPUS[PLANNED[0]]) or 1
@@ -325,7 +325,7 @@ def report(config, vocab_size: int, world_size: int) -> str:
     token_bytes, checkpoint = 2 if vocab_size <= 65_536 else 4, plan.checkpoint_bytes()
     lines += [
         "",
-        f"Disk: {token_bytes} bytes per token of data, {format_bytes(tokens * token_bytes)} if none is read twice",
+        f"Disk: data {format_bytes(data_tokens * token_bytes)}, {token_bytes} bytes per token",
         f"      checkpoints {format_bytes((c.keep + 1) * checkpoint)}: {c.keep} kept and one being written, "
         f"{format_bytes(checkpoint)} each",
     ]

@@ -30,12 +30,12 @@ import signal
 import statistics
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from data.files import UserError, atomic_write, lock, naming, remove
 from data.outside import check_shape
@@ -43,8 +43,9 @@ from data.streams import best_effort, printable
 from training import curves, diagnostics, distributions
 from training.checkpoint import checkpoints, launch_name, one_line, save_checkpoint, step_of
 from training.pace import Pace
+from training.progress import Progress
 
-BAR = "{{l_bar}}{{bar}}| {{n_fmt}}/{{total_fmt}} [{{elapsed}}<{}{{postfix}}]"  # the braces are tqdm's, {} is Pace's
+DRAW_SECONDS = 10.0  # between pictures: drawing takes a while
 OVERFITTING = 0.03  # nats per token that the last validation loss may lie above the lowest
 SAMPLE_LINE = "-" * 40  # begins each sample in samples.txt
 OWN = ("config.json", "log.jsonl", "checkpoints")  # a folder that holds one of these is a run
@@ -66,7 +67,7 @@ RECORD = {  # what is read of a line of log.jsonl, in the terms of outside.check
 
 class Run:
     """
-    The folder of a run that has done `step` of its steps, and its progress bar in the terminal.
+    The folder of a run that has done `step` of its steps, and its progress on standard error.
 
     config:     the options of train_gpt2.py; used are max_steps, init_from, hellaswag_input, wandb and tensorboard
     references: validation losses to compare with, by name: see curves.reference_losses
@@ -98,11 +99,11 @@ class Run:
         self._max_steps, unfinished = config["max_steps"], step < config["max_steps"]
         self._services = _services(config, folder) if unfinished else {}
         self._log = (folder / "log.jsonl").open("a", encoding="utf-8")
-        self._pace, self._sample = pace or Pace(config["max_steps"] - step), None
-        self._val = next((f" val {r['val_loss']:.3f}" for r in reversed(self.records) if "val_loss" in r), "")
-        seconds = 0.1 if sys.stderr.isatty() else 10.0  # between refreshes: a log file needs few
-        style = {"unit": "step", "mininterval": seconds, "dynamic_ncols": True, "disable": not unfinished}
-        self._bar = tqdm(initial=step, total=config["max_steps"], **style)
+        self._sample, self._drawn = None, time.perf_counter()
+        self._pace = pace or Pace(config["max_steps"] - step)
+        val_loss = next((record["val_loss"] for record in reversed(self.records) if "val_loss" in record), None)
+        self._progress = Progress(config["max_steps"], step, self._pace, val_loss)
+        self.doing = self._progress.doing
 
     def log(self, record: dict) -> None:
         """Log a step: a line in log.jsonl, the bar, and wandb and TensorBoard if enabled."""
@@ -110,7 +111,7 @@ class Run:
             random = self.references[curves.RANDOM]
             if abs(record["loss"] - random) > 0.5:  # to an untrained model every token is equally likely
                 first = f"the first loss is {record['loss']:.3f}, far from {random:.3f}, that of guessing"
-                tqdm.write(f"warning: {first}: look at the data, or at the size of the model", file=sys.stderr)
+                self._progress.say(f"warning: {first}: look at the data, or at the size of the model")
         self.records.append(record)
         with naming(self.folder / "log.jsonl"):
             self._log.write(json.dumps(record) + "\n")
@@ -118,22 +119,15 @@ class Run:
         for name, service in self._services.items():
             with best_effort(f"--{name} lacks some steps"):
                 service({name: value for name, value in record.items() if isinstance(value, int | float)})
-        if "val_loss" in record:
-            self._val = f" val {record['val_loss']:.3f}"
-        mfu = "" if record["mfu"] is None else f" MFU {record['mfu']:.1%}"
-        rate = f"{record['tokens_per_s']:,.0f} tokens/s"
-        self._pace.add(record["ms"] / 1000)
-        if warning := self._pace.warning():
-            tqdm.write(f"warning: {warning}", file=sys.stderr)
-        self._bar.bar_format = BAR.format(self._pace.remaining())
-        self._bar.set_postfix_str(f"loss {record['loss']:.3f}{self._val} {rate}{mfu}", refresh=False)
-        self._bar.update()
+        self._progress.step(record)
+        if "val_loss" in record and time.perf_counter() - self._drawn > DRAW_SECONDS:
+            self.draw()
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, *_) -> None:
-        self._bar.close()  # ends its line, so that what follows, such as an error, starts a new one
+        self._progress.close()
         with suppress(OSError):  # of a line that log() could not write, which said so
             self._log.close()
         self._lock.close()
@@ -161,14 +155,17 @@ class Run:
         def measured(name: str) -> list:
             return [record[name] for record in self.records if record.get(name) is not None]
 
+        steps = f"{last['step']:,}"
+        if last["step"] < self._max_steps:
+            steps = f"stopped at {steps} of {self._max_steps:,}: the same command resumes"
         rows = {
-            "steps": f"{last['step']:,}",
+            "steps": steps,
             "tokens": f"{last['tokens']:,}",
             "time in training steps": f"{minutes // 60} h {minutes % 60} min {seconds} s",
             "tokens/s, median": f"{statistics.median(measured('tokens_per_s')):,.0f}",
         }
-        if last["step"] < self._max_steps:
-            rows["steps"] += f" of {self._max_steps:,}: the same command resumes"
+        if self._pace.done:
+            rows["wall time of this start"] = self._pace.elapsed()
         if mfu := measured("mfu"):
             rows["MFU, median"] = f"{statistics.median(mfu):.1%}"
         if memory := measured("memory_gb"):
@@ -177,7 +174,9 @@ class Run:
         if validated := measured("val_loss"):
             loss, lowest = validated[-1], min(validated)
             step = next(record["step"] for record in self.records if record.get("val_loss") == lowest)
-            rows["validation loss"] = f"{loss:.4f} nats per token, perplexity {math.exp(min(loss, 700)):.2f}"
+            when = next(record["step"] for record in reversed(self.records) if "val_loss" in record)
+            perplexity = math.exp(min(loss, 700))
+            rows["validation loss"] = f"{loss:.4f} nats per token after step {when:,}, perplexity {perplexity:.2f}"
             rows["lowest validation loss"] = f"{lowest:.4f} after step {step:,}"
             if loss >= lowest + OVERFITTING:
                 risen = f"the validation loss has risen by {loss - lowest:.3f} since step {step:,}"
@@ -197,6 +196,7 @@ class Run:
 
     def draw(self) -> None:
         """Draw loss.png, and diagnostics.png if layers were diagnosed."""
+        self._drawn = time.perf_counter()
         if not self.records:
             return
         title = printable(self.folder.resolve().name)
@@ -322,6 +322,8 @@ class StopRequest:
         if self.signal:
             os._exit(128 + number)
         self.signal = number
+        if os.environ.get("RANK", "0") == "0":  # unbuffered, since this may interrupt another write
+            os.write(2, b"\nstopping once this step is done and saved; a second time exits at once\n")
 
 
 def profiler(folder: str, steps: int) -> torch.profiler.profile:

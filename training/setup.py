@@ -30,7 +30,7 @@ def check_config(config) -> None:
     """Raise UserError for options that are out of range or exclude each other. config: train_gpt2.Config"""
     above_zero = ["block_size", "batch_tokens", "micro_batch", "max_steps", "lr", "eval_tokens"]
     above_zero += ["adamw_lr", "checkpoint_every", "keep"]
-    zero_or_more = ["warmup_steps", "eval_every", "sample_every", "hellaswag_every", "seed"]
+    zero_or_more = ["warmup_steps", "eval_every", "sample_every", "sample_tokens", "hellaswag_every", "seed"]
     zero_or_more += ["diagnose", "min_lr", "decay_fraction", "weight_decay", "grad_clip"]
     check_numbers(dataclasses.asdict(config), above_zero, zero_or_more)
     with as_user_error():

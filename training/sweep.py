@@ -37,8 +37,8 @@ Parse = Callable[[list[str]], object]  # a command line -> train_gpt2.Config
 RESERVED = {"out_dir", "resume", "sweep", "ladder", "recipe", "plan", "find_lr"}  # a run of a sweep cannot choose these
 # options that do not affect the losses: a finished run stays valid when they change
 WITHOUT_EFFECT = RESERVED | {
-    "keep", "checkpoint_every", "sample_every", "hellaswag_every", "hellaswag_input", "diagnose", "profile", "wandb",
-    "tensorboard",
+    "keep", "checkpoint_every", "sample_every", "sample_tokens", "hellaswag_every", "hellaswag_input", "diagnose",
+    "profile", "wandb", "tensorboard",
 }  # fmt: skip
 
 
