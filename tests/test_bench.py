@@ -14,9 +14,10 @@ import torch
 
 import kernels
 from kernels.bench import __main__ as bench
-from kernels.bench import operations, rivals, training
+from kernels.bench import ladder, operations, rivals, training
 from kernels.command_line import table
 from kernels.gpus import GPUS
+from kernels.report import roofline
 from kernels.report.shapes import PRESETS, Shape, arguments, calls_per_step
 
 ROOT = Path(__file__).parents[1]
@@ -264,10 +265,49 @@ def test_training_runs_use_a_small_dataset_of_their_own_and_are_read_from_their_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["train.json", "train.png"]  # and no datasets
 
 
+@NO_GPU
+def test_the_ladder_is_climbed_rung_by_rung_on_a_cpu(tmp_path):
+    sizes = {"n-layer": 1, "n-head": 1, "n-embd": 16, "block-size": 32, "batch-tokens": 64, "micro-batch": 2}
+    words = [
+        word
+        for name, value in (sizes | {"warmup-steps": 1, "eval-tokens": 32}).items()
+        for word in (f"--{name}", str(value))
+    ]
+    words = ["--ladder", "--device", "cpu", "--steps", "3", "--json", "ladder.json", "--", *words]
+    done = run(tmp_path, *words, interpret=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "ladder.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["rung"] for row in rows] == ["float32", "+ flash attention", "+ padded vocabulary"]
+    assert [row["times"] for row in rows] == pytest.approx(
+        [row["tokens_per_s"] / rows[0]["tokens_per_s"] for row in rows]
+    )
+    # the same GPT at every rung; a padded vocabulary draws other weights
+    assert rows[0]["last_loss"] == pytest.approx(rows[1]["last_loss"], abs=1e-4) != rows[2]["last_loss"]
+
+
+def test_the_modeled_ladder_speeds_products_up_as_the_data_sheet_says_and_ends_at_the_step_of_the_report():
+    shape, gpu = PRESETS["gpt2-124m"], GPUS["A100"]
+    figures = {"unique_bytes": 1e9, "flops": 1e11, "arithmetic": 0, "launches": 1}
+    counted = [{"operation": name, "calls": calls, **figures} for name, calls in calls_per_step(shape).items()]
+    rows = ladder.modeled(shape, gpu, counted)
+    assert [row["rung"] for row in rows] == [rung.name for rung in ladder.rungs(on_gpu=True, compiled=True)][:-1]
+    assert all(row["over_last"] > 1.1 for row in rows[1:5]) and rows[4]["times"] > 5
+    seconds = [shape.N / row["tokens_per_s"] for row in rows]
+    products = (
+        6 * 2 * shape.N * shape.C * (12 * shape.L * shape.C + shape.W) / 2 + 12 * shape.L * shape.N * shape.T * shape.C
+    )
+    assert seconds[0] - seconds[1] == pytest.approx(products * (1 / 19.5e12 - 1 / 156e12), rel=0.05)
+    last = roofline.step(counted, shape, gpu, set(kernels.FAMILIES), compiled=True)
+    assert 1e3 * seconds[-1] == pytest.approx(last["total"]) and rows[-1]["mfu"] == pytest.approx(last["mfu"])
+
+
 def test_a_training_run_that_stops_is_an_error_with_its_own_words(tmp_path):
     done = run(tmp_path, "--train", "--device", "cpu", "--", "--data", "nowhere", interpret=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: train_gpt2.py laptop --kernels none stopped:") and "nowhere" in done.stderr
+    said = (
+        "error: train_gpt2.py laptop --kernels none --no-compile --data nowhere stopped: there is no dataset in nowhere"
+    )
+    assert done.stderr.startswith(said)
 
 
 def test_tables_show_fractions_in_percent_and_big_numbers_whole():

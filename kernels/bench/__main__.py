@@ -3,6 +3,7 @@ Time the kernels on and off, on the GPU at hand.
 
     python -m kernels.bench                            every operation: Triton, and every rival of kernels.bench.rivals
     python -m kernels.bench --train --steps 50         a training run per useful choice of --kernels
+    python -m kernels.bench --ladder                   from float32 to all optimizations; without a GPU, a model
     python -m kernels.bench --device cpu               PyTorch alone, at the shapes of the laptop preset
     python -m kernels.bench --train -- --data FOLDER   what follows -- goes to train_gpt2.py
 
@@ -21,10 +22,13 @@ from pathlib import Path
 
 import torch
 
+from kernels.bench import ladder
 from kernels.bench.operations import doubts, time_operations
 from kernels.bench.rivals import first_line
 from kernels.bench.training import time_training
 from kernels.command_line import exit_on_error, parse_options, table
+from kernels.gpus import GPUS
+from kernels.report import __main__ as report
 from kernels.report.shapes import parse_shape
 
 
@@ -33,6 +37,7 @@ class Options:
     """Time the kernels on and off, on the GPU at hand. What follows -- goes to train_gpt2.py."""
 
     train: bool = False  # time training runs instead of single operations
+    ladder: bool = False  # time one optimization on top of another instead
     preset: str | None = None  # preset of the shapes; default: gpt2-124m on a GPU, laptop on a CPU
     shape: tuple[str, ...] = ()  # sizes other than the preset's, such as T=2048: letters B T C H L V
     device: str = "cuda"  # cuda, cuda:1, cpu
@@ -59,17 +64,19 @@ def format_cell(name: str, value: object) -> str:
 
 
 def plot(rows: list[dict], path: Path, title: str) -> None:
-    """Draw a bar per row: milliseconds of both directions of a version, or tokens per second of a training run."""
+    """Draw a bar per row: milliseconds of both directions of a version, or tokens per second of a run or a rung."""
     from matplotlib.figure import Figure
 
     training = "tokens_per_s" in rows[0]
     rows = [row for row in rows if "not a speed" not in row.get("version", "") and (training or "both_ms" in row)]
     labels = [f"{row['operation']}: {row['version']}" for row in rows if not training]
-    labels += [f"{row['kernels']}{', compiled' if row['compile'] else ''}" for row in rows if training]
+    labels += [row.get("rung") or f"{row['kernels']}{', compiled' * row['compile']}" for row in rows if training]
     values = [row["tokens_per_s" if training else "both_ms"] for row in rows]
     figure = Figure(figsize=(10, 1.2 + 0.3 * len(rows)))
     axes = figure.subplots()
-    bars = axes.barh(labels, values, color=["tab:orange" if "triton" in label else "tab:blue" for label in labels])
+    bars = axes.barh(
+        labels, values, color=["tab:orange" if "triton" in label.lower() else "tab:blue" for label in labels]
+    )
     axes.bar_label(bars, fmt="{:,.0f}" if training else "{:,.2f}", padding=3)
     axes.invert_yaxis()
     axes.set(title=title, xlabel="tokens per second" if training else "milliseconds, forward and backward")
@@ -101,12 +108,20 @@ def run(options: Options, rest: list[str]) -> None:
             raise ValueError(f"--{name} is {getattr(options, name)}, but must be at least 1")
     if options.dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"--dtype {options.dtype}: use auto, float32 or bfloat16")
-    device = find_device(options.device)
-    on_gpu = device.type == "cuda"
+    model = options.ladder and options.device == "cuda" and not torch.cuda.is_available()
+    device = None if model else find_device(options.device)
+    on_gpu = model or device.type == "cuda"
     options.preset = options.preset or ("gpt2-124m" if on_gpu else "laptop")
     shape = parse_shape(options.preset, options.shape)
-    name = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-    if options.train:
+    name = torch.cuda.get_device_name(device) if on_gpu and not model else f"CPU, {torch.get_num_threads()} threads"
+    if model:
+        name, counted = "A100", report.count(shape, ["sm_80"])["sm_80"]
+        rows = ladder.modeled(shape, GPUS[name], counted)
+        title = f"{options.preset} on an {name}: model, from counted traffic and data sheets; no GPU was timed"
+    elif options.ladder:
+        rows = ladder.measured(options.preset, options.steps, options.compile, rest, str(device))
+        title = f"{options.preset}, {options.steps} steps on {name}"
+    elif options.train:
         rows = time_training(options.preset, options.steps, options.compile, rest, str(device))
         title = f"{options.preset}, {options.steps} steps on {name}"
     else:

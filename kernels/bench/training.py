@@ -17,6 +17,12 @@ from pathlib import Path
 import kernels
 
 ROOT = Path(__file__).parents[2]
+AFTER_SETUP = """
+import runpy, sys
+{setup}
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def useful_choices(triton: bool) -> list[str]:
@@ -50,25 +56,26 @@ def small_dataset(preset: str, rest: list[str]) -> Iterator[list[str]]:
         yield ["--data", folder]
 
 
-def train(preset: str, choice: str, compiled: bool, steps: int, rest: list[str], device: str) -> dict:
-    """Run train_gpt2.py once. Return the choice, tokens_per_s, mfu, peak_gb and the loss of the last step."""
+def train(preset: str, options: list[str], steps: int, device: str, setup: str = "") -> dict:
+    """
+    Run train_gpt2.py once, after the Python code `setup`. Return tokens_per_s, mfu, peak_gb, loss of the last step.
+
+    Raise ValueError with its message if it stops.
+    """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "run")
-        command = [str(ROOT / "train_gpt2.py"), preset, "--kernels", choice, "--out-dir", str(out)]
-        command += ["--max-steps", str(steps), "--compile" if compiled else "--no-compile", "--device", device]
-        command += ["--resume", "never", "--eval-every", "0", "--sample-every", "0", "--hellaswag-every", "0"]
-        command += ["--eval-tokens", "8192", *rest]  # a run always ends with a validation
+        command = [str(ROOT / "train_gpt2.py"), preset, "--out-dir", str(out)]
+        command += ["--max-steps", str(steps), "--device", device, "--eval-tokens", "8192"]  # it ends with a validation
+        command += ["--resume", "never", "--eval-every", "0", "--sample-every", "0", "--hellaswag-every", "0", *options]
         try:
-            run(*command)
+            run(*(["-c", AFTER_SETUP.format(setup=setup)] if setup else []), *command)
         except ValueError as error:
-            raise ValueError(f"train_gpt2.py {preset} --kernels {choice} stopped: {error}") from None
+            raise ValueError(f"train_gpt2.py {preset} {' '.join(options)} stopped: {error}") from None
         lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
     records = [record for record in map(json.loads, lines) if "tokens_per_s" in record]
     settled = records[min(10, len(records) // 2) :]
     mfu = [record["mfu"] for record in settled if record["mfu"] is not None]
     return {
-        "kernels": choice,
-        "compile": compiled,
         "tokens_per_s": statistics.median(record["tokens_per_s"] for record in settled),
         "mfu": statistics.median(mfu) if mfu else None,
         "peak_gb": max(record["memory_gb"] or 0.0 for record in records),
@@ -78,9 +85,10 @@ def train(preset: str, choice: str, compiled: bool, steps: int, rest: list[str],
 
 def time_training(preset: str, steps: int, compiled: bool, rest: list[str], device: str) -> list[dict]:
     """Return a row per training run: every useful choice of kernels, eager and, if wanted, compiled."""
+    rows = []
     with small_dataset(preset, rest) as data:
-        return [
-            train(preset, choice, each, steps, [*data, *rest], device)
-            for each in ((False, True) if compiled else (False,))
-            for choice in useful_choices(triton=device.startswith("cuda"))
-        ]
+        for each in (False, True) if compiled else (False,):
+            for choice in useful_choices(triton=device.startswith("cuda")):
+                options = ["--kernels", choice, "--compile" if each else "--no-compile", *data, *rest]
+                rows.append({"kernels": choice, "compile": each, **train(preset, options, steps, device)})
+    return rows
