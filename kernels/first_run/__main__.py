@@ -28,10 +28,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-import tyro
 
 import kernels
 from kernels import machine
+from kernels.command_line import exit_on_error, parse_options
 from kernels.common import architecture
 from kernels.first_run import families
 from kernels.first_run.findings import ROOT, Findings, first_line
@@ -287,14 +287,9 @@ def run(options: Options) -> int:
 
 
 def main(words: list[str] | None = None) -> None:
-    options = tyro.cli(Options, args=words, prog="python -m kernels.first_run")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which ends the process at work, too
-    with report.exit_on_error():
-        try:
-            status = run(options)
-        except KeyboardInterrupt:
-            status = 130
-    raise SystemExit(status)
+    with exit_on_error():
+        raise SystemExit(run(parse_options(Options, words, "python -m kernels.first_run")))
 
 
 if __name__ == "__main__":
