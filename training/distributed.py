@@ -28,12 +28,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data.files import UserError
+from training import peers
 
 Mode = Literal["ddp", "zero1", "fsdp"]
 JOIN_TIMEOUT = timedelta(days=7)  # a machine may still be preparing its data
 JOIN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells each process
 # per parameter, of AdamW, of Muon, and of Muon with a variance per row or column
 STATES = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}, {"momentum_buffer", "variance"})
+COLLECTIVE_TIMEOUT = timedelta(hours=1)  # the others wait while rank 0 writes a checkpoint; NCCL's 10 minutes are short
 # in the errors of gloo and NCCL when a process is gone
 PEER_LOST = ("closed by peer", "reset by peer", "remote process exited", "Broken pipe", "Connection refused")
 
@@ -78,8 +80,10 @@ class Distributed:
         try:
             store, _, _ = next(dist.rendezvous("env://"))
             store = dist.PrefixStore(self._agreed_name(store), store)
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size)
-            yield
+            group = {"rank": self.rank, "world_size": self.world_size, "timeout": COLLECTIVE_TIMEOUT}
+            dist.init_process_group(backend, store=store, **group)
+            with peers.watch(store, self.rank, self.world_size):
+                yield
         except RuntimeError as error:
             if any(text in str(error) for text in PEER_LOST):
                 raise UserError(f"rank {self.rank}: lost contact with another rank") from error

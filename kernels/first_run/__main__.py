@@ -121,7 +121,7 @@ class Training:
     def attempt(self, name: str, function, *given) -> None:
         self.findings.attempt("training", name, function, *given)
 
-    def start(self, *words: str, timeout: float = 120, watch=None, processes: int = 1) -> str:
+    def start(self, *words: str, timeout: float = 240, watch=None, processes: int = 1) -> str:
         """Run a Python command of the repository; `watch` as in Findings.run."""
         several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         command = [sys.executable, *(several if processes > 1 else []), *words]
@@ -247,7 +247,7 @@ def check_kernels(findings: Findings, tiny: bool, folder: Path) -> None:
         command = [sys.executable, "-m", "kernels.first_run", "--families", names, "--json", str(file)]
         variables, ended = {"TRITON_INTERPRET": "1"} if tiny else {}, ""
         try:
-            findings.run([*command, "--tiny" if tiny else "--no-tiny"], timeout=150, **variables)
+            findings.run([*command, "--tiny" if tiny else "--no-tiny"], timeout=240, **variables)
         except RuntimeError as error:
             ended = first_line(error)
         lines = json.loads(file.read_text(encoding="utf-8"))["lines"] if file.exists() else []
