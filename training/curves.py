@@ -7,6 +7,7 @@ import numpy as np
 
 from data.files import atomic_write
 from data.shards import Split
+from training.expected import MARGIN, Expected
 
 GPT2_124M = "OpenAI's GPT-2 (124M)"
 # GPT-2 (124M)'s loss in nats per token on a validation shard, as build-nanogpt (FineWeb-Edu) and llm.c (FineWeb)
@@ -37,11 +38,19 @@ def reference_losses(split: Split) -> dict[str, float]:
     return losses
 
 
-def draw(records: list[dict], path: Path, title: str, losses: dict[str, float], scores: dict[str, float]) -> None:
+def draw(
+    records: list[dict],
+    path: Path,
+    title: str,
+    losses: dict[str, float],
+    scores: dict[str, float],
+    expected: Expected | None = None,
+) -> None:
     """
     Draw the lines of a log against tokens seen, into the PNG `path`.
 
     losses, scores: what to compare the loss and HellaSwag's accuracy with, by name
+    expected:       the band of validation losses of runs that ended well
     """
     from matplotlib.figure import Figure  # imported late: it takes half a second
     from matplotlib.ticker import EngFormatter
@@ -51,7 +60,7 @@ def draw(records: list[dict], path: Path, title: str, losses: dict[str, float], 
     panels = figure.subplots(2 if accuracies else 1, squeeze=False, sharex=True)[:, 0]
     panels[0].set(ylabel="loss, nats per token")
     panels[0].set_title(title, parse_math=False)  # of a folder, whose name may hold $
-    _draw_losses(panels[0], records, losses)
+    _draw_losses(panels[0], records, losses, expected)
     if accuracies:
         panels[1].plot(tokens, accuracies, "o-", color="C1", markersize=4)
         panels[1].set(title=f"HellaSwag: {accuracies[-1]:.4f} at the end", ylabel="acc_norm")
@@ -64,7 +73,7 @@ def draw(records: list[dict], path: Path, title: str, losses: dict[str, float], 
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
-def _draw_losses(axes, records: list[dict], references: dict[str, float]) -> None:
+def _draw_losses(axes, records: list[dict], references: dict[str, float], expected: Expected | None) -> None:
     tokens, losses = _curve(records, "loss")
     top = 1.04 * max([*references.values(), losses[0]])
     losses = [min(loss, top) for loss in losses]  # a spike must not flatten the rest
@@ -75,6 +84,11 @@ def _draw_losses(axes, records: list[dict], references: dict[str, float]) -> Non
         low = losses.index(min(losses))
         axes.plot(tokens, losses, "o-", color="C1", markersize=3, label="validation")
         axes.plot(tokens[low], losses[low], "o", color="C3", label=f"lowest validation: {losses[low]:.3f}")
+    if expected:
+        band = np.array([point for point in expected.points if point[0] <= records[-1]["tokens"]]).reshape(-1, 2)
+        if len(band):
+            low, high = band[:, 1] - MARGIN, band[:, 1] + MARGIN
+            axes.fill_between(band[:, 0], low, high, color="C2", alpha=0.25, label="runs that ended well")
     draw_levels(axes, references)
     axes.legend(loc="upper right", bbox_to_anchor=(1, 0.94), framealpha=1, edgecolor="white", fontsize="small")
 

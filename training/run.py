@@ -42,6 +42,7 @@ from data.outside import check_shape
 from data.streams import best_effort, printable
 from training import curves, diagnostics, distributions
 from training.checkpoint import checkpoints, launch_name, one_line, save_checkpoint, step_of
+from training.expected import Expected
 from training.pace import Pace
 from training.progress import Progress
 
@@ -73,13 +74,21 @@ class Run:
     references: validation losses to compare with, by name: see curves.reference_losses
     fresh:      move an older run out of the way first; otherwise lines of log.jsonl past `step` are dropped
     pace:       estimates the time that the remaining steps take
+    expected:   the validation losses of runs that ended well: a band in loss.png, and one warning above it
     Raise UserError if another process writes to the folder, or the package of a service is missing.
     """
 
     def __init__(
-        self, folder: Path, config: dict, step: int, references: dict[str, float], fresh=False, pace: Pace | None = None
+        self,
+        folder: Path,
+        config: dict,
+        step: int,
+        references: dict[str, float],
+        fresh: bool = False,
+        pace: Pace | None = None,
+        expected: Expected | None = None,
     ):
-        self.folder, self.references = folder, references
+        self.folder, self.references, self.expected = folder, references, expected
         self.published = {} if config.get("hellaswag_input") else curves.HELLASWAG  # for HellaSwag's own questions only
         self._untrained = not config.get("init_from")
         busy = f"another process is writing to {folder}: wait for it, or use --out-dir"
@@ -120,8 +129,16 @@ class Run:
             with best_effort(f"--{name} lacks some steps"):
                 service({name: value for name, value in record.items() if isinstance(value, int | float)})
         self._progress.step(record)
+        if "val_loss" in record and self.expected:
+            self._warn_above_band()
         if "val_loss" in record and time.perf_counter() - self._drawn > DRAW_SECONDS:
             self.draw()
+
+    def _warn_above_band(self) -> None:
+        """Say it when a validation loss is above the band for the first time."""
+        found = [self.expected.warning(r["tokens"], r["val_loss"]) for r in self.records if "val_loss" in r]
+        if found[-1] and not any(found[:-1]):
+            self._progress.say(f"warning: {found[-1]}")
 
     def __enter__(self) -> "Run":
         return self
@@ -201,7 +218,8 @@ class Run:
             return
         title = printable(self.folder.resolve().name)
         with best_effort(f"{self.folder} has no new loss.png"):
-            curves.draw(self.records, self.folder / "loss.png", title, self.references, self.published)
+            compared = self.references, self.published, self.expected
+            curves.draw(self.records, self.folder / "loss.png", title, *compared)
         for module, name in ((diagnostics, "diagnostics.png"), (distributions, "distributions.png")):
             with best_effort(f"{self.folder} has no new {name}"):
                 module.draw(self.records, self.folder / name, title)

@@ -21,6 +21,7 @@ from kernels import Ops, families, select
 from training import curves, devices, header, hellaswag, weights
 from training.checkpoint import check_resume, checkpoints, restarted_in, step_of
 from training.distributed import Distributed
+from training.expected import expected_losses
 from training.optimizer import muon_parts
 from training.pace import Pace, matmul_speed
 from training.run import Run, require
@@ -131,14 +132,16 @@ def open_run(trainer, data: Data, step: int):
     references = curves.reference_losses(data.val_split)
     flops = config.batch_tokens * model.flops_per_token() / dist.world_size
     pace = Pace(config.max_steps - step, flops, speed)
-    return Run(folder, dataclasses.asdict(config), step, references, fresh, pace)
+    expected = expected_losses(data.val_split, model.config)
+    return Run(folder, dataclasses.asdict(config), step, references, fresh, pace, expected)
 
 
 def complete(config, data: Data, step: int) -> None:
     """Say that all steps are done, after what a kill may have prevented: plots and the summary."""
     folder, references = Path(config.out_dir), curves.reference_losses(data.val_split)
     if [step_of(path) for path in checkpoints(folder)[:1]] == [step]:  # else newer ones are aside
-        with Run(folder, dataclasses.asdict(config), step, references) as run:
+        expected = expected_losses(data.val_split, config.shape(data.val_split.vocab_size))
+        with Run(folder, dataclasses.asdict(config), step, references, expected=expected) as run:
             run.draw()
         run.finish()
     print(f"{folder} has done its {step} steps: raise --max-steps, or use --resume never")
