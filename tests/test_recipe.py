@@ -2,14 +2,18 @@
 
 import json
 import math
+import shutil
 
 import pytest
+import torch
+import transformers
 from matplotlib.figure import Figure
-from runs import command
+from runs import assert_same_run, command
 
+import sample
 import train_gpt2
 from data.files import UserError
-from training import recipe
+from training import recipe, weights
 from training.sweep import SweepRun
 
 BEST = {"lr": 0.02, "adamw_lr": 0.01, "weight_decay": 0.3}
@@ -140,3 +144,27 @@ def test_the_command_trains_the_run_that_is_missing_and_writes_the_table(dataset
     assert (tmp_path / "recipe.md").read_text("utf-8").strip() in shown
     assert "| all of it, half the tokens " in shown
     assert (tmp_path / "recipe.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_with_every_part_resumes_bit_for_bit_and_its_export_is_a_gpt2_for_transformers(dataset, tmp_path):
+    full = {"optimizer": "muon", "muon": "all", "schedule": "linear", "min_lr": 0.0, "adamw_lr": 1e-2}
+    words = {"max_steps": 6, "checkpoint_every": 3, "eval_every": 2, "sample_every": 0} | full
+    one, other = tmp_path / "one", tmp_path / "other"
+
+    def finish(out):
+        with pytest.raises(SystemExit, match="0"):
+            train_gpt2.main([*command(dataset, out, **words), "--zero-init"])
+
+    finish(one)
+    shutil.copytree(one, other)
+    (other / "checkpoints" / "step_000006.pt").unlink()
+    finish(other)
+    assert_same_run(one, other)
+    sample.main([str(one), "--export", str(tmp_path / "export")])
+    judge = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "export").eval()
+    model, _ = weights.load(str(one))
+    tokens = torch.randint(model.config.vocab_size, (2, 32))
+    torch.testing.assert_close(model(tokens), judge(tokens).logits, rtol=1e-5, atol=1e-5)
+    fields = json.loads((tmp_path / "export" / "config.json").read_text("utf-8"))
+    assert fields.keys() <= transformers.GPT2Config().to_dict().keys() | {"architectures", "dtype"}
+    assert {name: fields[name] for name in weights.ONLY_GPT2} == {n: v[0] for n, v in weights.ONLY_GPT2.items()}

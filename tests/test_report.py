@@ -333,9 +333,9 @@ def test_parameters_and_flops_are_those_of_the_model(preset):
 
 
 def test_the_presets_are_those_of_the_training_script():
-    assert list(PRESETS) == list(train_gpt2.PRESETS)
+    assert list(PRESETS) == [name for name in train_gpt2.PRESETS if not name.endswith("-fast")]
     for name, (_, config) in train_gpt2.PRESETS.items():
-        shape = PRESETS[name]
+        shape = PRESETS[name.removesuffix("-fast")]
         sizes = (config.n_layer, config.n_head, config.n_embd, config.block_size)
         assert sizes == (shape.L, shape.H, shape.C, shape.T)
         assert shape.N in (config.batch_tokens, config.batch_tokens // 8)

@@ -204,7 +204,7 @@ def show_help(name: str, presets: Presets) -> str:
             field, value, usual = option[1], getattr(preset, option[1]), getattr(kind(), option[1])
             lines += _option_lines(field, value, types[field], option[2], "*" if value != usual else " ")
     others = ", ".join(other for other in presets if other != name)
-    return "\n".join([*lines, "", f"other presets: {others}"])
+    return "\n".join([*lines, "", *textwrap.wrap(f"other presets: {others}", COLUMNS, break_on_hyphens=False)])
 
 
 def _option_lines(field: str, value, kind, text: str, mark: str) -> list[str]:

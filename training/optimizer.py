@@ -183,7 +183,7 @@ class Muon(torch.optim.Optimizer):
                 if not self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                     if self.variance:
-                        self.state[p]["variance"] = p.new_zeros(split * max(p.shape[0] // split, p.shape[1]))
+                        self.state[p]["variance"] = p.new_zeros(long_sides(p, split))
             momenta = [self.state[p]["momentum_buffer"] for p in parameters]
             torch._foreach_lerp_(momenta, gradients, 1 - mu)
             updates = torch._foreach_lerp(gradients, momenta, mu)
@@ -205,6 +205,11 @@ class Muon(torch.optim.Optimizer):
             else:
                 torch._foreach_mul_(weights, 1 - lr * weight_decay)
             torch._foreach_add_(weights, directions, alpha=-lr * 0.2 * math.sqrt(long))
+
+
+def long_sides(p: Tensor, split: int) -> int:
+    """Return the elements of a parameter's variance: the longer side of each of the matrices stacked in it."""
+    return split * max(p.shape[0] // split, p.shape[1])
 
 
 def normalize(directions: Tensor, variances: list[Tensor]) -> Tensor:

@@ -45,16 +45,17 @@ HALF = "half"
 
 def parts(steps: int) -> list[Part]:
     """Return the ladder for runs of so many steps."""
-    adamw = {"optimizer": "adamw", "muon": "none", "zero_init": False, "weight_decay": 0.1, "lr": 1e-2}
-    cosine = {"schedule": "cosine", "min_lr": None, "warmup_steps": max(1, steps // 25)}
-    muon = {"optimizer": "muon", "lr": 1.5e-2, "adamw_lr": 1.5e-2}
+    start = {"weight_decay": 0.1, "warmup_steps": max(1, steps // 25)}
+    adamw = {"optimizer": "adamw", "muon": "none", "zero_init": False, "lr": 1e-2} | start
+    muon = {"optimizer": "muon", "lr": 1.5e-2, "adamw_lr": 1.5e-2} | start
+    linear, options = {"schedule": "linear", "min_lr": 0.0}, ("lr", "weight_decay", "warmup_steps")
     return [
-        Part("cosine", "AdamW, cosine to a tenth", adamw | cosine),
-        Part("linear", "AdamW, linear to 0", {"schedule": "linear", "min_lr": 0.0}, ("lr", "weight_decay")),
-        Part("muon", "Muon", muon, ("lr", "adamw_lr")),
+        Part("cosine", "AdamW, cosine to a tenth", adamw | {"schedule": "cosine", "min_lr": None}),
+        Part("linear", "AdamW tuned, linear to 0", linear, options),
+        Part("muon", "Muon", muon, ("adamw_lr", *options)),
         Part("zero-init", "c_proj starts at 0", {"zero_init": True}),
         Part("momentum", "momentum rises, then falls", {"muon": "momentum"}, ()),
-        Part("decay", "cautious decay, falling to 0", {"muon": "decay"}, ("lr", "weight_decay")),
+        Part("decay", "cautious decay, falling to 0", {"muon": "decay"}, ("weight_decay",)),
         Part("variance", "NorMuon's variance", {"muon": "variance"}, ()),
         Part(HALF, "all of it, half the tokens", {"max_steps": steps // 2}, ()),
     ]
@@ -120,22 +121,34 @@ class Climb:
         return None if self.missing else runs
 
     def _tune(self, part: Part, options: dict) -> dict | None:
-        """Return the options with the part's own at their best on the first seed; None if runs are missing."""
-        for name in part.tunes:
-            start, power = options[name], 0
-            while True:
-                values = [scaled(name, start, power + shift) for shift in (0, 1, -1)]
-                wanted = [options | {name: value, "seed": self.seeds[0]} for value in dict.fromkeys(values)]
-                runs = self._finished(part, wanted)
-                if runs is None:
-                    return None
-                losses = [float("inf") if run.error else run.val_loss for run in runs]
-                best = losses.index(min(losses))
-                options = options | {name: values[best]}
-                if best == 0:
-                    break
-                power += 1 if best == 1 else -1
+        """Return the options with the part's own at their best on the first seed, one after the other, again and again.
+
+        None if runs are missing.
+        """
+        start, before = options, None
+        while options and options != before:
+            before = options
+            for name in part.tunes:
+                options = options and self._climb(part, options, name, start[name])
         return options
+
+    def _climb(self, part: Part, options: dict, name: str, start) -> dict | None:
+        """Return the options with one of them at a value whose neighbors are worse; None if runs are missing."""
+        power = 0
+        while scaled(name, start, power) != options[name]:  # the grid is the same in every round
+            power += 1 if scaled(name, start, power) < options[name] else -1
+        while True:
+            values = [scaled(name, start, power + shift) for shift in (0, 1, -1)]
+            wanted = [options | {name: value, "seed": self.seeds[0]} for value in dict.fromkeys(values)]
+            runs = self._finished(part, wanted)
+            if runs is None:
+                return None
+            losses = [float("inf") if run.error else run.val_loss for run in runs]
+            best = losses.index(min(losses))
+            options = options | {name: values[best]}
+            if best == 0:
+                return options
+            power += 1 if best == 1 else -1
 
 
 def scaled(name: str, value, power: int):
