@@ -130,7 +130,11 @@ def test_the_command_trains_the_run_that_is_missing_and_writes_the_table(dataset
             missing[:] = [tmp_path / run.name]
         elif not run.records:
             (tmp_path / run.name).mkdir()
-            run.records = maker()[0](part, options | {"max_steps": run.config.max_steps}).records
+            steps, last = run.config.max_steps, loss_of(part, options)
+            rest = {"ms": 1.0, "tokens_per_s": 1.0}
+            for step in range(1, steps + 1):
+                loss = last + steps - step
+                run.records.append({"step": step, "tokens": 128 * step, "loss": loss, "val_loss": loss} | rest)
             (tmp_path / run.name / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in run.records), "utf-8")
         return run
 
