@@ -151,7 +151,7 @@ def report(done: dict[str, dict], folder: Path) -> str:
     """Write the table and the picture. Return the table."""
     from matplotlib.figure import Figure
 
-    text, figure = table(done), Figure(figsize=(9, 5.5), layout="constrained")
+    text, figure = table(done), Figure(figsize=(12, 5), layout="constrained")
     draw(figure, done)
     atomic_write(folder / "ladder.md", lambda file: file.write(f"{text}\n".encode()))
     atomic_write(folder / "ladder.png", lambda file: figure.savefig(file, format="png", dpi=120))
