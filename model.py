@@ -47,7 +47,9 @@ class GPTConfig:
         if self.n_layer < 0:
             raise ValueError(f"--n-layer is {self.n_layer}, but cannot be negative")
         if self.n_embd % self.n_head:
-            raise ValueError(f"--n-embd {self.n_embd} is not divisible by --n-head {self.n_head}")
+            multiple = self.n_head * max(1, round(self.n_embd / self.n_head))
+            wrong = f"--n-embd {self.n_embd} is not divisible by --n-head {self.n_head}"
+            raise ValueError(f"{wrong}: use a multiple, such as {multiple}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"--dropout is {self.dropout}, but must be at least 0 and below 1")
 

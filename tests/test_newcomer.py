@@ -67,6 +67,8 @@ WRONG = {  # what is typed -> what the error line says
     "train_gpt2.py laptop lr=1e-3": "'lr=1e-3' belongs to no option: did you mean --lr=1e-3?",
     "train_gpt2.py laptop --lr": "--lr",
     "train_gpt2.py laptop --lr fast": "--lr",
+    "train_gpt2.py laptop --n-embd 100 --n-head 3": "is not divisible by --n-head 3: use a multiple, such as 99",
+    "train_gpt2.py laptop --out-dir book.txt": "--out-dir book.txt is a file: give the name of a folder, such as runs/",
     "train_gpt2.py laptop --optimizer sgd": "muon",
     "train_gpt2.py laptop --batch-tokens 1000": "it must be a multiple of 128, such as 1024",
     "train_gpt2.py laptop --optimizer adamw --adamw-lr 1e-3": "--adamw-lr is for --optimizer muon: with adamw",

@@ -67,6 +67,8 @@ def check_options(config, dist: Distributed) -> None:
     with as_user_error():
         choose_ops(config, device, say=lambda sentence: None)
     folder, source = Path(config.out_dir), config.init_from
+    if folder.is_file():
+        raise UserError(f"--out-dir {folder} is a file: give the name of a folder, such as runs/{folder.stem}")
     check_resume(folder, config.resume, config.max_steps)
     if source and not (source in weights.RELEASES or Path(source).exists() or checkpoints(folder)):
         names = ", ".join(weights.RELEASES)
