@@ -20,6 +20,7 @@ if __name__ == "__main__":
 import contextlib
 import dataclasses
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -535,7 +536,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise SystemExit(road.main([word for word in arguments if word != "--ladder"]))
         arguments, grid = sweeps.take_grid(arguments)
         if not arguments or {"-h", "--help"} & set(arguments):
-            print(command_line.show(arguments, PRESETS))
+            if os.environ.get("RANK", "0") == "0":
+                print(command_line.show(arguments, PRESETS))
             return
         arguments = command_line.read_words(arguments, PRESETS)
         config = parse(arguments)
