@@ -7,6 +7,7 @@ from typing import Literal
 
 import pytest
 import tyro
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from data.files import UserError, atomic_write, exit_on_user_error, parse_options, run_script
 
@@ -105,3 +106,18 @@ def test_a_reader_that_is_gone_ends_a_command_without_a_word(arguments):
     done = subprocess.run([sys.executable, *arguments], stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("rank, shown", [("0", "error: too small: use 8\n"), ("1", "")])
+def test_under_torchrun_one_rank_prints_the_error_and_each_leaves_it_for_torchruns_last_lines(
+    tmp_path, monkeypatch, capsys, rank, shown
+):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    with pytest.raises(SystemExit) as end, exit_on_user_error():
+        raise UserError("too small: use 8")
+    assert end.value.code == 2 and capsys.readouterr().err == shown
+    failure = ProcessFailure(int(rank), 1, 2, str(tmp_path / "error.json"))  # what torchrun makes of it
+    assert (
+        "traceback : error: too small: use 8\n" in ChildFailedError("train_gpt2.py", {int(rank): failure}).format_msg()
+    )
