@@ -41,7 +41,7 @@ from torch import Tensor
 from kernels import common
 from kernels.common import tl, triton
 
-LOG2E = tl.constexpr(math.log2(math.e))
+LOG2E, LN2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
 MAX_HEADS = 65_535  # sequences times heads per launch: CUDA's limit on the second dimension of a grid
 
 
@@ -221,7 +221,7 @@ def _forward_kernel(
         k_base += BLOCK_K * 3 * H * D
         v_base += BLOCK_K * 3 * H * D
 
-    lse = (largest_log2 + tl.math.log2(total)) / LOG2E
+    lse = (largest_log2 + tl.math.log2(total)) * LN2  # a compiled division errs by up to two units
     tl.store(lse_ptr + tl.program_id(1).to(tl.int64) * T + start + queries, lse, mask=real_query)
     y_tile = y_ptr + (b * T + start) * (H * D) + h * D + (queries[:, None] * (H * D) + channels[None, :])
     tl.store(y_tile, y / total[:, None], mask=inside)
@@ -271,7 +271,10 @@ def _backward_dq_kernel(
     dy = tl.load(dy_ptr + y_offsets, mask=inside, other=0.0)
     y = tl.load(y_ptr + y_offsets, mask=inside, other=0.0)
     lse_log2 = tl.load(lse_ptr + rows, mask=real_query, other=0.0) * LOG2E
-    delta = tl.sum(dy.to(tl.float32) * y.to(tl.float32), axis=1)
+    if dy.dtype == tl.float32:  # a product fused with the sum's first shuffle would give its two threads different sums
+        delta = tl.sum(tl.fma(dy, y, 0.0), axis=1)
+    else:
+        delta = tl.sum(dy.to(tl.float32) * y.to(tl.float32), axis=1)
     tl.store(delta_ptr + rows, delta, mask=real_query)
     k_base = qkv_base + start.to(tl.int64) * (3 * H * D) + H * D
     v_base = k_base + H * D

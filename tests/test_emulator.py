@@ -58,7 +58,7 @@ def run(body, threads=64, programs=1, words=64, shared_bytes=256, **settings):
     """Run PTX on a tensor of `words` zeros. Return the tensor, the launch and its faults as one string."""
     tensor = np.zeros(-(-words // 4) * 4, np.uint32)
     start = 2**40
-    watched = [Memory(start, tensor.view(np.uint8), start, start + 4 * words, 4)]
+    watched = [Memory(start, tensor.view(np.uint8), 4, end=start + 4 * words)]
     kernel = load(HEAD.format(threads=threads) + body + "}")
     launch = Launch(kernel, (programs, 1, 1), [np.uint64(start)], watched, shared_bytes, **settings)
     launch.run()
@@ -195,7 +195,7 @@ def test_16_bit_arithmetic_rounds_once(type, dtype):
 @pytest.mark.parametrize("errors", arithmetic.ERRORS)
 def test_approximate_instructions_err_by_what_the_mode_says(errors):
     x, y = np.abs(floats(4000, 0, 5)), floats(4000, 1, 5)
-    limits = {"exact": 0.5, "uniform": 2.7, "worst": 2.7}  # in units of the last place, the rounding included
+    limits = {"exact": 0.5, "uniform": 1.6, "worst": 2.7}  # in units of the last place, the rounding included
     for found, exact, smallest in (
         (arithmetic.ex2(y, errors), np.exp2(y.astype(np.float64)), 1.5),
         (arithmetic.div_full(x, y, errors), x.astype(np.float64) / y, 1.5),
@@ -205,7 +205,7 @@ def test_approximate_instructions_err_by_what_the_mode_says(errors):
         unit = np.spacing(np.maximum(np.abs(exact).astype(np.float32), np.abs(found)))
         units = (np.abs(found - exact) / unit)[normal]
         assert units.max() <= limits[errors]
-        assert errors != "uniform" or 0.2 < units.mean() < 1.5
+        assert errors != "uniform" or 0.2 < units.mean() < 0.8
         assert errors != "worst" or units.min() >= smallest - 0.1
 
 
@@ -260,15 +260,18 @@ MISTAKES = {  # what -> T, a pattern of PTX lines and what replaces it
     "a score is not masked": (256, r"selp\.f32\s+(%r\d+), (%r\d+), 0f[0-9A-F]+, (%p\d+)", r"selp.f32 \1, \2, \2, \3"),
     "two halves of a matrix are swapped": (256, r"(mma.*?\}, \{ %r\d+), (%r\d+), (%r\d+)", r"\1, \3, \2"),
     "a sum misses a lane": (256, r"(shfl\.sync\.bfly.*), 2, 31", r"\1, 1, 31"),
+    "wgmma is not waited for": (256, r"wgmma\.wait_group\.sync\.aligned\s+\d;", ""),
+    "a fence before wgmma is removed": (256, r"fence\.proxy\.async\.shared::cta;", ""),
+    "wgmma reads the chunk 16 bytes on": (256, r"(or\.b64\s+%rd\d+, %rd\d+, 46116862933052948)48;", r"\g<1>49;"),
 }
 
 
-def emulated_attention(T, change=None):
+def emulated_attention(architecture, T, change=None):
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(1, T, 3 * 64, generator=generator).bfloat16().requires_grad_()
     dy = torch.randn(1, T, 64, generator=generator).bfloat16()
     versions = (causal_attention, causal_attention_torch, causal_attention_reference)
-    with driver.emulated("sm_80", change=change):
+    with driver.emulated(architecture, change=change):
         check_all(*versions, {"qkv": qkv}, (dy,), n_head=1, dropout_p=0.0)
 
 
@@ -278,6 +281,7 @@ def emulated_attention(T, change=None):
 def test_a_mistake_planted_in_a_kernel_is_caught(mistake, kernel):
     """By a fault or a wrong result, at the last, middle or first place: some masks only keep what is in bounds."""
     T, pattern, replacement = MISTAKES[mistake]
+    architecture = "sm_90" if "wgmma" in mistake else "sm_80"
     places = []
 
     def plant(name, text):
@@ -291,7 +295,7 @@ def test_a_mistake_planted_in_a_kernel_is_caught(mistake, kernel):
     for _ in range(3):
         before = len(places)
         try:
-            emulated_attention(T, plant)
+            emulated_attention(architecture, T, plant)
         except (RuntimeError, AssertionError):
             return
         if len(places) == before:
@@ -300,6 +304,6 @@ def test_a_mistake_planted_in_a_kernel_is_caught(mistake, kernel):
 
 
 @pytest.mark.skipif("EMULATE" not in os.environ, reason="kernels are interpreted in this process: use make machine")
-@pytest.mark.parametrize("T", [100, 256])
-def test_without_a_mistake_attention_passes(T):
-    emulated_attention(T)
+@pytest.mark.parametrize(("architecture", "T"), [("sm_80", 100), ("sm_80", 256), ("sm_90", 256)])
+def test_without_a_mistake_attention_passes(architecture, T):
+    emulated_attention(architecture, T)

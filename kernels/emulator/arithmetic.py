@@ -1,8 +1,8 @@
 """
 The arithmetic of a GPU in numpy: exact to the bit if PTX defines the result, else off by a chosen part of its bound.
 
-`errors` says how far approximate instructions are off: "exact" (rounded correctly), "uniform" (anything up to the
-bound, by a hash of the input's bits) or "worst" (by the bound, up or down by the same hash).
+`errors` says how far approximate instructions are off: "exact" (rounded correctly), "uniform" (anything up to half the
+bound, an assumption, by a hash of the input's bits) or "worst" (by the bound, up or down by the same hash).
 
     ex2.approx, div.full    2 units in the last place; exp2(0) = 1 and x / 1 = x
     rsqrt.approx            a relative 2^-22.9
@@ -17,7 +17,6 @@ cores since the A100's keep more bits or add more products at once; here all add
 import numpy as np
 
 ERRORS = ("exact", "uniform", "worst")
-LANES = np.arange(32)  # of a warp
 SMALLEST_NORMAL = np.float32(2.0**-126)
 
 # ----------------------------------------------------------------------------- rounding
@@ -76,9 +75,9 @@ def fma_16_bits(type: str, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.nd
 
 
 def within(bound: np.ndarray, bits: np.ndarray, errors: str) -> np.ndarray:
-    """Return the error of an approximate result: 0, or up to the bound, by a hash of the input's bits."""
+    """Return the error of an approximate result, by a hash of the input's bits."""
     share = ((bits ^ bits >> np.uint32(15)) * np.uint32(2654435761)).view(np.int32) / 2.0**31
-    return bound * {"exact": 0, "uniform": share, "worst": np.sign(share)}[errors]
+    return bound * {"exact": 0, "uniform": share / 2, "worst": np.sign(share)}[errors]
 
 
 def off_by_2_units(result: np.ndarray, bits: np.ndarray, errors: str) -> np.ndarray:

@@ -73,7 +73,7 @@ def memory_of(tensors: list[torch.Tensor], granule: int) -> list[Memory]:
     for address, size in spans.items():
         start, stop = address // 16 * 16, -(-(address + size) // 16) * 16  # within the pages of the tensor
         data = np.frombuffer((ctypes.c_uint8 * (stop - start)).from_address(start), np.uint8)
-        memories.append(Memory(start, data, address, address + size, granule))
+        memories.append(Memory(start, data, granule, address, address + size))
     return memories
 
 

@@ -56,29 +56,20 @@ class History:
 
 class Memory:
     """
-    The bytes of a tensor, or of the shared memory of several programs.
+    The bytes of a tensor, or of the shared memories of several programs.
 
-    data: bytes from `start` on, a multiple of 16, as a view that kernels read and write; all of its length is a
-          multiple of 16 too, but only those from `first` to `end` may be touched
-    granule: the bytes that History keeps apart
+    start:      address of data[0], a multiple of 16
+    data:       bytes as a view that kernels read and write, of a length that is a multiple of 16
+    granule:    the bytes that History keeps apart
+    first, end: the addresses that may be accessed; all if not given
     """
 
-    def __init__(self, start: int, data: np.ndarray, first: int, end: int, granule: int):
-        self.start, self.first, self.end, self.granule = start, first, end, granule
+    def __init__(self, start: int, data: np.ndarray, granule: int, first: int = 0, end: int = 2**62):
+        self.start, self.granule, self.first, self.end = start, granule, max(first, start), min(end, start + len(data))
         self.views = {width: data.view(f"u{width}") for width in (1, 2, 4, 8)}
         self.history = History(len(data) // granule)
-        self.in_flight = np.zeros(len(data) // granule, np.bool_)  # an asynchronous copy is to fill it
-
-    def inside(self, address: np.ndarray, size: int) -> np.ndarray:
-        return (address >= self.first) & (address + size <= self.end)
-
-    def granules(self, place: np.ndarray, size: int) -> np.ndarray:
-        """Return the granules of accesses of `size` bytes, one row each."""
-        return place[:, None] // self.granule + np.arange(max(1, size // self.granule))
-
-    def items(self, place: np.ndarray, width: int, count: int) -> np.ndarray:
-        """Return the places in views[width] of `count` items each."""
-        return place[:, None] // width + np.arange(count)
+        self.in_flight, self.unfenced = np.zeros((2, len(data) // granule), np.bool_)  # of shared memory: a copy is to
+        # fill it; written, and no fence.proxy.async since
 
 
 def wavefronts(group: np.ndarray, address: np.ndarray, size: int) -> tuple[int, int]:

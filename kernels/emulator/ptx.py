@@ -95,7 +95,8 @@ class Kernel:
 
     def granule(self, space: str) -> int:
         """Return the bytes of the narrowest access to "shared" or "global" memory, 16 at most."""
-        return min([16, *(i.width for block in self.blocks for i in block if space in i.modifiers)])
+        instructions = (i for block in self.blocks for i in block if space in i.modifiers and i.head != "fence")
+        return min([16, *(i.width for i in instructions)])
 
 
 def operand(text: str) -> object:
