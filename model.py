@@ -114,10 +114,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
         """x: (B, T, C). Return (B, T, C). x also attends to the earlier tokens in the cache."""
-        qkv = self.c_attn(x)
+        bias = self.c_attn.bias  # whose gradient causal_attention computes
+        qkv = F.linear(x, self.c_attn.weight, bias.detach())
         if cache is None or cache.append(qkv) == qkv.shape[1]:  # no earlier tokens
             dropout = self.dropout if self.training else 0.0
-            y = self.ops.causal_attention(qkv, self.n_head, dropout)
+            y = self.ops.causal_attention(qkv, self.n_head, dropout, bias)
         else:
             y = cache.attend(qkv, self.n_head)
         return F.dropout(self.c_proj(y), self.dropout, self.training)

@@ -9,7 +9,7 @@ B sequences, T tokens, C channels, N = B * T rows, V vocabulary (weight and logi
     layer_norm(x, weight, bias, eps)                        x (..., C)              -> y (..., C)
     add_layer_norm(x, residual, weight, bias, eps)          x, residual (..., C)    -> y, residual + x
     linear_gelu(x, weight, bias)                            x (..., C), (4C, C)     -> gelu_tanh(x @ weight.T + bias)
-    causal_attention(qkv, n_head, dropout_p)                qkv (B, T, 3C) packed   -> y (B, T, C)
+    causal_attention(qkv, n_head, dropout_p, bias)          qkv (B, T, 3C) packed   -> y (B, T, C)
     cross_entropy(logits, targets, vocab_size)              logits (N, >= V), (N,)  -> scalar mean loss, nats per token
     linear_cross_entropy(x, weight, targets, vocab_size)    x (N, C), (>= V, C)     -> the same, without logits
 

@@ -24,6 +24,10 @@ products instead of the five of one kernel with atomic additions, and gives the 
 diagonal are skipped; only those on it are masked. q, k and v are read from the packed projection, and their gradients
 written to a packed one: nothing is transposed, copied or concatenated.
 
+The gradient of the bias (3C,) that the projection added to qkv is dqkv summed over B and T, a pass of its own. Here
+the dq kernel sums for it: dq; and dy, which gives the sum of dv, as each row of p adds up to 1. The sum of dk is 0, as
+softmax ignores what is added to all scores of a row.
+
 Saved: qkv, y and lse.
 Elements moved per token, at least: forward 3C in and C out; dq 5C in and C out; dk and dv 4C in and 2C out. Rereads,
 of k and v per block of queries and of q and dy per block of keys, should mostly hit the L2 cache.
@@ -121,9 +125,10 @@ def launch_parameters(kernel: str, T: int, D: int, dtype: torch.dtype, gpu: str)
 # ------------------------------------------------------------------------------ PyTorch
 
 
-def causal_attention_torch(qkv: Tensor, n_head: int, dropout_p: float) -> Tensor:
-    """qkv: (B, T, 3C), queries, keys and values side by side. Return y: (B, T, C)."""
+def causal_attention_torch(qkv: Tensor, n_head: int, dropout_p: float, bias: Tensor | None = None) -> Tensor:
+    """qkv: (B, T, 3C), queries, keys and values side by side; bias: (3C,), for its gradient. Return y: (B, T, C)."""
     B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    qkv = qkv if bias is None else common.with_gradient_for(bias, qkv)
     if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16:
         qkv = qkv.view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
         y = _written_out(*qkv.reshape(3, B * n_head, T, C // n_head), dropout_p).view(qkv.shape[1:])
@@ -141,8 +146,9 @@ def _written_out(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
     return F.dropout(scores.softmax(dim=-1), dropout_p) @ v
 
 
-def causal_attention_reference(qkv: Tensor, n_head: int, dropout_p: float) -> Tensor:
+def causal_attention_reference(qkv: Tensor, n_head: int, dropout_p: float, bias: Tensor | None = None) -> Tensor:
     """Compute the forward above in the dtype it is given: in float64, the exact answer of the tests. No dropout."""
+    qkv = qkv if bias is None else qkv + (bias - bias.detach())
     B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     q, k, v = qkv.view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)
     s = q @ k.transpose(-2, -1) / math.sqrt(C // n_head)
@@ -237,6 +243,15 @@ def _add_dq(q, dy, k, v, causal, lse_log2, delta, dq, scale_log2):
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
 
+@triton.jit
+def _store_sum(sum_ptr, x, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Store the sum of the ROWS of x, from tensor cores: 16 copies of it, the fewest that tl.dot makes, one kept."""
+    ones = tl.full((16, ROWS), 1.0, dtype=tl.float32).to(x.dtype)
+    total = tl.dot(ones, x, input_precision="ieee")
+    copies, channels = tl.arange(0, 16)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    tl.store(sum_ptr + channels + 0 * copies, total, mask=(copies == 0) & (channels < D))
+
+
 @triton.jit(do_not_specialize=["T"])
 def _backward_dq_kernel(
     qkv_ptr,  # in  (B, T, 3, H, D)
@@ -245,6 +260,7 @@ def _backward_dq_kernel(
     lse_ptr,  # in  (B, H, T)
     delta_ptr,  # out (B, H, T) float32
     dqkv_ptr,  # out (B, T, 3, H, D): the first third
+    dbias_parts_ptr,  # out (B, H, blocks, 2, D) float32, or None: the sums of dq and dy
     scale,
     T,
     H: tl.constexpr,
@@ -299,7 +315,12 @@ def _backward_dq_kernel(
         k_base += BLOCK_K * 3 * H * D
         v_base += BLOCK_K * 3 * H * D
 
-    tl.store(dqkv_ptr + b * T * (3 * H * D) + h * D + q_offsets, dq * scale, mask=inside)
+    dq = (dq * scale).to(q.dtype)
+    tl.store(dqkv_ptr + b * T * (3 * H * D) + h * D + q_offsets, dq, mask=inside)
+    if dbias_parts_ptr is not None:  # rows past T are 0 in dq and dy
+        part = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * (2 * D)
+        _store_sum(dbias_parts_ptr + part, dq, D, BLOCK_Q, BLOCK_D)
+        _store_sum(dbias_parts_ptr + part + D, dy, D, BLOCK_Q, BLOCK_D)
 
 
 @triton.jit
@@ -386,32 +407,42 @@ def _backward_dkdv_kernel(
 
 
 @torch.library.custom_op("gpt2::causal_attention", mutates_args=())
-def _causal_attention(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor]:
-    y, lse = _causal_attention_outputs(qkv, n_head)
+def _causal_attention(qkv: Tensor, bias: Tensor | None, n_head: int) -> tuple[Tensor, Tensor]:
+    y, lse = _causal_attention_outputs(qkv, bias, n_head)
     _launch(_forward_kernel, "forward", (qkv, y, lse), qkv, n_head)
     return y, lse
 
 
 @_causal_attention.register_fake
-def _causal_attention_outputs(qkv, n_head):
+def _causal_attention_outputs(qkv, bias, n_head):
     B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     return qkv.new_empty(B, T, C), qkv.new_empty(B, n_head, T, dtype=torch.float32)
 
 
 @torch.library.custom_op("gpt2::causal_attention_backward", mutates_args=())
-def _backward(dy: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, n_head: int) -> Tensor:
-    dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
-    _launch(_backward_dq_kernel, "backward_dq", (qkv, y, dy, lse, delta, dqkv), qkv, n_head)  # first: it writes delta
+def _backward(dy: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, n_head: int, with_bias: bool) -> tuple[Tensor, Tensor]:
+    """Return dqkv; and float32 dbias, empty unless wanted."""
+    dqkv, dbias = _backward_outputs(dy, qkv, y, lse, n_head, with_bias)
+    delta, dbias_parts = torch.empty_like(lse), None
+    if with_bias:
+        B, T, D = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3 // n_head
+        block = launch_parameters("backward_dq", T, D, qkv.dtype, common.architecture(qkv))["BLOCK_Q"]
+        dbias_parts = lse.new_empty(B, n_head, triton.cdiv(T, block), 2, D)
+    # first dq: it writes delta
+    _launch(_backward_dq_kernel, "backward_dq", (qkv, y, dy, lse, delta, dqkv, dbias_parts), qkv, n_head)
     _launch(_backward_dkdv_kernel, "backward_dkdv", (qkv, dy, lse, delta, dqkv), qkv, n_head)
-    return dqkv
+    if with_bias:
+        thirds = dbias.zero_().view(3, n_head, D)
+        thirds[::2] = dbias_parts.sum((0, 2)).transpose(0, 1)
+    return dqkv, dbias
 
 
 @_backward.register_fake
-def _backward_outputs(dy, qkv, y, lse, n_head):
-    return torch.empty_like(qkv)
+def _backward_outputs(dy, qkv, y, lse, n_head, with_bias):
+    return torch.empty_like(qkv), lse.new_empty(qkv.shape[2] if with_bias else 0)
 
 
-def _launch(kernel, name: str, tensors: tuple[Tensor, ...], qkv: Tensor, n_head: int) -> None:
+def _launch(kernel, name: str, tensors: tuple[Tensor | None, ...], qkv: Tensor, n_head: int) -> None:
     """Launch a kernel on tensors whose first dimension is the sequence, as few times as MAX_HEADS allows."""
     B, T, D = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3 // n_head
     if qkv.numel() == 0:
@@ -421,7 +452,7 @@ def _launch(kernel, name: str, tensors: tuple[Tensor, ...], qkv: Tensor, n_head:
     sequences = MAX_HEADS // n_head
     with common.device_guard(qkv):
         for start in range(0, B, sequences):
-            part = [tensor[start : start + sequences] for tensor in tensors]
+            part = [None if tensor is None else tensor[start : start + sequences] for tensor in tensors]
             kernel[(blocks, len(part[0]) * n_head)](*part, 1 / math.sqrt(D), T, H=n_head, D=D, **launch)
 
 
@@ -430,12 +461,15 @@ common.forbid_double_backward(_backward)
 
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # lse has no gradient: allocate no zeros for it
-    qkv, ctx.n_head = inputs
+    qkv, bias, ctx.n_head = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(qkv, *output)
 
 
 def _gradient(ctx, dy, _dlse):
-    return _backward(dy.contiguous(), *ctx.saved_tensors, ctx.n_head), None
+    with_bias = ctx.bias_dtype is not None and ctx.needs_input_grad[1]
+    dqkv, dbias = _backward(dy.contiguous(), *ctx.saved_tensors, ctx.n_head, with_bias)
+    return dqkv, dbias.to(ctx.bias_dtype) if with_bias else None, None
 
 
 _causal_attention.register_autograd(_gradient, setup_context=_save)
@@ -453,20 +487,23 @@ def unsupported(D: int | None, dropout_p: float) -> str:
     return ""
 
 
-def causal_attention(qkv: Tensor, n_head: int, dropout_p: float) -> Tensor:
+def causal_attention(qkv: Tensor, n_head: int, dropout_p: float, bias: Tensor | None = None) -> Tensor:
     """
-    Return softmax(q @ k.T / sqrt(D)) @ v, each query with the keys up to its own; differentiable in qkv.
+    Return softmax(q @ k.T / sqrt(D)) @ v, each query with the keys up to its own; differentiable in qkv and bias.
 
     qkv:       (B, T, 3C), queries, keys and values side by side; float32, float16 or bfloat16, cast to autocast's dtype
                if that is enabled; copied unless contiguous
     n_head:    H; C = H * D with D from 16 to 128 channels per head
     dropout_p: 0, since the kernel has no dropout
+    bias:      (3C,), which the projection added to qkv, detached: only its gradient is made here; None: no gradient
     Return y: (B, T, C), in the dtype of qkv or of autocast; sums and softmax are in float32.
     Raise ValueError for any other dropout, head size, shape or dtype.
     """
-    common.check_tensors(qkv=qkv)
+    common.check_tensors(qkv=qkv, bias=qkv if bias is None else bias)
     if qkv.dim() != 3 or qkv.shape[2] % (3 * n_head) != 0:
         raise ValueError(f"qkv must be (B, T, 3C) with C a multiple of n_head {n_head}, got {tuple(qkv.shape)}")
     if reason := unsupported(qkv.shape[2] // (3 * n_head), dropout_p):
         raise ValueError(f"{reason}: leave attention to PyTorch with --kernels layernorm,gelu,cross_entropy")
-    return _causal_attention(qkv.to(common.autocast_dtype(qkv)).contiguous(), n_head)[0]
+    if bias is not None and bias.shape != qkv.shape[2:]:
+        raise ValueError(f"bias must be ({qkv.shape[2]},), got {tuple(bias.shape)}")
+    return _causal_attention(qkv.to(common.autocast_dtype(qkv)).contiguous(), bias, n_head)[0]

@@ -113,6 +113,22 @@ def check_tensors(**tensors: torch.Tensor) -> None:
             raise ValueError(f"{name} is on {tensor.device}, {first} on {tensors[first].device}: move them together")
 
 
+class _WithGradientFor(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, bias, x):
+        ctx.dtype = bias.dtype
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dx):
+        return dx.flatten(0, -2).sum(0).to(ctx.dtype), dx
+
+
+def with_gradient_for(bias: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return x (..., C), to which bias (C,) was added, detached; the gradient of x will also give that of bias."""
+    return _WithGradientFor.apply(bias, x)
+
+
 def forbid_double_backward(operator: torch.library.CustomOpDef) -> None:
     """Make differentiating this operator, itself a gradient, raise a RuntimeError."""
 

@@ -28,7 +28,8 @@ def inputs(B, T, n_head, D, dtype, seed=0, scale=1.0):
     generator = torch.Generator().manual_seed(seed)
     qkv = torch.randn(B, T, 3 * n_head * D, generator=generator) * scale
     dy = torch.randn(B, T, n_head * D, generator=generator)
-    return {"qkv": qkv.to(DEVICE, dtype).requires_grad_()}, (dy.to(DEVICE, dtype),)
+    bias = torch.zeros(3 * n_head * D, device=DEVICE, requires_grad=True)
+    return {"qkv": qkv.to(DEVICE, dtype).requires_grad_(), "bias": bias}, (dy.to(DEVICE, dtype),)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, bfloat16])
@@ -150,7 +151,7 @@ def test_extreme_scores(extreme):
 
 def test_the_saved_lse_is_that_of_the_scores():
     tensors, _ = inputs(2, 40, 2, 16, torch.float32)
-    _, lse = attention._causal_attention(tensors["qkv"], 2)
+    _, lse = attention._causal_attention(tensors["qkv"], None, 2)
     q, k, _ = tensors["qkv"].detach().double().view(2, 40, 3, 2, 16).permute(2, 0, 3, 1, 4)
     s = (q @ k.mT / 4).masked_fill(torch.ones(40, 40, dtype=torch.bool, device=DEVICE).triu(1), -torch.inf)
     torch.testing.assert_close(lse.double(), s.logsumexp(-1), rtol=1e-5, atol=1e-5)
@@ -198,7 +199,7 @@ def test_offsets_pass_two_to_the_31():
     launch = {"H": 1, "D": D, "BLOCK_Q": block, "BLOCK_K": block, "BLOCK_D": D, "EVEN": True}
     attention._forward_kernel[(1, 2)](qkv[0], y[0], lse[0], D**-0.5, T, **launch)
     torch.testing.assert_close(y[1], exact["output 0"].flatten())
-    arguments = (qkv[0], y[0], dy[0], lse[0], delta[0], dqkv[0], D**-0.5, T)
+    arguments = (qkv[0], y[0], dy[0], lse[0], delta[0], dqkv[0], None, D**-0.5, T)
     attention._backward_dq_kernel[(1, 2)](*arguments, **launch)
     torch.testing.assert_close(dqkv[1].view(block, 3, D)[:, 0], exact["dqkv"].view(block, 3, D)[:, 0])
 
@@ -220,6 +221,7 @@ def test_the_launch_table_covers_every_head_and_its_blocks_fit_into_each_other(k
     [
         ({"dropout_p": 0.1}, "no dropout, and dropout is 0.1: leave .* --kernels layernorm,gelu,cross_entropy"),
         ({"n_head": 5}, r"qkv must be \(B, T, 3C\) with C a multiple of n_head 5, got \(1, 4, 96\)"),
+        ({"bias": torch.zeros(32)}, r"bias must be \(96,\), got \(32,\)"),
         ({"qkv": torch.zeros(4, 96)}, r"qkv must be \(B, T, 3C\)"),
         ({"n_head": 4}, "takes heads of 16 to 128 channels, and a head has 8: leave attention to PyTorch"),
         ({"qkv": torch.zeros(1, 1, 3 * 160), "n_head": 1}, "and a head has 160"),
@@ -233,9 +235,11 @@ def test_a_wrong_argument_is_named(change, sentence):
 
 def test_the_operators_are_registered_soundly():
     tensors, (dy,) = inputs(2, 5, 2, 16, torch.float32)
-    torch.library.opcheck(attention._causal_attention, (tensors["qkv"], 2))
     lse = torch.ones(2, 2, 5, device=DEVICE)
-    torch.library.opcheck(attention._backward, (dy, tensors["qkv"].detach(), dy.clone(), lse, 2))
+    for bias in (tensors["bias"], None):
+        torch.library.opcheck(attention._causal_attention, (tensors["qkv"], bias, 2))
+        arguments = (dy, tensors["qkv"].detach(), dy.clone(), lse, 2, bias is not None)
+        torch.library.opcheck(attention._backward, arguments)
 
 
 @pytest.mark.gpu

@@ -101,7 +101,10 @@ def attention_by_hand(heads: int, T: int, D: int, forward: int, dq: int, dkdv: i
     row = 2 * D
     return {
         "_forward_kernel": (heads * row * (T + 2 * keys_seen(forward)), heads * T * (row + 4)),
-        "_backward_dq_kernel": (heads * (T * (3 * row + 4) + 2 * row * keys_seen(dq)), heads * T * (row + 4)),
+        "_backward_dq_kernel": (
+            heads * (T * (3 * row + 4) + 2 * row * keys_seen(dq)),
+            heads * (T * (row + 4) + math.ceil(T / dq) * 2 * D * 4),  # and two sums per block
+        ),
         "_backward_dkdv_kernel": (heads * (T * 2 * row + queries_seen * (2 * row + 8)), heads * T * 2 * row),
     }
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
+from kernels.common import with_gradient_for
 
 OURS = ("triton", "torch", "torch.compile")  # an error in any other is only reported
 BACKENDS = {
@@ -63,8 +64,8 @@ def first_line(error: Exception) -> str:
 def sdpa(backend: SDPBackend) -> Callable:
     """Return causal attention through one backend of scaled_dot_product_attention, which raises if it cannot run."""
 
-    def causal_attention(qkv, n_head, dropout_p):
-        B, T, width = qkv.shape
+    def causal_attention(qkv, n_head, dropout_p, bias):
+        (B, T, width), qkv = qkv.shape, with_gradient_for(bias, qkv)
         q, k, v = (part.view(B, T, n_head, -1).transpose(1, 2) for part in qkv.split(width // 3, dim=-1))
         with sdpa_kernel(backend):
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
@@ -85,8 +86,8 @@ def flash() -> dict[str, Callable]:
     """Return the operation that flash-attn has; its function takes (B, T, 3, H, D) in float16 or bfloat16."""
     from flash_attn import flash_attn_qkvpacked_func
 
-    def causal_attention(qkv, n_head, dropout_p):
-        B, T, width = qkv.shape
+    def causal_attention(qkv, n_head, dropout_p, bias):
+        (B, T, width), qkv = qkv.shape, with_gradient_for(bias, qkv)
         packed = qkv.view(B, T, 3, n_head, width // 3 // n_head)
         return flash_attn_qkvpacked_func(packed, dropout_p, causal=True).reshape(B, T, width // 3)
 

@@ -89,9 +89,9 @@ def around_kernels(operation: str, shape: Shape, launches: int) -> float:
     return 8 * weight * (launches - 1) + 8 * weight + 12 * x  # and both are scaled at the end
 
 
-def other_bytes(shape: Shape) -> float:
-    """Model: bytes of the bias gradients of c_attn and both c_proj, and of the embeddings, whatever else runs."""
-    biases = 2 * (3 + 1 + 1) * shape.N * shape.C * shape.L
+def other_bytes(shape: Shape, triton: set[str]) -> float:
+    """Model: bytes of the bias gradients of both c_proj and, unless our attention makes it, c_attn; of embeddings."""
+    biases = 2 * ((0 if "attention" in triton else 3) + 1 + 1) * shape.N * shape.C * shape.L
     tokens = (8 + 12 + 4) * shape.N * shape.C  # look up; add to rows of a float32 gradient; sum the positions'
     return biases + tokens + 10 * shape.V * shape.C  # zero that gradient, add the head's
 
@@ -114,7 +114,7 @@ def step(kernels: list[dict], shape: Shape, gpu: GPU, triton: set[str], compiled
     """Return the milliseconds of a step by part, with these families in Triton and the others in PyTorch; and MFU."""
     adamw_bytes = (28 + 8 + 6) * parameters(shape)  # AdamW; the gradient norm and clipping; a bfloat16 copy
     parts = {"matmuls": matmul_seconds(shape, gpu)} | dict.fromkeys(FAMILIES, 0.0)
-    parts |= {"other": other_bytes(shape) / gpu.bandwidth, "adamw": adamw_bytes / gpu.bandwidth}
+    parts |= {"other": other_bytes(shape, triton) / gpu.bandwidth, "adamw": adamw_bytes / gpu.bandwidth}
     for operation in dict.fromkeys(kernel["operation"] for kernel in kernels):
         own = [kernel for kernel in kernels if kernel["operation"] == operation]
         if FAMILY[operation] in triton:

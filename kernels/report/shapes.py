@@ -94,7 +94,7 @@ def arguments(operation: str, shape: Shape, branch: torch.dtype, device: str) ->
     if operation == "linear_gelu":
         return [normal(B, T, C, dtype=branch), normal(4 * C, C), normal(4 * C)], [True]
     if operation == "causal_attention":
-        return [normal(B, T, 3 * C, dtype=branch), H, 0.0], [True]
+        return [normal(B, T, 3 * C, dtype=branch), H, 0.0, normal(3 * C)], [True]
     targets = torch.randint(0, shape.V, (N,), device=device)
     if operation == "cross_entropy":
         return [normal(N, shape.W, dtype=branch), targets, shape.V], [True]
