@@ -1,11 +1,6 @@
 """attention.py: accuracy over awkward lengths and head sizes, causality, extremes, errors, operator registration."""
 
-import dataclasses
 import itertools
-import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,8 +10,6 @@ from kernels import attention
 from kernels.attention import causal_attention, causal_attention_reference, causal_attention_torch
 from kernels.common import emulate_gpu
 from kernels.report.machine_code import ARCHITECTURES
-from kernels.report.shapes import PRESETS
-from kernels.report.traffic import record_launches
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2", "ignore:All-NaN slice")  # both meant
 OPTIONS = {"dropout_p": 0.0}
@@ -75,20 +68,6 @@ def test_no_row_of_the_launch_table_goes_untested():
         for tile in launch
     }
     assert rows == frozenset.union(*CALLS)
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="the kernels are not interpreted in this process")
-def test_matrix_products_overlap_on_hopper():
-    """The assembler warns (C7515) if it must wait for each wgmma before the next."""
-    with emulate_gpu("sm_90"):
-        (*launches, _) = record_launches("causal_attention", PRESETS["gpt2-124m"])  # dk and dv have no such loop
-    work = json.dumps([{"launch": dataclasses.asdict(launch), "sites": {}} for launch in launches])
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_DUMP_PTXAS_LOG": "1", "TRITON_CACHE_DIR": os.environ["TMPDIR"]}
-    command = [sys.executable, "-m", "kernels.report.machine_code", "sm_90"]
-    done = subprocess.run(command, input=work, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.count("registers") >= len(launches) == 2  # the log is there
-    assert "C75" not in done.stdout
 
 
 def test_any_number_of_sequences_and_heads_is_launched_in_parts_that_a_grid_can_hold(monkeypatch):
