@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
+from kernels.embedding import embedding
 
 EPS = 1e-5  # of every LayerNorm: fixed by GPT-2, so not an option
 
@@ -197,8 +198,7 @@ class GPT(nn.Module):
         end, block_size = start + tokens.shape[1], self.config.block_size
         if end > block_size:
             raise ValueError(f"{end} tokens do not fit a block size of {block_size}")
-        positions = torch.arange(start, end, device=tokens.device)
-        x = self.transformer.wte(tokens) + self.transformer.wpe(positions)
+        x = embedding(self.transformer.wte.weight, tokens) + self.transformer.wpe.weight[start:end]
         x, residual = F.dropout(x, self.config.dropout, self.training), None
         for layer, block in enumerate(self.transformer.h):
             x, residual = block(x, residual, caches[layer] if caches else None)

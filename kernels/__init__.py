@@ -16,8 +16,10 @@ B sequences, T tokens, C channels, N = B * T rows, V vocabulary (weight and logi
 The model receives these as one bundle and does not know which versions are in it.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -45,6 +47,17 @@ class Ops:
     causal_attention: Callable
     cross_entropy: Callable
     linear_cross_entropy: Callable
+
+
+def source_hash() -> str:
+    """
+    Return a hash of the code of the operators, for torch.compiler.config.cache_key_tag.
+
+    PyTorch's cache of compiled graphs knows an operator by its name alone: after an edit, it would return the graph of
+    the old gradient.
+    """
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
 def families(names: str) -> tuple[str, ...]:

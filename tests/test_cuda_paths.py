@@ -1,12 +1,14 @@
 """
 What only a GPU executes, on one that is not there: see fake_cuda.py.
 
-No tensor of the CPU meets one of the GPU, Python waits for the GPU only where it must, and Triton compiles few kernels.
+No tensor of the CPU meets one of the GPU, Python waits for the GPU only where it must, and compiled graphs hold what
+is named here and nothing else.
 """
 
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,7 +36,7 @@ def library(tmp_path_factory) -> Path:
     return library
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def on_gpu(library):
     """A function: run code in a process that has this GPU, and return what it prints as JSON in its last line."""
 
@@ -154,3 +156,73 @@ def test_python_waits_for_the_gpu_only_where_it_reads_a_result_or_brings_new_tok
         "gelu._backward_kernel": calls,
         "cross_entropy._in_place_kernel": 2,
     }
+
+
+GRAPHS = """
+import torch
+import kernels, model as gpt
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._inductor.compile_fx import compile_fx
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+def compiled(model):
+    "The model, compiled but for the code, and a list in which its graphs will be."
+    graphs = []
+    keep = lambda graph, inputs, **_: graphs.append(graph) or make_boxed_func(graph.forward)
+    backend = lambda graph, inputs: compile_fx(graph, inputs, inner_compile=keep)
+    return fake_cuda._compile(model, backend=backend, fullgraph=True), graphs
+
+def passes(graphs, size):
+    "The operators that read or write a tensor of at least `size` elements, and make more than a view of it."
+    found = []
+    for node in (node for graph in graphs for node in graph.graph.nodes if node.op == "call_function"):
+        tensors = tree_leaves([getattr(n, "meta", {}).get("val") for n in (node, *node.all_input_nodes)])
+        view = getattr(node.target, "is_view", True) or node.target is torch.ops.aten.reshape.default
+        if not view and any(isinstance(t, torch.Tensor) and t.numel() >= size for t in tensors):
+            found.append(str(node.target))
+    return found
+
+B, T = 64, 1024
+config = gpt.GPTConfig(n_layer=int(sys.argv[1]))
+with FakeTensorMode(), torch.device("cuda"):
+    model, graphs = compiled(gpt.GPT(config, kernels.select("all", "cuda")))
+    tokens = torch.zeros(B, T, dtype=torch.int64)
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = model(tokens, tokens)
+    loss.backward()
+    embedding, of_embedding = compiled(torch.nn.Embedding(100, 8))
+    embedding(tokens).sum().backward()
+everything = [passes(each, 0) for each in (graphs, of_embedding)]
+print(json.dumps({"large": passes(graphs, B * T * config.n_embd), "all": everything}))
+"""
+
+
+@pytest.fixture(scope="module")
+def graphs(on_gpu) -> dict:
+    """The operators of a compiled step on 64 sequences of GPT-2 with two layers."""
+    return on_gpu(GRAPHS, 2)
+
+
+def test_a_compiled_step_reads_and_writes_activations_in_our_operators_in_products_and_in_few_named_passes(graphs):
+    L, found = 2, Counter(name.removesuffix(".default") for name in graphs["large"])
+    products = {"aten.addmm": 3 * L, "aten.mm": L + 8 * L}  # with a bias; c_fc, and two gradients of each
+    ours = {"gpt2.embedding": 1, "gpt2.embedding_backward": 1, "gpt2.linear_cross_entropy": 1}
+    ours |= dict.fromkeys(("gpt2.layer_norm", "gpt2.layer_norm_backward"), 2 * L + 1)
+    for name in ("causal_attention", "bias_gelu"):
+        ours |= dict.fromkeys((f"gpt2.{name}", f"gpt2.{name}_backward"), L)
+    assert found - Counter(products | ours) == {
+        "aten.add.Tensor": 2,  # of the positions; in the backward, of both gradients of the first block's stream
+        "aten.mul.Tensor": 1,  # dx of the cross-entropy times dloss / n, and its cast
+        "prims.convert_element_type": 1,
+        "aten.sum.dim_IntList": 3 * L + 1,  # gradients of the biases of c_attn and both c_proj, and of wpe
+    }
+
+
+def test_no_graph_of_a_compiled_step_adds_by_atomics(graphs):
+    """Which of two additions to one place comes first would be chance, and so would be the last bits."""
+    step, of_embedding = (
+        [name for name in names if re.search("index_put|scatter|index_add", name)] for names in graphs["all"]
+    )
+    assert of_embedding == ["aten._unsafe_masked_index_put_accumulate.default"]  # PyTorch's own embedding
+    assert step == []

@@ -1,8 +1,15 @@
 """The hardware that a run takes: its device, dtype and peak, and the micro-batch that its memory holds."""
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+import kernels
 from data.files import UserError
 from kernels.gpus import named_gpu
 from training import devices
@@ -57,3 +64,35 @@ def test_the_peak_memory_of_a_cpu_is_that_of_the_process():
     before = devices.peak_memory(torch.device("cpu"))
     held = torch.ones(50_000_000)  # 200 MB
     assert devices.peak_memory(torch.device("cpu")) >= max(before, 4 * held.numel()) > 50_000_000
+
+
+def test_a_compiled_model_has_the_gradient_of_the_code_as_it_is_now_not_that_of_a_cached_graph(tmp_path):
+    shutil.copytree(Path(kernels.__file__).parent, tmp_path / "kernels")
+    code = """
+import os, sys, torch
+from pathlib import Path
+
+def gradient():
+    "In a process of its own: that of GELU's input."
+    from kernels.gelu import linear_gelu
+    from training.devices import compile_model
+    model = torch.nn.Linear(4, 8)
+    model.forward = lambda x: linear_gelu(x, model.weight.detach(), model.bias.detach())
+    x = torch.ones(1, 4, requires_grad=True)
+    torch.nn.init.ones_(model.weight), torch.nn.init.zeros_(model.bias)
+    y = compile_model(model)(x)
+    print(torch.autograd.grad(y, x, torch.ones_like(y))[0][0, 0].item(), flush=True)
+
+file = Path(sys.path[1], "kernels", "gelu.py")
+for replaced in ("dy.contiguous()", "2 * dy.contiguous()"):
+    file.write_text(file.read_text().replace("dy.contiguous()", replaced))
+    if os.fork() == 0:
+        gradient()
+        os._exit(0)
+    os.wait()
+"""
+    paths = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
+    environment = os.environ | {"PYTHONPATH": paths, "TRITON_INTERPRET": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    first, second = map(float, done.stdout.split())
+    assert second == 2 * first != 0, done.stderr

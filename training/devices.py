@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
+import kernels
 from data.files import UserError, as_user_error
 from kernels import machine
 from kernels.common import unavailable
@@ -65,6 +66,16 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
             fast = device.type == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
         name = "bfloat16" if fast else "float32"
     return getattr(torch, name)
+
+
+def compile_model(model: nn.Module) -> nn.Module:
+    """
+    Return torch.compile(model), with the same bits in every process.
+
+    Reductions take the tiles that a rule gives: timing them on the GPU could choose others, which round otherwise.
+    """
+    torch.compiler.config.cache_key_tag = kernels.source_hash()
+    return torch.compile(model, options={"deterministic": True})
 
 
 def peak_flops(device: torch.device) -> float | None:
