@@ -20,6 +20,7 @@ from model import GPTConfig
 from training.distributed import Distributed
 
 CPU_TOKENS = 16_384  # per micro-step: larger batches make a CPU no faster
+MARGIN = 0.02  # of a GPU's memory, left free by the search for a micro-batch: memory fragments
 
 
 def choose_device(name: str, dist: Distributed = Distributed()) -> torch.device:  # noqa: B008  it is frozen
@@ -172,15 +173,21 @@ def choose_micro_batch(config, model: nn.Module, dist: Distributed, autocast: Ca
     divisors = [n for n in range(sequences, 0, -1) if sequences % n == 0]
     if device.type != "cuda":
         return next((n for n in divisors if n * config.block_size <= CPU_TOKENS), 1)
-    # allocated as well: AdamW's two moments, and with several ranks DDP's copy of the gradients; fsdp shards later
-    copies = 2 if dist.world_size == 1 else 3
+    size = sum(p.nbytes for p in model.parameters())
+    # held besides: AdamW's moments, DDP's buckets, and a margin; fsdp shards later
+    held = 2 * size // (dist.world_size if dist.mode == "zero1" else 1)
+    held += size if dist.world_size > 1 and dist.mode != "fsdp" else 0
+    held += int(MARGIN * torch.cuda.get_device_properties(device).total_memory)
 
     def attempt(n: int) -> None:
-        held = [torch.empty_like(p) for p in model.parameters() for _ in range(copies)]
+        model.zero_grad(set_to_none=True)
+        reserved = torch.empty(held, dtype=torch.uint8, device=device)
         tokens = torch.zeros(n, config.block_size, dtype=torch.int64, device=device)
-        with autocast():
-            model(tokens, tokens).backward()
-        del held
+        for _ in range(min(2, sequences // n)):  # the second micro-step finds gradients in memory
+            with autocast():
+                loss = model(tokens, tokens)
+            loss.backward()
+        del reserved
 
     with as_user_error():
         found = -dist.all_reduce_max(-largest_that_fits(divisors, attempt))
