@@ -75,6 +75,14 @@ def own_folder(tmp_path_factory, session_folder):
     yield from in_an_empty_folder(tmp_path_factory)
 
 
+@pytest.fixture(autouse=True)
+def own_precision():
+    """Undo --tf32, which a run sets for the whole process."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.fixture(scope="session", autouse=bool(EMULATED))
 def emulated_gpu():
     from kernels.emulator import driver
