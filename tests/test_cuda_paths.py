@@ -45,7 +45,7 @@ def on_gpu(library):
         environment = os.environ | {"FAKE_CUDA": str(library), "PYTHONPATH": paths}
         environment.pop("TRITON_INTERPRET", None)
         command = [sys.executable, "-c", f"import fake_cuda, json, sys\n{code}", *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=290)
         assert done.returncode == 0, done.stdout + done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 
