@@ -21,7 +21,8 @@ SCRIPT = str(ROOT / "train_gpt2.py")
 TINY = {  # on the CPU also if there is a GPU: the same bits everywhere, and any number of ranks
     "n-layer": 2, "n-head": 2, "n-embd": 32, "block-size": 32, "batch-tokens": 256, "micro-batch": 8, "max-steps": 12,
     "warmup-steps": 3, "eval-every": 5, "eval-tokens": 640, "sample-every": 6, "checkpoint-every": 4,
-    "device": "cpu", "dtype": "float32", "lr": 4e-3, "adamw-lr": None, "min-lr": None, "schedule": "cosine", "weight-decay": 0.3,
+    "device": "cpu", "dtype": "float32",
+    "lr": 4e-3, "adamw-lr": None, "min-lr": None, "schedule": "cosine", "weight-decay": 0.3,
 }
 # fmt: on
 
