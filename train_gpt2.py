@@ -352,7 +352,7 @@ def make_trainer(
         with fitting(checkpoint["path"], "this model"):
             for each, state in zip(trainer.optimizers, checkpoint["optimizers"], strict=True):
                 dist.load_optimizer_state(each, state)
-    trainer.model = dist.replicate(devices.compile_model(raw_model) if config.compile else raw_model)
+    trainer.model = dist.replicate(devices.compiled(raw_model) if config.compile else raw_model)
     return trainer
 
 

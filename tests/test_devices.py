@@ -76,12 +76,12 @@ torch._inductor.cpu_vec_isa.valid_vec_isa_list = lambda: []  # to ask the C++ co
 def gradient():
     "In a process of its own: that of GELU's input."
     from kernels.gelu import linear_gelu
-    from training.devices import compile_model
+    from training.devices import compiled
     model = torch.nn.Linear(4, 8)
     model.forward = lambda x: linear_gelu(x, model.weight.detach(), model.bias.detach())
     x = torch.ones(1, 4, requires_grad=True)
     torch.nn.init.ones_(model.weight), torch.nn.init.zeros_(model.bias)
-    y = compile_model(model)(x)
+    y = compiled(model)(x)
     print(torch.autograd.grad(y, x, torch.ones_like(y))[0][0, 0].item(), flush=True)
 
 file = Path(sys.path[1], "kernels", "gelu.py")

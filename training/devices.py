@@ -69,7 +69,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def compile_model(model: nn.Module) -> nn.Module:
+def compiled(model: nn.Module) -> nn.Module:
     """
     Return torch.compile(model), with the same bits in every process.
 
