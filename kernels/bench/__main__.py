@@ -29,7 +29,7 @@ from kernels.bench.training import time_training
 from kernels.command_line import exit_on_error, parse_options, table
 from kernels.gpus import GPUS
 from kernels.report import __main__ as report
-from kernels.report.shapes import parse_shape
+from kernels.report.shapes import Shape, parse_shape
 
 
 @dataclasses.dataclass
@@ -108,26 +108,35 @@ def run(options: Options, rest: list[str]) -> None:
             raise ValueError(f"--{name} is {getattr(options, name)}, but must be at least 1")
     if options.dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"--dtype {options.dtype}: use auto, float32 or bfloat16")
-    model = options.ladder and options.device == "cuda" and not torch.cuda.is_available()
-    device = None if model else find_device(options.device)
-    on_gpu = model or device.type == "cuda"
+    if options.ladder and options.device == "cuda" and not torch.cuda.is_available():
+        shape, name = parse_shape(options.preset or "gpt2-124m", options.shape), "A100"
+        rows = ladder.modeled(shape, GPUS[name], report.count(shape, ["sm_80"])["sm_80"])
+        show(
+            options,
+            rows,
+            shape,
+            name,
+            f"{name}, {shape}: model, from counted traffic and data sheets; nothing was timed",
+        )
+        return
+    device = find_device(options.device)
+    on_gpu = device.type == "cuda"
     options.preset = options.preset or ("gpt2-124m" if on_gpu else "laptop")
     shape = parse_shape(options.preset, options.shape)
-    name = torch.cuda.get_device_name(device) if on_gpu and not model else f"CPU, {torch.get_num_threads()} threads"
-    if model:
-        name, counted = "A100", report.count(shape, ["sm_80"])["sm_80"]
-        rows = ladder.modeled(shape, GPUS[name], counted)
-        title = f"{options.preset} on an {name}: model, from counted traffic and data sheets; no GPU was timed"
-    elif options.ladder:
-        rows = ladder.measured(options.preset, options.steps, options.compile, rest, str(device))
-        title = f"{options.preset}, {options.steps} steps on {name}"
-    elif options.train:
-        rows = time_training(options.preset, options.steps, options.compile, rest, str(device))
-        title = f"{options.preset}, {options.steps} steps on {name}"
+    name = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    if options.ladder or options.train:
+        time_runs = ladder.measured if options.ladder else time_training
+        rows = time_runs(options.preset, options.steps, options.compile, rest, str(device))
+        show(options, rows, shape, name, f"{options.preset}, {options.steps} steps on {name}")
     else:
         rows = time_operations(shape, device, options.dtype, options.compile, options.repeats)
-        title = f"{options.preset} on {name}: {shape}"
-        print(*doubts(rows), sep="\n", end="", file=sys.stderr)
+        show(options, rows, shape, name, f"{options.preset} on {name}: {shape}")
+        for sentence in doubts(rows):
+            print(sentence, file=sys.stderr)
+
+
+def show(options: Options, rows: list[dict], shape: Shape, name: str, title: str) -> None:
+    """Print a table of the rows; write the files that were asked for. name: of the device."""
     columns = max(rows, key=len)
     print(table(title, [{name: format_cell(name, row.get(name)) for name in columns} for row in rows]))
     if options.json:
