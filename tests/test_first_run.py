@@ -13,6 +13,8 @@ import kernels
 from kernels.first_run import __main__ as first_run
 from kernels.first_run import families
 from kernels.first_run.findings import Findings
+from kernels.gpus import GPUS
+from kernels.report import roofline
 from kernels.report.shapes import Shape
 
 SHAPE = Shape(B=1, T=9, C=32, H=2, L=1, V=60)
@@ -63,6 +65,12 @@ def test_runs_whose_losses_differ_or_are_not_finite_fail():
     assert families.same_losses([5.0, 4.0], [5.01, 4.0])[0] == "pass"
     assert families.same_losses([5.0, 4.0], [5.0, 4.03])[0] == "FAIL"
     assert families.same_losses([5.0, float("nan")], [5.0, float("nan")])[0] == "FAIL"
+
+
+def test_the_least_time_of_a_step_is_that_of_its_matrix_products_and_more():
+    gpu = GPUS["A100"]
+    products = 1e3 * roofline.matmul_seconds(SHAPE, gpu)
+    assert products < first_run.least_milliseconds(SHAPE, "sm_80", gpu) < 100 * products
 
 
 def test_after_a_failure_the_rest_is_done_and_the_exit_status_is_1(tmp_path, monkeypatch, capsys):
