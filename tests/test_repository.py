@@ -16,7 +16,7 @@ import train_gpt2
 from training.sweep import take_grid
 
 SOURCES = sorted(path for path in ROOT.glob("**/*.py") if not {".venv", "runs"} & set(path.relative_to(ROOT).parts))
-PRODUCT = [path for path in SOURCES if path.parent != ROOT / "tests"]
+PRODUCT = [path for path in SOURCES if path.relative_to(ROOT).parts[0] != "tests"]
 READMES = sorted(path for path in ROOT.glob("**/README.md") if ".venv" not in path.relative_to(ROOT).parts)
 EACH = pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
 
