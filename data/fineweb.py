@@ -27,7 +27,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -36,7 +36,8 @@ import tyro
 
 from data.encode import encode_in_order
 from data.files import UserError, atomic_write, run_script, writing
-from data.shards import clear_dataset, cut, map_bin, summary, write_meta, write_shard
+from data.outside import read_json
+from data.shards import ENTRIES, clear_dataset, cut, map_bin, summary, write_meta, write_shard
 from data.tokenizer import from_spec, gpt2, load, token_dtype
 
 HUB_DATASET = "HuggingFaceFW/fineweb-edu"
@@ -52,7 +53,7 @@ WITHOUT_NETWORK = "without network, give files of your own with --input FILES --
 def prepare(
     name: Literal["sample-10BT", "sample-100BT", "sample-350BT"] = "sample-10BT",
     folder: Annotated[Path | None, tyro.conf.arg(name="out", metavar="FOLDER")] = None,
-    input: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILES")] = (),
+    input: Annotated[tuple[Path, ...] | None, tyro.conf.arg(metavar="FILES")] = None,
     files: Annotated[str | None, tyro.conf.arg(metavar="FIRST:END")] = None,
     pretokenized: Literal["fineweb-edu", "fineweb"] | None = None,
     processes: int | None = None,
@@ -78,6 +79,8 @@ def prepare(
         if input or files:
             raise UserError("--pretokenized downloads shards that are ready: it goes with --out alone")
         return download_shards(pretokenized, folder or PRETOKENIZED[pretokenized][1])
+    if input is not None and not input:
+        raise UserError("--input needs FILES: an empty pattern or variable?")
     if input and folder is None:
         raise UserError("--input needs --out FOLDER, the folder to write")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -88,10 +91,11 @@ def prepare(
     chosen = load(tokenizer)
     if chosen.eot is None:
         raise UserError(f"--tokenizer {tokenizer} has no end-of-text token, which documents need")
-    sources = local_files(input)  # a wrong name is reported before a folder is made
+    sources = local_files(input or ())  # a wrong name is reported before a folder is made
+    check_cache()
     folder = folder or Path("datasets", "fineweb-edu-" + name.removeprefix("sample-").removesuffix("T"))
     folder.mkdir(parents=True, exist_ok=True)
-    with writing(folder, shared=files is not None):
+    with gone_if_empty(folder), writing(folder, shared=files is not None):
         finished = read_progress(folder)
         if not finished and (folder / "meta.json").exists():
             raise UserError(f"{folder} holds another dataset: give another folder with --out, or delete it")
@@ -155,6 +159,27 @@ def local_files(paths: Sequence[Path]) -> list[File]:
         if not path.is_file():
             raise UserError(f"--input {path} does not exist: give the names of .parquet, .jsonl or .txt files")
     return [File(glob.escape(str(path.absolute())), path.name, path.stat().st_size) for path in paths]
+
+
+def check_cache() -> None:
+    """Raise UserError unless the cache of `datasets`, which it also needs for local files, can be written."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    try:
+        Path(home).expanduser().mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        cause = f"the cache of Hugging Face's libraries cannot be written ({error.strerror}: {error.filename})"
+        raise UserError(f"{cause}: set HF_HOME to a folder that can") from None
+
+
+@contextmanager
+def gone_if_empty(folder: Path) -> Iterator[None]:
+    """Remove the folder if an error leaves nothing in it."""
+    try:
+        yield
+    except UserError:
+        with suppress(OSError):
+            folder.rmdir()
+        raise
 
 
 def hub_files(name: str, revision: str | None) -> tuple[str, list[File]]:
@@ -241,6 +266,16 @@ def _columns(place: str, kind: str) -> Iterator[list[str | None]]:
 # ------------------------------------------------------------------------------------------------- groups and progress
 
 
+PROGRESS = {  # the shape of a Progress, in the terms of outside.check_shape
+    "inputs": {"tokenizer": {"type": str}},
+    "files": list,
+    "documents": range(2**62),
+    "empty": range(2**62),
+    "val": ENTRIES,
+    "train": ENTRIES,
+}
+
+
 class Progress(NamedTuple):
     """A finished group, the content of progress_GGGGG.json: what it was made of and the entries of its shards."""
 
@@ -275,22 +310,29 @@ def select_groups(groups: Sequence[Sequence[File]], files: str | None) -> list[i
     return [i for i, start in enumerate(starts[:-1]) if first <= start < end]
 
 
-def read_progress(folder: Path) -> dict[int, Progress]:
-    """Return the finished groups. Raise UserError if a progress file or a shard that it lists is not intact."""
+def read_progress(folder: Path, verify: bool = False) -> dict[int, Progress]:
+    """Return the finished groups. Raise UserError if a progress file or a shard that it lists is not intact.
+
+    verify: compare the shards' sha256 too
+    """
     finished = {}
     for path in sorted(folder.glob("progress_*.json")):
+        hint = ": delete it and repeat the command"
+        content = read_json(path, PROGRESS, hint)
         try:
-            progress = Progress(**json.loads(path.read_text("utf-8")))
-            finished[int(path.stem.removeprefix("progress_"))] = progress
+            finished[int(path.stem.removeprefix("progress_"))] = progress = Progress(**content)
             itemsize = token_dtype(from_spec(progress.inputs["tokenizer"]).vocab_size).itemsize
-            listed = [(folder / entry["file"], entry["tokens"] * itemsize) for entry in progress.val + progress.train]
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            hint = "delete it and repeat the command"
-            raise UserError(f"{path} is corrupt ({type(error).__name__}): {hint}") from None
-        for shard, size in listed:
+        except (ValueError, TypeError, UserError) as error:
+            raise UserError(f"{path} is corrupt ({error}){hint}") from None
+        for entry in progress.val + progress.train:
+            shard, size = folder / Path(entry["file"]).name, entry["tokens"] * itemsize
+            hint = f"put it back, or delete {path.name} and repeat the command"
             if not shard.is_file() or shard.stat().st_size <= size:  # a header comes first
-                hint = f"put it back, or delete {path.name} and repeat the command"
                 raise UserError(f"{shard} is missing or truncated, though {path.name} lists it: {hint}")
+            if verify:
+                with open(shard, "rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                        raise UserError(f"{shard} is corrupt, its sha256 is not the one in {path.name}: {hint}")
     return finished
 
 
@@ -337,7 +379,7 @@ def write_group(
 
 def finish(folder: Path, inputs: dict, groups: Sequence[Sequence[File]], command: str) -> str:
     """Write meta.json if all groups are finished. Return a summary, or which groups are missing."""
-    finished = read_progress(folder)  # again, since other machines may have added some
+    finished = read_progress(folder, verify=True)  # again, since other machines may have added some
     check_same(folder, inputs, groups, finished)
     done = [finished[i] for i in sorted(finished)]
     documents, empty = sum(progress.documents for progress in done), sum(progress.empty for progress in done)

@@ -9,7 +9,6 @@ seed, since lists are often sorted; files keep their order. All the text is held
 
 import codecs
 import glob
-import json
 import random
 import shlex
 import sys
@@ -23,6 +22,7 @@ from charset_normalizer import from_bytes
 
 from data import dataset_dir
 from data.files import UserError, run_script
+from data.outside import read_json
 from data.shards import open_split, summary, write_dataset
 from data.tokenizer import choose, encode_documents, from_spec
 
@@ -201,8 +201,8 @@ def documents_of(run: str | Path) -> set[str]:
     """
     folder = Path(run).parents[1] if Path(run).is_file() else Path(run)
     try:
-        data = json.loads((folder / "config.json").read_text(encoding="utf-8"))["data"]
-    except (OSError, ValueError, KeyError, TypeError):
+        data = read_json(folder / "config.json", {"data": str})["data"]
+    except UserError:
         raise UserError(f"{run} is not a run of train_gpt2.py: there is no training text to compare with") from None
     return training_documents(dataset_dir(data))
 

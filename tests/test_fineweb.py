@@ -161,7 +161,7 @@ def test_corrupt_progress_and_missing_shards_are_named_and_what_is_deleted_is_ma
         prepare(input=files, folder=out, shard_tokens=1000)
     for text in ("{", "[]", '{"inputs": 1}', "3"):
         (out / "progress_00000.json").write_text(text, "utf-8")
-        with pytest.raises(UserError, match="progress_00000.json is corrupt .*: delete it and repeat"):
+        with pytest.raises(UserError, match="progress_00000.json is corrupt.*: delete it and repeat"):
             prepare(input=files, folder=out, shard_tokens=1000)
     (out / "progress_00000.json").unlink()
     prepare(input=files, folder=out, shard_tokens=1000, processes=1)

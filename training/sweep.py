@@ -27,6 +27,7 @@ import torch
 
 from data import dataset_dir, prepare_if_missing, shards
 from data.files import UserError, as_flag, atomic_write, lock, parse_options
+from data.outside import read_json
 from data.streams import best_effort
 from model import GPT
 from training.curves import draw_levels, reference_losses
@@ -204,10 +205,7 @@ def check_folder(runs: list[SweepRun], folder: Path, what: str) -> None:
         path = folder / run.name / "config.json"
         if not path.exists():
             continue
-        try:
-            old = dict(json.loads(path.read_text("utf-8")))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path} is corrupt ({error}): remove {path.parent}, or use another --out-dir") from None
+        old = read_json(path, hint=f": remove {path.parent}, or use another --out-dir")
         new = json.loads(json.dumps(dataclasses.asdict(run.config)))
         changed = [name for name in new if name not in WITHOUT_EFFECT and new[name] != old.get(name, new[name])]
         if changed:
