@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -14,8 +15,13 @@ def record(step, **more):
     return {"step": step, "tokens": 10 * step, "loss": 1 / step, "mfu": None, "tokens_per_s": 5.0, "ms": 2.0} | more
 
 
-def opened(folder, step=0, references=None, **config):
-    return Run(folder, {"max_steps": 9} | config, step, references or {"guessing at random": 1.0})
+def opened(folder, step=0, references=None, fresh=False, **config):
+    return Run(folder, {"max_steps": 9} | config, step, references or {"guessing at random": 1.0}, fresh)
+
+
+def saved(step):
+    rest = {"optimizers": [], "config": {}, "tokenizer": {}, "run": {}, "micro_batch": 1}
+    return {"step": step, "model": {"weight": torch.ones(1)}} | rest
 
 
 @pytest.fixture
@@ -133,3 +139,67 @@ def test_a_trace_is_written_for_any_number_of_steps(tmp_path, steps):
             profiling.step()
     events = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
     assert sum(event.get("name") == "aten::add" for event in events) == min(3, steps)
+
+
+def test_samples_that_were_cut_or_written_by_hand_are_no_obstacle(folder):
+    with opened(folder) as run:
+        run.sample(2, "two")
+    path = folder / "samples.txt"
+    path.write_bytes(
+        b"my notes\n" + path.read_bytes() + b"---------------------------------------- after 4 steps\n\xe6\x97"
+    )
+    with opened(folder, step=4):
+        assert path.read_bytes().startswith(b"my notes\n-") and path.read_bytes().endswith(b"steps\n\xe6\x97\n")
+    with opened(folder, step=3):
+        assert b"after 4" not in path.read_bytes() and b"two" in path.read_bytes()
+
+
+def test_what_matters_less_than_training_ends_as_a_warning_once(folder, capsys, monkeypatch):
+    monkeypatch.setattr("data.streams.warned", set())
+    with opened(folder) as run:
+        (folder / "loss.png").mkdir()
+        (folder / "samples.txt").mkdir()
+        for step in (1, 2):
+            run.log(record(step))
+            run.sample(step, "text")
+            run.draw()
+        run.finish()
+    said = capsys.readouterr()
+    assert said.err.count("has no new loss.png") == 1 and "no sample of step 1" in said.err
+
+
+@pytest.mark.parametrize("name", ["a$b$c \\frac", "a\nb", "\u6587", os.fsdecode(b"\xff"), "x" * 200])
+def test_any_name_of_a_folder_can_be_a_title(tmp_path, capsys, name):
+    with opened(tmp_path / name) as run:
+        run.log(record(1))
+        run.draw()
+        run.finish()
+    assert (tmp_path / name / "loss.png").exists() and "no new loss.png" not in capsys.readouterr().err
+
+
+def test_only_a_run_is_moved_and_only_what_is_ours_is_removed(folder):
+    folder.mkdir(parents=True)
+    for name in ("thesis.tex", ".notes.tmp"):
+        (folder / name).write_text("mine", encoding="utf-8")
+    with opened(folder, fresh=True):
+        assert {path.name for path in folder.iterdir()} >= {"thesis.tex", ".notes.tmp", "config.json"}
+    assert [path.name for path in folder.parent.iterdir()] == ["one"]
+    (folder / ".lock").unlink()
+    (folder / ".lock").symlink_to(folder / "thesis.tex")
+    with pytest.raises(UserError, match="is a link, which a lock must not be"):
+        opened(folder)
+    assert (folder / "thesis.tex").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_lost_log_is_a_warning_and_one_that_ends_too_early_an_error(folder, capsys):
+    with opened(folder) as run:
+        run.log(record(1))
+        run.log(record(2))
+        run.save(saved(2), keep=1)
+    path = folder / "log.jsonl"
+    path.write_text(json.dumps(record(1)) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match="ends at step 1, before the checkpoint of step 2: move it away"):
+        opened(folder, step=2)
+    path.unlink()
+    with opened(folder, step=2):
+        assert "the log begins at step 3" in capsys.readouterr().err
