@@ -2,7 +2,7 @@ PYTHON ?= python3
 EMULATE ?= sm_80
 ARGS ?= tests/test_emulator.py $(patsubst %,tests/test_%.py,attention cross_entropy gelu layernorm) -k "not (two_to_the_31 or registered_soundly)"
 
-.PHONY: help laptop test gate machine lint
+.PHONY: help laptop test torture gate machine lint
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
@@ -12,6 +12,9 @@ laptop: .venv/ready  ## train a small GPT: minutes on two CPU cores, no download
 
 test: .venv/ready  ## prove everything: under six minutes on two CPU cores
 	.venv/bin/python -B -m pytest -n 2 --dist loadfile --durations=10
+
+torture: .venv/ready  ## break it on purpose for an hour: kills, full disks, changed files, odd options
+	.venv/bin/python -B tests/faults/torture.py --seconds 3600
 
 gate: .venv/ready  ## hold every kernel's machine code and traffic to its limits, for six NVIDIA targets
 	.venv/bin/python -B -m kernels.report --check

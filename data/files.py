@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
@@ -190,6 +191,13 @@ def lock(path: Path, refusal: str | None = None) -> TextIO:
             hint = "is on a file system without locks: start one process at a time"
             print(f"warning: {path.parent} {hint}", file=sys.stderr)
     return file
+
+
+def identity(folder: Path) -> int:
+    """Return a number of 60 bits for a folder as this machine sees it."""
+    status = folder.stat()
+    name = f"{socket.gethostname()} {status.st_dev} {status.st_ino}"
+    return int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
 
 
 @contextmanager

@@ -130,13 +130,18 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all_at_the_same_step(dat
     assert newest_checkpoint(tmp_path / "run")[1]["step"] == 2
 
 
-def test_processes_that_see_other_data_say_so_before_the_first_step(tmp_path):
-    """Each process in a folder of its own, where the dataset of the same name holds another text."""
+@pytest.mark.parametrize("damaged", [False, True])
+def test_processes_that_see_other_data_say_so_before_the_first_step(tmp_path, damaged):
+    """Each process in a folder of its own, where the dataset of the same name holds another text, or is damaged."""
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
         source = tmp_path / f"{rank}.txt"
-        source.write_text("abcdefg hijk. " * (200 + rank), encoding="utf-8")
+        source.write_text("abcdefg hijk. " * (200 + rank * (not damaged)), encoding="utf-8")
         text.prepare((source,), tmp_path / str(rank) / "mine")
+    if damaged:
+        with (tmp_path / "1" / "mine" / "train_000000.npy").open("r+b") as file:
+            file.seek(1000)
+            file.write(bytes(100))
     script = tmp_path / "elsewhere.py"
     script.write_text(
         f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train_gpt2\n"
@@ -146,7 +151,8 @@ def test_processes_that_see_other_data_say_so_before_the_first_step(tmp_path):
     )
     process = torchrun(2, command("mine", "run", micro_batch=2), str(script))
     _, errors = process.communicate(timeout=120)
-    assert process.returncode != 0 and "the ranks see different files in" in errors
+    said = "train_000000.npy is corrupt" if damaged else "the ranks see different files in"
+    assert process.returncode != 0 and said in errors
     assert not (tmp_path / "0" / "run").exists()
 
 

@@ -1,5 +1,6 @@
 """Training: what a step computes, exact resume after every kind of interruption, and each mistake a person can make."""
 
+import hashlib
 import importlib.util
 import json
 import math
@@ -19,7 +20,7 @@ from data import pydocs, shards, text, tokenizer
 from data.files import as_flag
 from model import GPT, GPTConfig
 from training import optimizer
-from training.checkpoint import load_checkpoint, newest_checkpoint
+from training.checkpoint import checkpoints, load_checkpoint, newest_checkpoint
 from training.run import read_log
 
 # -------------------------------------------------------------------------------------------------------- a whole run
@@ -269,6 +270,9 @@ def refused(capsys, *args, **options) -> str:
         ({"dropout": 1.5}, "--dropout is 1.5"),
         ({"lr": "inf"}, "--lr is inf"),
         ({"min_lr": -1}, "--min-lr is -1.0"),
+        ({"min_lr": 1}, "--min-lr 1.0 is above --lr 0.004"),
+        ({"n_layer": 10**9}, "the model takes at least"),
+        ({"batch_tokens": 32 * 10**12}, "a step.s batch takes at least"),
         ({"min_lr": "nan"}, "--min-lr is nan"),
         ({"seed": 10**30}, "--seed is 10"),
         ({"device": "meta"}, "--device meta cannot be used"),
@@ -425,3 +429,72 @@ def test_compiled_training_also_validates_samples_and_saves_under_the_plain_name
         compiled, plain = curve(tmp_path / "compiled", name), curve(tmp_path / "plain", name)
         assert compiled == pytest.approx(plain, abs=1e-3), name
     assert list(weights(tmp_path / "compiled")) == list(weights(tmp_path / "plain"))
+
+
+def test_another_text_under_the_same_name_is_refused_and_an_option_of_a_newer_version_has_its_default(tmp_path, capsys):
+    data, out = tmp_path / "data", tmp_path / "run"
+    for words in ("the cat sat ", "sat the cat "):
+        (tmp_path / "text").write_text(words * 200, encoding="utf-8")
+        text.prepare([tmp_path / "text"], data)
+        if not out.exists():
+            assert train(data, out, max_steps=2) == 0
+    assert "prepared anew from another text" in refused(capsys, data, out, max_steps=3)
+    (tmp_path / "text").write_text("the cat sat " * 200, encoding="utf-8")
+    text.prepare([tmp_path / "text"], data)
+    change(out, lambda held: (held["run"].pop("shuffle"), held.pop("data")))  # as older versions wrote it
+    assert train(data, out, max_steps=3) == 0
+
+
+def change(out, alter):
+    """Alter the newest checkpoint of a run, and give it the right sha256."""
+    path = checkpoints(out)[0]
+    held = torch.load(path, weights_only=True)
+    alter(held)
+    torch.save(held, path)
+    Path(f"{path}.sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest(), encoding="utf-8")
+
+
+def test_an_optimizer_s_state_that_does_not_fit_is_refused_before_it_corrupts_the_memory(dataset, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(dataset, out, max_steps=1, optimizer="adamw") == 0
+    intact = checkpoints(out)[0].read_bytes()
+
+    def moments(value):
+        return lambda held: held["optimizers"][0]["state"][0].update(exp_avg=value)
+
+    for alter in (
+        moments(torch.zeros(2)),
+        moments(torch.full((104, 32), math.nan)),
+        moments(None),
+        lambda held: held.update(optimizers=[]),
+        lambda held: held["optimizers"][0].update(state={}),
+        lambda held: held.update(step=7),
+        lambda held: held["model"].popitem(),
+    ):
+        checkpoints(out)[0].write_bytes(intact)
+        change(out, alter)
+        assert "step_000001.pt" in refused(capsys, dataset, out, max_steps=2, optimizer="adamw")
+
+
+def test_a_run_that_was_killed_after_its_last_checkpoint_gets_its_end(dataset, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(dataset, out, max_steps=4) == 0
+    picture = (out / "loss.png").read_bytes()
+    (out / "loss.png").unlink()
+    (out / ".loss.png.0a1b2c3d.tmp").write_bytes(b"half")
+    (out / "checkpoints" / "step_000002.pt.sha256").write_text("orphan", encoding="utf-8")
+    capsys.readouterr()
+    assert train(dataset, out, max_steps=4) == 0
+    assert "validation loss" in capsys.readouterr().out and (out / "loss.png").read_bytes() == picture
+    assert {path.name for path in (out / "checkpoints").iterdir()} == {"step_000004.pt", "step_000004.pt.sha256"}
+    assert not list(out.glob(".*.tmp"))
+
+
+def test_a_checkpoint_of_the_run_itself_is_the_start_only_once(dataset, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(dataset, out, max_steps=8, checkpoint_every=2) == 0
+    start_at = out / "checkpoints" / "step_000004.pt"
+    for last in (6, 7):
+        assert train(dataset, out, max_steps=last, keep=1, resume=start_at) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("after step 4") == printed.count("after step 6") == 1

@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Literal
@@ -42,13 +43,12 @@ PEER_LOST = ("closed by peer", "reset by peer", "remote process exited", "Broken
 
 @dataclasses.dataclass(frozen=True)
 class Distributed:
-    """The global and local rank of this process, the number of ranks, the mode of parallelism, ranks per machine."""
+    """The global and local rank of this process, the number of ranks, and the mode of parallelism."""
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
     mode: Mode = "ddp"
-    local_world_size: int = 1
 
     @classmethod
     def from_env(cls, mode: Mode, joining: bool = True) -> "Distributed":
@@ -56,10 +56,8 @@ class Distributed:
 
         joining: the ranks will meet, so all of torchrun's variables are needed; else WORLD_SIZE alone may be given
         """
-        rank, local_rank, world_size, local_world_size = map(
-            env_number, ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"), (0, 0, 1, 1)
-        )
-        found = cls(rank, local_rank, world_size, mode, max(1, local_world_size))
+        rank, local_rank, world_size = map(env_number, ("RANK", "LOCAL_RANK", "WORLD_SIZE"), (0, 0, 1))
+        found = cls(rank, local_rank, world_size, mode)
         missing = [name for name in JOIN if not os.environ.get(name)]
         if joining and (world_size > 1 and missing or not rank < max(1, world_size)):
             given = f"RANK={rank} WORLD_SIZE={world_size}" + (f", without {', '.join(missing)}" if missing else "")
@@ -154,6 +152,12 @@ class Distributed:
         pairs = zip(largest, smallest, strict=True)
         return [i for i, (high, low) in enumerate(pairs) if high != -low], largest
 
+    def among_equals(self, identity: int) -> tuple[int, int]:
+        """Return the place of this rank among those with the same identity, and how many those are. Collective."""
+        _, all_of_them = self.differing([identity if r == self.rank else None for r in range(self.world_size)])
+        same = [r for r, other in enumerate(all_of_them) if other == identity]
+        return same.index(self.rank), len(same)
+
     def _largest(self, numbers: list[int]) -> list[int]:
         if self.world_size == 1:
             return numbers
@@ -169,6 +173,8 @@ class Distributed:
             from torch.distributed.device_mesh import init_device_mesh  # imported late: they take a second
             from torch.distributed.fsdp import fully_shard
 
+            # nn.Linear returns a view, which nothing here changes in place
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
             mesh = init_device_mesh(next(model.parameters()).device.type, (self.world_size,))
             for module in [*blocks, model]:
                 fully_shard(module, mesh=mesh)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from data import dataset_dir, shards
-from data.files import UserError, as_user_error, check_numbers
+from data.files import UserError, as_user_error, check_numbers, identity
 from data.loader import Loader, evaluation_windows
 from data.tokenizer import Tokenizer, from_spec
 from kernels import Ops, families, select
@@ -102,9 +102,10 @@ def open_data(config, dist: Distributed) -> Data:
     evaluation_windows(val_split, config.block_size, config.eval_tokens)  # long enough?
     differ = dist.disagree(int(train_split.fingerprint[:7] + val_split.fingerprint[:7], 16))
     sums = []
-    if not differ:  # the ranks of a machine read all its files, each a part
+    if not differ:  # ranks that see the same folder of the same machine share its files
+        part, parts = dist.among_equals(identity(folder))
         for split in (train_split, val_split):
-            sums += split.verify(dist.local_rank, dist.local_world_size)
+            sums += split.verify(part, parts)
         differ, sums = dist.differing(sums)
     if differ:
         raise UserError(f"the ranks see different files in {folder}: share it, or copy it to all")
