@@ -14,9 +14,10 @@ from hellaswag_questions import write_questions
 from runs import ROOT, assert_same_run, command, curve, finished, torchrun, train, wait_for_step
 
 from data import fineweb, text
+from data.files import UserError
 from model import GPT, GPTConfig
 from training.checkpoint import newest_checkpoint
-from training.distributed import Distributed
+from training.distributed import Distributed, end_with_parent
 
 
 @pytest.fixture(scope="module")
@@ -186,3 +187,34 @@ def test_ddp_cuts_a_compiled_model_at_its_buckets_so_that_gradients_leave_during
         torch.distributed.destroy_process_group()
         torch._dynamo.reset()
     assert len(graphs) > 1
+
+
+@pytest.mark.parametrize(
+    "odd", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "two"}, {"RANK": "3"}, {"WORLD_SIZE": "-1"}, {"RANK": "\u0663"}]
+)
+def test_variables_of_a_scheduler_without_torchrun_are_named(monkeypatch, odd):
+    for name, value in odd.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"{[*odd][0]}.* torchrun"):
+        Distributed.from_env("ddp")
+    monkeypatch.setenv("WORLD_SIZE", "")
+    monkeypatch.setenv("RANK", "")
+    assert Distributed.from_env("ddp") == Distributed()
+    monkeypatch.setenv("WORLD_SIZE", "8")  # for --plan
+    assert Distributed.from_env("zero1", joining=False).world_size == 8
+
+
+def test_a_process_ends_once_torchrun_is_gone():
+    read, write = os.pipe()
+    if (launcher := os.fork()) == 0:
+        parent = os.getpid()
+        if os.fork() == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            end_with_parent(parent)
+            time.sleep(60)
+        os._exit(0)
+    os.close(write)
+    os.waitpid(launcher, 0)
+    began = time.monotonic()
+    assert os.read(read, 1) == b"" and time.monotonic() - began < 30  # closed by its end
+    os.close(read)

@@ -323,3 +323,29 @@ def test_a_download_is_read_only_when_its_content_is_openais(tmp_path, monkeypat
     sampling.main(["gpt2", "--export", "export"])
     again = transformers.GPT2LMHeadModel.from_pretrained("export").eval()
     assert torch.equal(again(tokens).logits, judge(tokens).logits)
+
+
+def test_a_tied_matrix_may_have_the_heads_name_wrappers_in_its_name_and_rows_past_the_tokens(tmp_path, capsys):
+    folder = tmp_path / "export"
+    model_weights.export(folder, model := random_model(50257), gpt2())
+    (folder / "tokenizer_spec.json").unlink()
+    held = load_file(folder / "model.safetensors")
+    wte = torch.cat([held.pop("transformer.wte.weight"), torch.ones(7, 16)])
+    held = {f"_orig_mod.{name}": tensor for name, tensor in held.items()} | {"lm_head.weight": wte}
+    save_file(held, folder / "model.safetensors")
+    edit(folder / "config.json", vocab_size=50264)
+    again, tokenizer = model_weights.load(str(folder))
+    assert tokenizer == gpt2() and capsys.readouterr().err.count("has 7 rows past gpt2's tokens: left out") == 1
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
+
+
+def test_weights_that_are_not_finite_and_mixtures_of_two_models_are_refused(copy):
+    held = load_file(copy / "model.safetensors")
+    save_file(held, copy / "model-00001-of-00002.safetensors")
+    (copy / "model.safetensors").rename(copy / "model-00002-of-00002.safetensors")
+    assert "is a mixture of two models" in refusal(copy)
+    held["transformer.wpe.weight"][3, 2] = float("nan")
+    save_file(held, copy / "model.safetensors")
+    assert "not finite, first in transformer.wpe.weight" in refusal(copy)
+    edit(copy / "config.json", model_type="gpt_neo")
+    assert "model_type 'gpt_neo'" in refusal(copy)
