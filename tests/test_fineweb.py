@@ -522,12 +522,12 @@ def test_a_folder_that_another_process_writes_to_is_refused(tmp_path):
 
 def test_no_files_and_a_cache_that_cannot_be_written_are_named_and_leave_nothing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--input needs FILES: an empty pattern or variable"):
-        fineweb.prepare(folder=tmp_path / "out", input=())
+        prepare(folder=tmp_path / "out", input=())
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": 3}\n', encoding="utf-8")
     with pytest.raises(UserError, match="past row 0"):
-        fineweb.prepare(folder=tmp_path / "out", input=(rows,), processes=1)
+        prepare(folder=tmp_path / "out", input=(rows,), processes=1)
     assert not (tmp_path / "out").exists()
     monkeypatch.setenv("HF_HOME", str(rows / "below"))
     with pytest.raises(UserError, match="set HF_HOME to a folder that can"):
-        fineweb.prepare(folder=tmp_path / "out", input=(rows,), processes=1)
+        prepare(folder=tmp_path / "out", input=(rows,), processes=1)
