@@ -173,7 +173,6 @@ def test_any_name_of_a_folder_can_be_a_title(tmp_path, capsys, name):
     with opened(tmp_path / name) as run:
         run.log(record(1))
         run.draw()
-        run.finish()
     assert (tmp_path / name / "loss.png").exists() and "no new loss.png" not in capsys.readouterr().err
 
 

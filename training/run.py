@@ -30,6 +30,7 @@ import signal
 import statistics
 import sys
 import threading
+import warnings
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -216,6 +217,7 @@ class Run:
         self._drawn = time.perf_counter()
         if not self.records:
             return
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a folder's name in the title
         title = printable(self.folder.resolve().name)
         with best_effort(f"{self.folder} has no new loss.png"):
             compared = self.references, self.published, self.expected
