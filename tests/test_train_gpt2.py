@@ -473,7 +473,8 @@ def test_an_optimizer_s_state_that_does_not_fit_is_refused_before_it_corrupts_th
     ):
         checkpoints(out)[0].write_bytes(intact)
         change(out, alter)
-        assert "step_000001.pt" in refused(capsys, dataset, out, max_steps=2, optimizer="adamw")
+        message = refused(capsys, dataset, out, max_steps=2, optimizer="adamw")
+        assert "step_000001.pt is not a checkpoint of this model" in message or "can be read" in message
 
 
 def test_a_run_that_was_killed_after_its_last_checkpoint_gets_its_end(dataset, tmp_path, capsys):

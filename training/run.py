@@ -30,8 +30,8 @@ import signal
 import statistics
 import sys
 import threading
-import warnings
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
