@@ -205,8 +205,6 @@ def chat(options: SampleOptions) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    if sys.stdout:  # None if closed
-        sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character of the text
     with exit_on_user_error():
         startup.end()
         arguments = sys.argv[1:] if arguments is None else arguments

@@ -18,7 +18,12 @@ def begin() -> None:
     os.environ.pop("MPLBACKEND", None)  # of a notebook, which no picture needs, and which may not exist here
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
-    if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+    for descriptor in range(3):  # a file opened later must not get a closed one's number, and what is printed
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stderr and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
         print("loading PyTorch ...", file=sys.stderr, flush=True)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as under nohup
         signal.signal(signal.SIGINT, _interrupted)
