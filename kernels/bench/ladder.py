@@ -95,7 +95,7 @@ def least_seconds_of_step(rung: Rung, shape: Shape, gpu: GPU, counted: list[dict
     if not rung.bfloat16:
         milliseconds += 1e3 * sum(float32_passes(shape)) / gpu.bandwidth
         milliseconds -= sum(parts[family] for family in ("layernorm", "gelu", "cross_entropy"))
-        milliseconds += parts["other"] * (10 * shape.L * shape.N * shape.C / roofline.other_bytes(shape))  # bias sums
+        milliseconds += 1e3 * 10 * shape.L * shape.N * shape.C / gpu.bandwidth  # bias gradients: 4 bytes, not 2
     if not rung.flash:
         milliseconds += 1e3 * shape.L * attention_in_products(shape, slower, rung.compile) - parts["attention"]
     return milliseconds / 1e3
