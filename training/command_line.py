@@ -125,13 +125,10 @@ def parse(arguments: list[str], presets: Presets):
     preset = presets[words[0]][1]
     typed = {word.partition("=")[0] for word in words}
     shape = _shape_of(_value_of("--init-from", words), presets)
-    if shape and not typed & {
-        as_flag(name) for name in shape
-    }:  # and as many tokens per step, in sequences of that size
-        sequences = max(1, round(preset.batch_tokens / shape["block_size"]))
-        shape["batch_tokens"] = sequences * shape["block_size"]
-    else:
+    if typed & {as_flag(name) for name in shape}:
         shape = {}
+    elif shape:  # as many tokens per step, in sequences of that size
+        shape["batch_tokens"] = max(1, round(preset.batch_tokens / shape["block_size"])) * shape["block_size"]
     # checked once it fits: with another --batch-tokens, the preset's micro-batch need not divide it
     default = dataclasses.replace(preset, micro_batch="auto", **shape)
     config = parse_options(lambda: tyro.cli(type(preset), default=default, args=words[1:], prog="train_gpt2.py"))
