@@ -46,12 +46,7 @@ from training.checkpoint import (
 )
 from training.distributed import Distributed, Mode
 from training.ladder import climb as road
-from training.optimizer import (
-    learning_rate,
-    make_optimizers,
-    mean_learning_rate,
-    set_schedules,
-)
+from training.optimizer import learning_rate, make_optimizers, mean_learning_rate
 from training.run import Run, StopRequest, profiler
 from training.setup import Data
 
@@ -83,7 +78,6 @@ class Config:
     # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: the blocks' matrices; rest: AdamW
     lr: float = 6e-4  # peak learning rate
-    muon: str = "none"  # what Muon adds: all, none, or of momentum,decay,variance
     adamw_lr: float | None = None  # with muon: peak rate of AdamW's parameters; default: --lr
     min_lr: float | None = None  # learning rate at the last step; default: a tenth of --lr
     warmup_steps: int = 715  # steps over which the learning rate rises
@@ -181,7 +175,6 @@ def fast(size: Config) -> Config:
         out_dir=f"{size.out_dir}-fast",
         max_steps=5700,
         optimizer="muon",
-        muon="all",
         warmup_steps=50,
         schedule="linear",
         min_lr=0.0,
@@ -283,7 +276,8 @@ def train_step(trainer: Trainer, inputs: Tensor, targets: Tensor, step: int) -> 
             f"update, checkpoints in {config.out_dir} unchanged; lower --lr or raise --warmup-steps"
         )
     for optimizer in trainer.optimizers:
-        set_schedules(optimizer, step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config) * group["lr_ratio"]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return mean_loss, grad_norm

@@ -121,9 +121,9 @@ def test_the_peak_is_what_the_allocator_sees_to_five_percent(kernels, dtype, sha
     assert sum(rows.values()) - before == pytest.approx(measured + 16 * shape[0] * shape[1], rel=0.05)  # and the tokens
 
 
-@pytest.mark.parametrize("optimizer, muon", [("adamw", "none"), ("muon", "none"), ("muon", "all")])
-def test_optimizer_state_and_checkpoint_are_what_a_step_leaves(optimizer, muon):
-    planned = plan_of(2, 48, 64, 2, 2, 200, optimizer=optimizer, muon=muon)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_optimizer_state_and_checkpoint_are_what_a_step_leaves(optimizer):
+    planned = plan_of(2, 48, 64, 2, 2, 200, optimizer=optimizer)
     gpt = build(planned)
     optimizers = make_optimizers(gpt, planned.config, Distributed(), torch.float32)
     loss_of(gpt, draw_tokens(planned), torch.float32).backward()

@@ -34,7 +34,7 @@ SHAPE = {  # what every checkpoint holds, in the terms of outside.check_shape
     "data?": str,  # open_data's fingerprint of the dataset; checkpoints of older versions lack it
 }
 # options that must not change when a run resumes
-FIXED = ("n_layer", "n_head", "n_embd", "block_size", "optimizer", "muon", "batch_tokens", "seed", "shuffle")
+FIXED = ("n_layer", "n_head", "n_embd", "block_size", "optimizer", "batch_tokens", "seed", "shuffle")
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:

@@ -7,8 +7,7 @@ model, which tests/test_plan.py compares with what autograd, the optimizers, DDP
 
 Always held, in float32 (P parameters, the padded rows of wte included):
 
-    weights 4P, gradients 4P, AdamW 8P (two moments); Muon 4 bytes per element of the blocks' matrices,
-    and with its variance 4 per element of their longer sides
+    weights 4P, gradients 4P, AdamW 8P (two moments); Muon 4 bytes per element of the blocks' matrices
     DDP    gradients are views into its buckets; a second copy, 4P, while micro-steps accumulate before the all-reduce
     ZeRO-1 as DDP, but each tensor's optimizer state goes to the rank with the least so far
     FSDP   weights, gradients and state are sharded along the first dimension. While in use, gathered: the embeddings,
@@ -47,7 +46,7 @@ from kernels.cross_entropy import CHUNK_BYTES
 from kernels.gpus import GPU, GPUS
 from model import GPT
 from training.distributed import Distributed
-from training.optimizer import Muon, long_sides, make_optimizers
+from training.optimizer import Muon, make_optimizers
 
 PLANNED = ("A100", "H100", "RTX 4090")  # names in GPUS; the first one's memory decides --micro-batch auto
 MFU, PRICE = 0.4, 2.0  # assumptions: fraction of the peak that a run reaches; per GPU and hour, in any currency
@@ -101,15 +100,9 @@ class Plan:
     # -------------------------------------------------------------------------------------------------------- memory
 
     def state_bytes(self) -> dict[torch.nn.Parameter, int]:
-        """Return the bytes of state per parameter: Muon's momentum and variance, or AdamW's two moments and step."""
-
-        def size(p: torch.nn.Parameter, optimizer: torch.optim.Optimizer, group: dict) -> int:
-            if isinstance(optimizer, Muon):
-                return 4 * (p.numel() + optimizer.variance * long_sides(p, group["split"]))
-            return 8 * p.numel() + 4
-
+        """Return the bytes of optimizer state per parameter: Muon's momentum, or AdamW's two moments and step count."""
         return {
-            p: size(p, optimizer, group)
+            p: 4 * p.numel() if isinstance(optimizer, Muon) else 8 * p.numel() + 4
             for optimizer in self._optimizers
             for group in optimizer.param_groups
             for p in group["params"]

@@ -46,7 +46,7 @@ HALF = "half"
 def parts(steps: int) -> list[Part]:
     """Return the ladder for runs of so many steps."""
     start = {"weight_decay": 0.1, "warmup_steps": max(1, steps // 25)}
-    adamw = {"optimizer": "adamw", "muon": "none", "zero_init": False, "lr": 1e-2} | start
+    adamw = {"optimizer": "adamw", "zero_init": False, "lr": 1e-2} | start
     muon = {"optimizer": "muon", "lr": 1.5e-2, "adamw_lr": 1.5e-2} | start
     linear, options = {"schedule": "linear", "min_lr": 0.0}, ("lr", "weight_decay", "warmup_steps")
     return [
@@ -54,9 +54,6 @@ def parts(steps: int) -> list[Part]:
         Part("linear", "AdamW tuned, linear to 0", linear, options),
         Part("muon", "Muon", muon, ("adamw_lr", *options)),
         Part("zero-init", "c_proj starts at 0", {"zero_init": True}),
-        Part("momentum", "momentum rises, then falls", {"muon": "momentum"}, ()),
-        Part("decay", "cautious decay, falling to 0", {"muon": "decay"}, ("weight_decay",)),
-        Part("variance", "NorMuon's variance", {"muon": "variance"}, ()),
         Part(HALF, "all of it, half the tokens", {"max_steps": steps // 2}, ()),
     ]
 
@@ -99,8 +96,6 @@ class Climb:
             added = part.options
             if part.name == HALF:
                 added = added | {"warmup_steps": max(1, options["warmup_steps"] // 2)}
-            if options.get("muon", "none") != "none" and "muon" in added:
-                added = added | {"muon": f"{options['muon']},{added['muon']}"}
             tuned = self._tune(part, options | added)
             runs = tuned and self._finished(part, [tuned | {"seed": seed} for seed in self.seeds])
             if not runs:

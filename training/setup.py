@@ -22,7 +22,6 @@ from training import curves, devices, header, hellaswag, weights
 from training.checkpoint import check_resume, checkpoints, restarted_in, step_of
 from training.distributed import Distributed
 from training.expected import expected_losses
-from training.optimizer import muon_parts
 from training.pace import Pace, matmul_speed
 from training.run import Run, require
 
@@ -37,7 +36,6 @@ def check_config(config) -> None:
     with as_user_error():
         config.shape(vocab_size=1)
         chosen = () if config.kernels == "auto" else families(config.kernels)
-        muon_parts(config)
     config.sequences_per_rank(world_size=1)
     muon, mode = config.optimizer == "muon", config.parallel
     if config.dropout and "attention" in chosen:
