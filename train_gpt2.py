@@ -169,11 +169,11 @@ def fast(size: Config) -> Config:
     """Return a preset for the same model and fewer tokens, by the recipe of training/README.md."""
     narrow = 768 / size.n_embd  # wider matrices take smaller steps and decay less
     rates = {"lr": 3.6e-3 * narrow**0.5, "adamw_lr": 3e-3 * narrow**0.5}
-    rates["weight_decay"] = 0.55 * narrow**1.5  # a step shrinks a weight by up to lr times this
+    rates["weight_decay"] = 0.15 * narrow**1.5
     return dataclasses.replace(
         size,
         out_dir=f"{size.out_dir}-fast",
-        max_steps=5700,
+        max_steps=6400,
         optimizer="muon",
         warmup_steps=50,
         schedule="linear",
@@ -190,8 +190,8 @@ PRESETS = {
     "gpt2-350m": ("GPT-2 medium", MEDIUM),
     "gpt2-774m": ("GPT-2 large", LARGE),
     "gpt2-1558m": ("GPT-2 XL", XL),
-    "gpt2-124m-fast": ("GPT-2 for 3 billion tokens", fast(Config())),
-    "gpt2-350m-fast": ("GPT-2 medium for as many", fast(MEDIUM)),
+    "gpt2-124m-fast": ("GPT-2 on 3.4 billion tokens", fast(Config())),
+    "gpt2-350m-fast": ("GPT-2 medium on as many", fast(MEDIUM)),
     "gpt2-774m-fast": ("GPT-2 large", fast(LARGE)),
     "gpt2-1558m-fast": ("GPT-2 XL", fast(XL)),
 }

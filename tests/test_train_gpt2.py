@@ -98,9 +98,9 @@ def test_presets_are_the_published_ones():
     for size in ("124m", "350m", "774m", "1558m"):
         plain, quick = presets[f"gpt2-{size}"], presets[f"gpt2-{size}-fast"]
         assert quick.shape(50257) == plain.shape(50257) and quick.out_dir == f"runs/gpt2-{size}-fast"
-        assert (quick.max_steps, quick.batch_tokens, quick.optimizer, quick.zero_init) == (5700, 524_288, "muon", True)
+        assert (quick.max_steps, quick.batch_tokens, quick.optimizer, quick.zero_init) == (6400, 524_288, "muon", True)
     assert (presets["gpt2-124m-fast"].lr, presets["gpt2-1558m-fast"].lr) == (3.6e-3, 2.5e-3)
-    assert (presets["gpt2-124m-fast"].weight_decay, presets["gpt2-1558m-fast"].weight_decay) == (0.55, 0.18)
+    assert (presets["gpt2-124m-fast"].weight_decay, presets["gpt2-1558m-fast"].weight_decay) == (0.15, 0.05)
     counts = {"124m": 124_439_808, "350m": 354_823_168, "774m": 774_030_080, "1558m": 1_557_611_200}
     for size, count in counts.items():
         with torch.device("meta"):
