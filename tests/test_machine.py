@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from runs import SCRIPT
 import kernels
 from data.files import UserError
 from kernels import common, machine
+from train_gpt2 import Config
 from training import devices
 from training.distributed import Distributed
 
@@ -55,11 +55,9 @@ def test_without_a_compiler_a_gpu_gets_pytorch_or_an_error_never_a_failing_launc
     assert ops == kernels.select("none") and len(said) == 1 and NO_COMPILER in said[0]
     with pytest.raises(ValueError, match=f"--kernels all asks for Triton kernels, but {NO_COMPILER}"):
         kernels.select("all", "cuda")
-    options, one = SimpleNamespace(compile=True, device="auto", n_embd=768), Distributed()
     with pytest.raises(UserError, match=f"--compile on a GPU is done by Triton, but {NO_COMPILER}"):
-        devices.check_machine(options, torch.device("cuda"), one)
-    options.compile = False
-    devices.check_machine(options, torch.device("cuda"), one)
+        devices.check_machine(Config(), torch.device("cuda"), Distributed())
+    devices.check_machine(Config(compile=False), torch.device("cuda"), Distributed())
 
 
 @pytest.fixture
@@ -98,10 +96,11 @@ def test_a_gpu_that_pytorch_does_not_find_is_an_error_that_names_the_driver(syst
 @no_gpu
 def test_ranks_that_find_no_gpu_for_a_gpt2_say_so_before_data_is_prepared():
     environment = os.environ | {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}
+    environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
     started = [sys.executable, SCRIPT, "gpt2-124m"]
     done = subprocess.run(started, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: torchrun started 8 processes, but PyTorch finds no GPU: ")
     two = Distributed(world_size=2)
-    for device, n_embd in (("cpu", 768), ("auto", 128)):  # the way to mean it, and a model that is meant for CPUs
-        devices.check_machine(SimpleNamespace(compile=True, device=device, n_embd=n_embd), torch.device("cpu"), two)
+    for config in (Config(device="cpu"), Config(n_embd=96)):  # the way to mean it, and a model that is meant for CPUs
+        devices.check_machine(config, torch.device("cpu"), two)
