@@ -126,7 +126,7 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all_at_the_same_step(dat
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     # two micro-steps of two layers make the ninth call step 3's; rank 0 prints the error, torchrun repeats both ranks'
-    assert errors.count("\nerror: step 3 has loss nan") == 1
+    assert f"\n{errors}".count("\nerror: step 3 has loss nan") == 1
     assert errors.count("traceback : error: step 3 has loss nan") == 2
     assert newest_checkpoint(tmp_path / "run")[1]["step"] == 2
 
