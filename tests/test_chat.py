@@ -16,6 +16,7 @@ from data import chat, shards
 from data.files import UserError
 from data.loader import IGNORED, Loader, evaluation_windows, read_windows
 from data.tokenizer import choose
+from training import setup
 from training.distributed import Distributed
 
 WORDS = ["".join(letters) for letters in itertools.product("abcdefgh", repeat=3)]
@@ -106,7 +107,7 @@ def test_the_loss_is_the_mean_over_scored_tokens_whatever_the_micro_batches(fold
     # sequences of 8 tokens: some micro-batches of one have no scored token at all
     words = command(folder, tmp_path / "run", block_size=8, batch_tokens=64, micro_batch=1, eval_tokens=400)
     config, dist = train_gpt2.parse(words), Distributed()
-    data = train_gpt2.open_data(config, dist)
+    data = setup.open_data(config, dist)
     trainer = train_gpt2.make_trainer(config, data, dist)
 
     def by_hand(inputs, targets):

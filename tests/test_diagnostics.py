@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import kernels
 import train_gpt2
 from model import GPT, GPTConfig
-from training import diagnostics
+from training import diagnostics, setup
 from training.diagnostics import Diagnostics
 from training.distributed import Distributed
 from training.run import read_log
@@ -145,7 +145,7 @@ def configured(dataset, tmp_path):
 
 
 def set_up(config):
-    data = train_gpt2.open_data(config, Distributed())
+    data = setup.open_data(config, Distributed())
     return train_gpt2.make_trainer(config, data, Distributed()), data.loader
 
 
