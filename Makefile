@@ -1,6 +1,6 @@
 PYTHON ?= python3
 EMULATE ?= sm_80
-ARGS ?= tests/test_emulator.py $(patsubst %,tests/test_%.py,attention cross_entropy gelu layernorm) -k "not (two_to_the_31 or registered_soundly)"
+ARGS ?= tests/test_emulator.py $(patsubst %,tests/test_%.py,attention cross_entropy gelu layernorm) -k "not (two_to_the_31 or registered_soundly or overlap_on_hopper)"
 
 .PHONY: help laptop test torture gate machine lint
 
