@@ -255,7 +255,7 @@ def train_step(trainer: Trainer, inputs: Tensor, targets: Tensor, step: int) -> 
     if trainer.partly_scored:  # the mean over scored tokens, of which some micro-batches have more
         counts = [count_scored(y) for _, y in micro_batches]
         micro_batches = [(x, replace_unscored(x, y)) for x, y in micro_batches]
-        mean = dist.sum(sum(counts).float()) / dist.world_size
+        mean = dist.sum(sum(counts).float()).clamp(min=1) / dist.world_size  # 0 / 0 is nan
         divisors = [mean / count for count in counts]  # infinite for none: loss and gradients are 0
     loss_sum = torch.zeros((), device=trainer.device)
     for micro_step, ((x, y), divisor) in enumerate(zip(micro_batches, divisors, strict=True), 1):

@@ -248,6 +248,7 @@ def show(
     """
     if not text:
         raise UserError("the text is empty: give some, in quotes")
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # bytes of the shell that are no UTF-8
     lines = []
     for name in tokenizer:
         chosen = _choose(name, text)

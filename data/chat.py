@@ -85,6 +85,8 @@ def prepare(
         raise UserError(f"{file} has {len(dialogues)} dialogues: give at least two, one of them to validate on")
     everything = as_prompt("") + as_response("") + "".join(turn for turns in dialogues for turn in turns)
     chosen = choose(tokenizer, everything, documents=True)
+    if chosen.eot is None:
+        raise UserError(f"--tokenizer {tokenizer} has no end-of-text token, which ends a response: use gpt2 or char")
     encoded = [encode(chosen, turns) for turns in dialogues]
     held_out = range(9, len(encoded), 10) or range(len(encoded) - 1, len(encoded))
     places = {"train": [i for i in range(len(encoded)) if i not in held_out], "val": held_out}

@@ -28,9 +28,9 @@ def open_streams() -> None:
             # the lowest free descriptor is this one: else the next file opened would get it, and what is printed
             opened = os.open(os.devnull, os.O_RDWR)
             setattr(sys, name, os.fdopen(opened, "r" if descriptor == 0 else "w", encoding="utf-8"))
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's has none
-            stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
+            stream.reconfigure(errors="backslashreplace" if stream is sys.stderr else "replace")
 
 
 class Lasting:

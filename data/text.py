@@ -216,6 +216,7 @@ def training_documents(folder: str | Path) -> set[str]:
     if split.n_tokens > MOST_DOCUMENT_TOKENS:
         raise UserError(f"{split.label} has {split.n_tokens:,} tokens, too many to compare a sample with each document")
     tokens = split.read(0, split.n_tokens)
+    tokens = np.maximum(tokens, ~tokens)  # ~id: one that does not count in the loss
     pieces = np.split(tokens, np.flatnonzero(tokens == tokenizer.eot))
     return {tokenizer.decode(piece[piece != tokenizer.eot]) for piece in pieces if len(piece)}
 

@@ -7,6 +7,7 @@ import random
 
 import numpy as np
 import pytest
+import torch
 import torch.nn.functional as F
 from runs import command, train
 
@@ -15,8 +16,9 @@ import train_gpt2
 from data import chat, shards
 from data.files import UserError
 from data.loader import IGNORED, Loader, evaluation_windows, read_windows
+from data.text import training_documents
 from data.tokenizer import choose
-from training import setup
+from training import diagnostics, setup
 from training.distributed import Distributed
 
 WORDS = ["".join(letters) for letters in itertools.product("abcdefgh", repeat=3)]
@@ -121,6 +123,45 @@ def test_the_loss_is_the_mean_over_scored_tokens_whatever_the_micro_batches(fold
     windows = read_windows(data.val_split, evaluation_windows(data.val_split, 8, 400), 8)
     expected = by_hand(*windows)
     assert abs(train_gpt2.validate(trainer, data.val_split) - expected) < 1e-6
+
+
+def test_a_batch_without_a_response_changes_nothing_but_is_no_error(folder, tmp_path):
+    config, dist = train_gpt2.parse(command(folder, tmp_path / "run", optimizer="adamw", weight_decay=0)), Distributed()
+    trainer = train_gpt2.make_trainer(config, setup.open_data(config, dist), dist)
+    before = [p.clone() for p in trainer.raw_model.parameters()]
+    inputs = torch.zeros(8, 32, dtype=torch.int64)
+    assert train_gpt2.train_step(trainer, inputs, torch.full_like(inputs, IGNORED), step=1) == (0.0, 0.0)
+    assert all(torch.equal(*pair) for pair in zip(before, trainer.raw_model.parameters(), strict=True))
+
+
+def test_validation_tokens_without_a_response_are_refused_before_the_first_step(tmp_path):
+    dialogues = [{"prompt": "long " * 20, "response": "short"}] * 2
+    chat.prepare(write(tmp_path / "x.jsonl", *dialogues), tmp_path / "data", "char")
+    config = train_gpt2.parse(command(tmp_path / "data", tmp_path / "run", eval_tokens=32))
+    with pytest.raises(UserError, match="val split of .* has no response in its first --eval-tokens"):
+        setup.open_data(config, Distributed())
+
+
+def test_training_documents_are_whole_dialogues(tmp_path):
+    chat.prepare(write(tmp_path / "x.jsonl", *[{"prompt": "a?", "response": "b"}] * 2), tmp_path, "char")
+    assert "User: a?\nAssistant: b" in training_documents(tmp_path)
+
+
+def test_a_tokenizer_that_cannot_end_a_response_is_refused(tmp_path):
+    spec = choose("char", "User: a\nAssistant: b", documents=False).spec()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
+    file = write(tmp_path / "x.jsonl", *[{"prompt": "a", "response": "b"}] * 2)
+    with pytest.raises(UserError, match="has no end-of-text token"):
+        chat.prepare(file, tmp_path / "out", str(tmp_path / "tokenizer.json"))
+
+
+def test_a_diagnosis_is_of_the_responses():
+    hidden, wte = torch.randn(2, 4, 8), torch.randn(5, 8)
+    targets = torch.tensor([[IGNORED, 1, 2, IGNORED], [IGNORED, IGNORED, 4, 0]])
+    found = diagnostics.measure_predictions(hidden, wte, targets)
+    expected = F.cross_entropy((hidden @ wte.T).flatten(0, 1), targets.flatten()).item()
+    assert found["loss"] == pytest.approx(expected, rel=6e-3)
+    assert found["loss_by_position"][0] is None  # no target counts there
 
 
 def test_a_tiny_gpt_learns_to_reverse_words_that_it_has_not_seen(folder, tmp_path, monkeypatch, capsys):

@@ -27,6 +27,12 @@ def test_a_run_that_cannot_speak_still_reaches_its_end(redirection, tmp_path):
     assert (tmp_path / "done").exists() and done.returncode == 0 and "Traceback" not in done.stderr
 
 
+def test_input_that_is_not_utf8_is_no_error():
+    reads = "from data.streams import open_streams; open_streams(); print(ascii(input()))"
+    command = [sys.executable, "-X", "utf8", "-c", reads]
+    assert subprocess.run(command, input=b"a\xff\n", capture_output=True).stdout == b"'a\\ufffd'\n"
+
+
 def test_a_failure_of_lesser_value_is_told_once(capsys):
     for _ in range(2):
         with best_effort("no picture of this test"):

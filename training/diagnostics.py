@@ -234,10 +234,11 @@ def measure_predictions(hidden: Tensor, wte: Tensor, targets: Tensor) -> dict:
         log_p = F.linear(x, wte).float().log_softmax(dim=-1)
         stds.append(log_p.std(dim=-1, correction=0).mean())  # the logits' too: a constant apart
         entropies.append(-(log_p.exp() * log_p).sum(-1).mean())
-        losses.append(-log_p.gather(1, y[:, None])[:, 0])
-    loss = torch.stack(losses).mean(0)  # (T,)
-    means = [torch.stack(values).mean() for values in (stds, entropies, losses)]
-    std, entropy, mean, *bins = _floats([*means, *(loss[start:end].mean() for start, end in position_bins(len(loss)))])
+        losses.append(-log_p.gather(1, y[:, None].clamp(min=0))[:, 0])
+    loss, scored, T = torch.stack(losses), targets >= 0, targets.shape[1]  # those that are IGNORED are negative
+    means = [torch.stack(stds).mean(), torch.stack(entropies).mean()]
+    means += [loss[:, start:end][scored[:, start:end]].mean() for start, end in [(0, T), *position_bins(T)]]
+    std, entropy, mean, *bins = _floats(means)
     return {"logit_std": std, "entropy": entropy, "loss": mean, "loss_by_position": bins}
 
 

@@ -15,7 +15,7 @@ import torch
 
 from data import dataset_dir, shards
 from data.files import UserError, as_user_error, check_numbers, identity
-from data.loader import Loader, evaluation_windows
+from data.loader import IGNORED, Loader, evaluation_windows, read_windows
 from data.tokenizer import Tokenizer, from_spec
 from kernels import Ops, families, select
 from training import curves, devices, header, hellaswag, weights
@@ -97,7 +97,12 @@ def open_data(config, dist: Distributed) -> Data:
     """Open and verify the dataset; UserError if it is corrupt or differs between ranks."""
     folder = dataset_dir(config.data)
     train_split, val_split = (shards.open_split(folder, name) for name in ("train", "val"))
-    evaluation_windows(val_split, config.block_size, config.eval_tokens)  # long enough?
+    windows = evaluation_windows(val_split, config.block_size, config.eval_tokens)  # long enough?
+    targets = (read_windows(val_split, [start], config.block_size)[1] for start in windows)
+    if val_split.partly_scored and not any((each != IGNORED).any() for each in targets):
+        raise UserError(
+            f"{val_split.label} has no response in its first --eval-tokens: raise it, or give more dialogues"
+        )
     differ = dist.disagree(int(train_split.fingerprint[:7] + val_split.fingerprint[:7], 16))
     sums = []
     if not differ:  # ranks that see the same folder of the same machine share its files
