@@ -289,12 +289,17 @@ def healthy():
         ("confidence", "entropy", math.log(V) - 0.8, math.log(V) - 1.2),
         ("position", "loss_by_position", [6.0, 5.0, 5.9], [6.0, 5.0, 6.1]),
         ("not_finite", "residual", [0.1, 0.1], [0.1, None]),
+        ("not_finite", "entropy", 5.0, None),
     ],
 )
 def test_each_warning_has_its_threshold(healthy, kind, name, still_well, no_longer):
     assert not healthy["warnings"]
     assert kind not in diagnostics.find_warnings(healthy | {name: still_well}, V)
     assert kind in diagnostics.find_warnings(healthy | {name: no_longer}, V)
+
+
+def test_a_position_without_a_target_that_counts_is_no_warning(healthy):
+    assert not diagnostics.find_warnings(healthy | {"loss_by_position": [None, 5.0, 5.0]}, V)
 
 
 def test_a_stream_may_grow_more_once_something_is_learnt(healthy):

@@ -283,7 +283,7 @@ def find_warnings(found: dict, vocab_size: int) -> dict[str, str]:
     }
     losses, loss, entropy, residual = (found[name] for name in ("loss_by_position", "loss", "entropy", "residual"))
     guess = math.log(vocab_size)
-    if None in (found["logit_std"], *losses, *residual):
+    if None in (found["logit_std"], entropy, *residual):
         texts["not_finite"] = "activations or predictions are not finite: the weights are lost"
     if None not in (entropy, *residual):
         texts["residual"] = _check_growth(residual, untrained=entropy > UNTRAINED * guess)
