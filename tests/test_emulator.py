@@ -133,6 +133,13 @@ ret;
     assert faults == "" and (tensor == np.where(np.arange(64) < 40, 0, np.arange(64))).all()
 
 
+@pytest.mark.parametrize(("selector", "word"), [("0x3210", 0x44332211), ("0x7531", 0x80664422), ("0xF848", 0xFF005500)])
+def test_bytes_of_two_words_are_permuted(selector, word):
+    body = "mov.b32 %r3, 0x44332211;\nmov.b32 %r4, 0x80776655;\nprmt.b32 %r5, %r3, %r4, SELECTOR;\n"
+    tensor, _, faults = run(body.replace("SELECTOR", selector) + "st.global.b32 [%rd2], %r5;\nret;")
+    assert faults == "" and (tensor == word).all(), hex(tensor[0])
+
+
 def test_a_warp_wide_instruction_needs_the_whole_warp():
     shuffle = "shfl.sync.bfly.b32 %r3, %r0, 1, 31, -1;\nst.global.b32 [%rd2], %r3;\nret;"
     tensor, _, faults = run(shuffle)

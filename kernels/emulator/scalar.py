@@ -121,6 +121,16 @@ def cvt(t: Threads, i: Instruction, mask) -> None:
     t.put(i.operands[0], value, mask)
 
 
+def prmt(t: Threads, i: Instruction, mask) -> None:
+    """Pick four of the eight bytes of two words; a selector's fourth bit asks for the byte's sign instead."""
+    a, b, selectors = (np.broadcast_to(t.read(source, DTYPES["u32"]), t.n) for source in i.operands[1:])
+    selectors = selectors[:, None] >> np.arange(0, 16, 4, dtype=np.uint32) & np.uint32(15)
+    pool = np.stack([a, b], axis=1).view(np.uint8)
+    chosen = np.take_along_axis(pool, (selectors & 7).astype(np.int64), axis=1)
+    signs = np.where(chosen >= 128, np.uint8(255), np.uint8(0))
+    t.put(i.operands[0], np.where(selectors >= 8, signs, chosen).view(np.uint32)[:, 0], mask)
+
+
 def createpolicy(t: Threads, i: Instruction, mask) -> None:
     t.put(i.operands[0], np.uint64(0), mask)
 
@@ -134,6 +144,7 @@ INSTRUCTIONS = {  # head -> what executes it, and the modifiers that it may have
     "mad": (mad, ("lo", "wide")),
     **dict.fromkeys(("shl", "shr"), (shift, ())),
     "bfe": (bfe, ()),
+    "prmt": (prmt, ()),
     "setp": (setp, tuple(COMPARE)),
     "selp": (selp, ()),
     "mov": (mov, ()),
