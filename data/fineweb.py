@@ -173,12 +173,14 @@ def check_cache() -> None:
 
 @contextmanager
 def gone_if_empty(folder: Path) -> Iterator[None]:
-    """Remove the folder if an error leaves nothing in it."""
+    """Remove the folder if it is new and an error leaves nothing in it."""
+    new = not folder.exists()
     try:
         yield
     except UserError:
         with suppress(OSError):
-            folder.rmdir()
+            if new:
+                folder.rmdir()
         raise
 
 

@@ -301,7 +301,7 @@ def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path):
         (["train", "--vocab-size", "200", "README.md", "--out", tmp_path / "out"], "--vocab-size 200 is too small"),
         (["train", "--vocab-size", "300", tmp_path / "none.txt", "--out", tmp_path / "out"], "none.txt"),
         (["learn"], "train, compare, show"),
-        (["show", ""], "the text is empty"),
+        (["show", ""], "an empty value"),
         (["train", "--vocab-siez", "300"], "Unrecognized options: --vocab-siez"),
     ):
         command = [sys.executable, "-m", "data.bpe", *map(str, arguments)]

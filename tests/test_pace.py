@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from training import pace
+from training import pace, progress
 from training.pace import Pace
 from training.run import Run
 
@@ -72,7 +72,8 @@ def test_the_speed_of_a_cpu_is_measured_in_milliseconds_and_is_plausible():
     assert pace.matmul_speed(torch.device("meta")) is None
 
 
-def test_a_run_shows_both(tmp_path, capsys):
+def test_a_run_shows_both(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
     record = {"loss": 1.0, "lr": 0.1, "grad_norm": 1.0, "tokens": 1, "tokens_per_s": 1.0, "mfu": None, "ms": 3e5}
     pace = Pace(steps=20, flops=1e9, speed=1e9)
     with Run(tmp_path / "run", {"max_steps": 20}, 0, {"guessing at random": 1.0}, pace=pace) as run:
@@ -80,4 +81,4 @@ def test_a_run_shows_both(tmp_path, capsys):
             run.log({"step": step, **record})
     shown = capsys.readouterr().err
     assert shown.count("warning: a step takes 300.00 s, 300 times its matrix products") == 1
-    assert "11/20" in shown and "<45:00" in shown
+    assert "step 11 of 20, 45:00 left" in shown
