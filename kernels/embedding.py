@@ -4,8 +4,8 @@ Rows of a weight by their index, with a gradient that has the same bits every ti
     y = weight[tokens]
     dweight[row] = sum of dy over the tokens that are `row`
 
-PyTorch's own backward on a GPU sorts the tokens and adds in a fixed order, in float32. Compiled, it would become
-additions by atomics, whose order is that of chance. As an operator it is called as it is, compiled or not.
+PyTorch's own backward on a GPU sorts the tokens and adds in a fixed order, in float32. torch.compile would replace it
+by atomic additions, whose order changes from run to run. As a custom operator it stays the same call, compiled or not.
 
 Source of the order: aten/src/ATen/native/cuda/EmbeddingBackwardKernel.cu of PyTorch.
 """

@@ -1,5 +1,5 @@
 """
-What a machine with an NVIDIA GPU must have, checked before the first launch; what is missing is one sentence.
+Check what a machine with an NVIDIA GPU must have, before the first launch; report what is missing in one sentence.
 
     driver          new enough for the CUDA of the PyTorch wheel: with an older one, PyTorch reports no GPU at all
     C compiler      and Python.h: at its first launch, Triton compiles a small library for this Python with them
@@ -21,7 +21,7 @@ SYSTEM = Path("/")
 
 
 def missing_for_triton() -> str:
-    """Return what Triton lacks for its first launch on a GPU, "" if nothing. Checked on Linux only."""
+    """Return what Triton lacks for its first launch on a GPU, "" if nothing. Check on Linux only."""
     if sys.platform != "linux":
         return ""
     compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]

@@ -1,5 +1,5 @@
 """
-A CUDA device that is not there, for processes that a test starts: `import fake_cuda` first of all makes it.
+Pretend to have a CUDA device, in processes that a test starts: `import fake_cuda` comes first and makes it.
 
 Python and PyTorch see an A100, whose tensors lie in host memory and whose operators are the CPU's: fake_cuda.cpp, which
 the test has built as FAKE_CUDA. An operator that mixes devices raises, as with CUDA. Triton's kernels are specialized
@@ -56,7 +56,7 @@ class Stream:
 
 
 def waits() -> list[str]:
-    """What the host would have waited for since the last call: item, copies between host and GPU, nonzero ..."""
+    """Return what the host would have waited for since the last call: item, copies between host and GPU, nonzero ..."""
     return torch.ops.fake_cuda.waits()
 
 

@@ -1,8 +1,8 @@
 """
 Histograms of a diagnosed step (train_gpt2.py --diagnose N), and their picture, distributions.png.
 
-A record's "histograms" holds, for each kind below, the fraction of all numbers in each of BINS equal bins, a list per
-layer. Numbers outside the range are counted in the first or last bin; zeros, whose logarithm is infinite, in the first.
+A record's "histograms" holds, for each kind below, the fraction of all elements in each of BINS equal bins, a list per
+layer. Elements outside the range are counted in the first or last bin; zeros, whose log10 is infinite, in the first.
 """
 
 from pathlib import Path
@@ -22,14 +22,14 @@ KINDS = {  # name in a record -> what is counted, and the range
 
 
 def histogram(kind: str, values: Tensor) -> Tensor:
-    """Return the numbers in each bin, (BINS,) float32, of values of any shape, which may not be finite."""
+    """Return the count in each bin, (BINS,) float32, of values of any shape, which may not be finite."""
     low, high = KINDS[kind][1]
     finite = values.float().nan_to_num(nan=low).clamp(low, high)
     return torch.histc(finite, BINS, low, high)
 
 
 def fractions(counts: Tensor) -> list[float]:
-    """Return the bins' fractions of all numbers, to four decimals."""
+    """Return the bins' fractions of all elements, to four decimals."""
     return [round(part, 4) for part in (counts / counts.sum().clamp(min=1)).tolist()]
 
 
@@ -37,7 +37,7 @@ def draw(records: list[dict], path: str | Path, title: str = "") -> None:
     """
     Draw the newest diagnosis in `records`, lines of log.jsonl, as the PNG `path`; nothing if there is none.
 
-    A last step whose learning rate is 0, at which nothing moves, is passed over for the one before.
+    If the learning rate of the last step is 0, at which nothing moves, draw the diagnosis before it.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure

@@ -1,7 +1,7 @@
 """
 The validation loss that a run should have after so many tokens: drawn as a band in loss.png, with a warning above it.
 
-A run that is off by 0.15 nats still looks like a loss curve, so the band comes from runs that ended well:
+A run that is off by 0.15 nats still looks fine on a plot, so the band shows runs that ended well:
 
     GPT-2 (124M) on FineWeb      llm.c's run of 10.3B tokens, validated every 250 steps of 524,288 tokens:
                                  https://github.com/KellerJordan/modded-nanogpt, records/track_1_short/2024-10-13_llmc
@@ -43,7 +43,7 @@ class Expected:
     points: list[tuple[float, float]]
 
     def loss(self, tokens: float) -> float | None:
-        """Return the loss after so many tokens, interpolated; None before the first point, the last one's after it."""
+        """Return the loss after so many tokens, interpolated; None before the first, the last after the last."""
         place = bisect.bisect(self.points, (tokens, float("inf")))
         if place == 0 or place == len(self.points):
             return self.points[-1][1] if place else None

@@ -1,4 +1,4 @@
-"""What a run says before its first step: what will happen, for how long, with what."""
+"""Describe a run before its first step: what will happen, how long it takes, on which device."""
 
 import torch
 

@@ -1,8 +1,8 @@
 """
 Notice within seconds that another rank has died, also while this one waits for it inside NCCL.
 
-gloo raises an error when a connection closes. NCCL waits on until its timeout, and a process that waits in it runs no
-Python: neither an exception nor torchrun's SIGTERM reaches it, and torchrun kills it after its --shutdown-timeout. Here
+gloo raises an error when a connection closes. NCCL waits until its timeout, and a process that waits in it runs no
+Python: neither an exception nor torchrun's SIGTERM reaches it, and torchrun kills it after its --shutdown-timeout. So
 every rank holds a TCP connection to rank 0, on which one byte is sent when the run ends well. If the process ends in
 any other way, the system closes the connection, and a thread of rank 0, then of every other rank, ends its own.
 """

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a bar in a terminal, a plain line now and then elsewhere, a line per validation."""
+"""Show a run's progress: a bar in a terminal, elsewhere a line every few seconds, and a line per validation."""
 
 import sys
 import time

@@ -3,16 +3,16 @@ The recipe, part by part (train_gpt2.py PRESET --recipe): the same GPT-2 for few
 
     python train_gpt2.py laptop --recipe --data datasets/mine --max-steps 1000 --eval-every 50
 
-A rung is the rung before it and one part more. Its rates are tuned on the first of three seeds, by factors, until the
-neighbors on both sides are worse; then the other seeds follow. Its gain is what its final validation loss lies below
-that of the rung before, at equal tokens, seed by seed. A part whose mean gain is under twice the gain's spread over the
-seeds is refused: the next rung does without it.
+A rung is the last kept rung plus one part. Its rates are tuned on the first of three seeds, by factors, until the
+neighbors on both sides are worse; then the other seeds follow. Its gain is how far its final validation loss is below
+that of the last kept rung, at equal tokens, seed by seed. A part whose mean gain is under twice the gain's spread over
+the seeds is refused: the next rung does without it.
 
-The table has, too, the tokens after which a run passes the final loss of the tuned AdamW. A run that passes has not yet
+The table also has the tokens after which a run passes the final loss of the tuned AdamW. A run that passes has not yet
 reached the end of its schedule, so this understates the gain; the last rung is the full recipe in half the steps.
 
-A run is a folder, as in a sweep, and the folders are the only state: the same command resumes. After every run are
-written recipe.md, the table, and recipe.png, the validation loss against tokens, a line per rung.
+A run is a folder, as in a sweep, and the folders are the only state: the same command resumes. After every run, the
+table recipe.md and the picture recipe.png (validation loss against tokens, a line per rung) are written again.
 """
 
 import dataclasses
@@ -85,7 +85,7 @@ class Climb:
     The ladder as a function of the runs that exist: `rungs` that are complete, and `missing` runs that come next.
 
     make: (part, options) -> the run with these options, its records read from its folder if it exists
-    Raise UserError if a run failed that is not one of several rates.
+    Raise UserError if a run failed, unless it only tried a rate: then another rate is taken.
     """
 
     def __init__(self, steps: int, seed: int, make: Callable[[Part, dict], SweepRun]):
@@ -116,9 +116,9 @@ class Climb:
         return None if self.missing else runs
 
     def _tune(self, part: Part, options: dict) -> dict | None:
-        """Return the options with the part's own at their best on the first seed, one after the other, again and again.
+        """Return the options with those that the part tunes at their best on the first seed; None if runs are missing.
 
-        None if runs are missing.
+        One option is tuned after the other, until a round changes nothing.
         """
         start, before = options, None
         while options and options != before:

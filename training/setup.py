@@ -1,5 +1,5 @@
 """
-How a run starts: options that fit together, data that is there, a folder that is its own.
+Start a run: check that its options fit together, open its data, open its folder.
 
 `config` is train_gpt2.Config, `trainer` its Trainer.
 """
@@ -145,7 +145,7 @@ def open_run(trainer, data: Data, step: int):
 def complete(config, data: Data, step: int) -> None:
     """Say that all steps are done, after what a kill may have prevented: plots and the summary."""
     folder, references = Path(config.out_dir), curves.reference_losses(data.val_split)
-    if [step_of(path) for path in checkpoints(folder)[:1]] == [step]:  # else newer ones are aside
+    if [step_of(path) for path in checkpoints(folder)[:1]] == [step]:  # else newer ones were moved aside
         expected = expected_losses(data.val_split, config.shape(data.val_split.vocab_size))
         with Run(folder, dataclasses.asdict(config), step, references, expected=expected) as run:
             run.draw()

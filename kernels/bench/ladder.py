@@ -1,9 +1,10 @@
 """
 The ladder of optimizations: from a plain GPT to all that this repository does, one step at a time.
 
-Measured, a rung is a short training run of the preset. Modeled, which needs no GPU, it is the step of kernels.report's
-roofline, extended by what lower rungs do: products in float32 or TF32, and attention that writes its (T, T) matrices.
-That a width which is no multiple of 8 keeps products from the tensor cores is only measured.
+A measured rung is a short training run of the preset. A modeled rung, which needs no GPU, is the step of
+kernels.report's roofline, extended by what lower rungs do: products in float32 or TF32, and attention that writes its
+(T, T) matrices. The model has no rung for the padded vocabulary: what a width that is no multiple of 8 costs is only
+measured.
 """
 
 import dataclasses

@@ -116,7 +116,7 @@ def needed(operation: str, shape: Shape, counted: list[dict], gpu: GPU | None) -
 
 
 def time_operations(shape: Shape, device: torch.device, dtype: str, compiled: bool, repeats: int) -> list[dict]:
-    """Return a row per version of every operation, and if Triton interprets, one per operation in its interpreter."""
+    """Return a row per version of every operation; under TRITON_INTERPRET=1, one more per operation, interpreted."""
     on_gpu = device.type == "cuda"
     fast = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = getattr(torch, {"auto": "bfloat16" if fast else "float32"}.get(dtype, dtype))

@@ -46,9 +46,9 @@ class Launch:
     """
     One launch of a kernel.
 
-    values:   of the parameters, in order, as numpy scalars of their size
-    tensors:  all memory that may be read or written; their bytes change
-    errors:   of approximate instructions, as arithmetic.py explains
+    values:   the parameters' values, in order, as numpy scalars of their size
+    tensors:  all memory that may be read or written; the launch changes their bytes
+    errors:   how far approximate instructions are off, as arithmetic.py explains
     counting: whether to fill costs: (file:line of the kernel, "shared" or "global", opcode) -> wavefronts or sectors,
               and their least
     """

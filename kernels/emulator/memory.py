@@ -2,8 +2,8 @@
 Memory that watches its accesses: bounds, alignment, races, asynchronous copies; and what each access costs.
 
 Two accesses to the same bytes race if they come from different threads, one of them writes, and no barrier of their
-program, or of their warp if they share one, stands between. Between programs nothing ever does. So what threads see
-when they run in step is what they see in any order, unless a race is reported.
+program, or of their warp if they share one, lies between them. Between programs there is never a barrier. So unless a
+race is reported, what threads see when they run in step is what they see in any order.
 """
 
 import numpy as np

@@ -75,7 +75,7 @@ class Instruction:
 
     @property
     def width(self) -> int:
-        """The bytes per thread that an access to memory moves."""
+        """Return the bytes per thread that an access to memory moves."""
         if self.head == "cp":
             return int(self.operands[2].text, 0)
         vector = {"v2": 2, "v4": 4}

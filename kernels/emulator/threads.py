@@ -1,8 +1,8 @@
 """
 Threads in step: their registers, and which of them run next.
 
-Threads that part at a branch wait for each other: those at the lowest block go first, until they meet. That is one
-order of many; it stands for all, since memory.py reports races.
+Threads that diverge at a branch wait for each other: those at the lowest block go first, until they meet. This is one
+order of many; it is enough, since memory.py reports every access whose result depends on the order.
 """
 
 import numpy as np

@@ -6,11 +6,11 @@ The first quarter of an hour on a new GPU, as one command.
     python -m kernels.first_run --questions FILE             HellaSwag's questions, if they cannot be downloaded
     python -m kernels.first_run --tiny                       a rehearsal on a CPU: the default without a GPU
 
-Every check is one line: pass, FAIL, skip with its reason, or a figure that nothing is promised about. A failure does
-not stop the rest; the exit status is then 1. All lines go into one JSON file, to attach to a bug report.
+Every check is one line: pass, FAIL, skip with its reason, or a figure, which has no limit to pass. A failure does not
+stop the rest; the exit status is then 1. All lines go into one JSON file, to attach to a bug report.
 
-Each family of kernels, each training run and the bench is a process of its own: a kernel that crashes takes the CUDA
-context of its process along. Training is train_gpt2.py, on Python's own documentation, which needs no download.
+Each family of kernels, each training run and the bench is a process of its own: a kernel that crashes ruins the CUDA
+context of its process. Training is train_gpt2.py, on Python's own documentation, which needs no download.
 """
 
 import contextlib

@@ -1,5 +1,5 @@
 """
-Each family of kernels on the device at hand: every operation against the exact math, then a block that trains.
+Check each family of kernels on the device at hand: every operation against the exact math, then a block that trains.
 
 The rule of accuracy is the tests': a result, and each gradient, may be at most twice as wrong as PyTorch's own
 operation in the same dtype, plus one rounding step, both measured against the plain math in float64.
@@ -43,7 +43,7 @@ def check(findings: Findings, families: tuple[str, ...], tiny: bool) -> None:
 
 
 def accuracy(function: Callable, operation: str, shape: Shape, dtype: torch.dtype, device: str) -> tuple[str, str]:
-    """Compare `function`, a version of an operation, with the exact math; twice, since the bits must be the same."""
+    """Compare `function`, a version of an operation, with the exact math. Run it twice: the bits must be the same."""
     torch.manual_seed(0)
     given, _ = arguments(operation, shape, dtype, device)
     if operation != "add_layer_norm":  # whose stream and parameters stay float32, as in training

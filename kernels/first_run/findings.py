@@ -1,4 +1,4 @@
-"""What was found so far: a line per check, on the terminal and in one JSON file; and the processes that find it."""
+"""Collect findings: a line per check, on the terminal and in one JSON file; and run the processes that find them."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ class Findings:
     The lines so far. The JSON file is complete after every line.
 
     about:   what the file says of the machine
-    minutes: after which processes are stopped and no more are started
+    minutes: the time after which processes are stopped and no more are started
     """
 
     def __init__(self, path: Path, about: dict, minutes: float):

@@ -1,4 +1,4 @@
-"""A few trials of torture.py's every kind, and the trials whose place matters most. `make torture` does thousands."""
+"""Run one trial of every kind in torture.py. `make torture` runs them for an hour."""
 
 import os
 import subprocess

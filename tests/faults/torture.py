@@ -1,9 +1,10 @@
 """
-Faults on purpose, for as long as one likes: python tests/faults/torture.py --seconds 3600 --seed 0
+Cause faults on purpose, for a given time: python tests/faults/torture.py --seconds 3600 --seed 0
 
-    kill     a command is killed at one of its operations on files, and repeated: nothing may differ from a command
-             that was left alone, and nothing may be left over
-    error    the operation fails, as on a full or broken disk: a line, and exit status 2, or a warning; then as above
+    kill     a command is killed at one of its file operations and repeated: what it leaves must equal what an
+             undisturbed command leaves, with no extra file
+    error    the operation fails, as on a full or broken disk: one error line and exit status 2, or a warning; then the
+             same as above
     chain    a run is killed at random moments, again and again, until it ends: the same bits
     file     a file that is read is changed, by bytes or by fields: exit status 0 or 2, and one error line
     option   options with values that nobody should type: the same
@@ -434,7 +435,7 @@ def content(folder: str) -> dict[str, str]:
     import torch
 
     def digest(held) -> str:
-        """The values in nested containers, whatever their order: it differs between a run and one that resumed."""
+        """Return the values in nested containers, in sorted order: a resumed run may store them in another order."""
         if isinstance(held, dict):
             return str(sorted((str(key), digest(value)) for key, value in held.items()))
         if isinstance(held, list):

@@ -2,7 +2,7 @@
 Layers in NumPy whose backward passes are written by hand.
 
 A layer has `parameters`, arrays; `forward(x, training)` keeps what `backward` needs; `backward(dy)`, given the
-derivative of the loss by the output, sets `gradients`, one per parameter, and returns the derivative by the input.
+gradient of the loss with respect to the output, sets `gradients`, one per parameter, and returns that of the input.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ EPS = 1e-5
 
 
 class Layer:
-    """A layer without parameters, which only passes on."""
+    """Hold a layer's parameters, none by default, and their gradients."""
 
     def __init__(self, *parameters: ndarray):
         self.parameters, self.gradients = [*parameters], []
@@ -108,7 +108,7 @@ class Tanh(Layer):
 
 
 def cross_entropy(logits: ndarray, targets: ndarray) -> tuple[float, ndarray]:
-    """Return the mean loss in nats and its derivative by the logits. logits: (B, V); targets: (B,) int64."""
+    """Return the mean loss in nats and its gradient with respect to the logits. logits: (B, V); targets: (B,) int64."""
     exp = np.exp(logits - logits.max(1, keepdims=True))
     p, rows = exp / exp.sum(1, keepdims=True), np.arange(len(targets))
     loss = -np.log(p[rows, targets]).mean()

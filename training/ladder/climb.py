@@ -2,9 +2,9 @@
 The road to GPT-2 (train_gpt2.py --ladder, python -m training.ladder): each system before it, beside its published loss.
 
 Two ladders: names (scalar.py, by_hand.py, names.py) and tiny Shakespeare (shakespeare.py). Rungs that are done are
-kept in OUT/ladder.json, so that the same command goes on where it was stopped; OUT/ladder.md and OUT/ladder.png are
-written after every rung. The last rung, six layers of 384 channels, is a run of its own, of the preset
-shakespeare-char: the table reads its log.
+kept in OUT/ladder.json, so that the same command resumes; OUT/ladder.md and OUT/ladder.png are written after every
+rung. The last rung, six layers of 384 channels, is a run of its own, of the preset shakespeare-char: the table reads
+its log.
 """
 
 import dataclasses

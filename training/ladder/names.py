@@ -21,7 +21,7 @@ from training.ladder.by_hand import BatchNorm, Embedding, Flatten, Linear, Tanh
 URL = "https://raw.githubusercontent.com/karpathy/makemore/master/names.txt"
 SHA256 = "0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d"
 BATCH = 32
-IGNORED = -100  # target of a position behind the end of a name, which GPT's loss leaves out
+IGNORED = -100  # target of a position after the end of a name, which GPT's loss leaves out
 
 
 class Names:
@@ -37,7 +37,7 @@ class Names:
         self.train, self.dev = shuffled[:n], shuffled[n:m]
 
     def windows(self, words: list[str], block: int) -> tuple[ndarray, ndarray]:
-        """Return every character's context and itself: (N, block) and (N,) int64."""
+        """Return every character's context and the character itself: (N, block) and (N,) int64."""
         inputs, targets = [], []
         for word in words:
             ids = [0] * block + [self.ids[c] for c in word] + [0]

@@ -11,7 +11,7 @@ TARGETS = [1.0, -1.0, -1.0, 1.0]
 
 
 class Value:
-    """A number, how it was computed, and, after `backward` on a result, the derivative of that result by it."""
+    """A number, how it was computed, and after `backward` on a result, that result's derivative with respect to it."""
 
     def __init__(self, data: float, inputs: tuple["tuple[Value, float]", ...] = ()):
         self.data, self.inputs, self.grad = data, inputs, 0.0  # inputs: (value, local derivative)
@@ -51,7 +51,7 @@ class Value:
 
 
 def neuron() -> tuple[float, list[float]]:
-    """Return the output of tanh(x1 w1 + x2 w2 + b) and its gradients by x1, w1, x2, w2, b."""
+    """Return the output of tanh(x1 w1 + x2 w2 + b) and its gradients with respect to x1, w1, x2, w2, b."""
     x1, w1, x2, w2, b = values = [*map(Value, NEURON)]
     output = (x1 * w1 + x2 * w2 + b).tanh()
     output.backward()

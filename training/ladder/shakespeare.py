@@ -22,7 +22,7 @@ PARTS = {  # name -> heads and blocks, feed-forward layer, residual connections,
 
 
 class Attention(nn.Module):
-    """Causal self-attention; with `project`, a linear layer behind it."""
+    """Causal self-attention; with `project`, a linear layer after it."""
 
     def __init__(self, heads: int, project: bool):
         super().__init__()
