@@ -3,12 +3,13 @@
 import json
 import math
 import os
+import signal
 
 import pytest
 import torch
 
 from data.files import UserError
-from training.run import Run, profiler, read_log
+from training.run import Run, StopRequest, profiler, read_log
 
 
 def record(step, **more):
@@ -202,3 +203,18 @@ def test_a_lost_log_is_a_warning_and_one_that_ends_too_early_an_error(folder, ca
     path.unlink()
     with opened(folder, step=2):
         assert "the log begins at step 3" in capsys.readouterr().err
+
+
+def test_a_signal_that_ended_the_reader_of_standard_error_too_still_lets_the_run_save():
+    reader, writer = os.pipe()
+    os.close(reader)  # as Ctrl-C does to tee in `python train_gpt2.py laptop 2>&1 | tee log`
+    with StopRequest() as stop:
+        kept = os.dup(2)
+        os.dup2(writer, 2)
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            os.close(writer)
+    assert stop.signal == signal.SIGINT

@@ -343,7 +343,8 @@ class StopRequest:
             os._exit(128 + number)
         self.signal = number
         if os.environ.get("RANK", "0") == "0":  # unbuffered, since this may interrupt another write
-            os.write(2, b"\nstopping once this step is done and saved; a second time exits at once\n")
+            with suppress(OSError):  # its reader or terminal may have ended by the same signal
+                os.write(2, b"\nstopping once this step is done and saved; a second time exits at once\n")
 
 
 def profiler(folder: str, steps: int) -> torch.profiler.profile:

@@ -37,5 +37,7 @@ def end() -> None:
 
 def _interrupted(_number: int, _frame) -> None:
     """Exit at once: inside a library's import, KeyboardInterrupt would print a traceback or be swallowed."""
-    os.write(2, b"error: interrupted\n")
-    os._exit(130)
+    try:
+        os.write(2, b"error: interrupted\n")
+    finally:  # also if its reader is gone
+        os._exit(130)
