@@ -1,7 +1,7 @@
 """
 The first quarter of an hour on a new GPU, as one command.
 
-    python -m kernels.first_run                              everything: under 15 minutes on an A100
+    python -m kernels.first_run                              everything; stops after 15 minutes
     python -m kernels.first_run --only machine kernels       some parts, of machine, kernels, training, bench
     python -m kernels.first_run --questions FILE             HellaSwag's questions, if they cannot be downloaded
     python -m kernels.first_run --tiny                       a rehearsal on a CPU: the default without a GPU
