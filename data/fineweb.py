@@ -94,8 +94,7 @@ def prepare(
     sources = local_files(input or ())  # a wrong name is reported before a folder is made
     check_cache()
     folder = folder or Path("datasets", "fineweb-edu-" + name.removeprefix("sample-").removesuffix("T"))
-    folder.mkdir(parents=True, exist_ok=True)
-    with gone_if_empty(folder), writing(folder, shared=files is not None):
+    with made(folder), writing(folder, shared=files is not None):
         finished = read_progress(folder)
         if not finished and (folder / "meta.json").exists():
             raise UserError(f"{folder} holds another dataset: give another folder with --out, or delete it")
@@ -172,9 +171,10 @@ def check_cache() -> None:
 
 
 @contextmanager
-def gone_if_empty(folder: Path) -> Iterator[None]:
-    """Remove the folder if it is new and an error leaves nothing in it."""
+def made(folder: Path) -> Iterator[None]:
+    """Make the folder, unless it exists; remove a new one again if an error leaves nothing in it."""
     new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except UserError:

@@ -94,8 +94,10 @@ for replaced in ("dy.contiguous()", "2 * dy.contiguous()"):
         os._exit(0)
     os.wait()
 """
-    paths = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
+    (tmp_path / "site").symlink_to(Path(torch.__file__).parents[1])  # inductor's linker takes no path with a space
+    paths = os.pathsep.join([str(tmp_path), str(tmp_path / "site"), os.environ["PYTHONPATH"]])
     environment = os.environ | {"PYTHONPATH": paths, "TRITON_INTERPRET": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.count("\n") == 2, done.stderr
     first, second = map(float, done.stdout.split())
     assert second == 2 * first != 0, done.stderr
