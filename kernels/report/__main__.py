@@ -47,7 +47,7 @@ AMPLIFICATION_OF = {  # attention: at T = 1,024; it grows with T
     "causal_attention.backward_dkdv": 2.25,  # queries again for every block of keys
     "linear_cross_entropy.in_place": 1.55,  # the logits twice, the second time soon after: 6 instead of 4
 }
-EMULATED = ("sm_80", "sm_86", "sm_89")  # the targets whose bank conflicts and sectors are counted
+EMULATED = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")  # the targets whose bank conflicts and sectors are counted
 SECTORS = 1.0  # 32-byte sectors of global memory that accesses touch / the least for their bytes. Exceptions:
 SECTORS_OF = {  # a thread takes 16 of every 32 bytes of the float32 stream
     "layer_norm.forward": 1.9,
