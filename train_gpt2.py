@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from data import FINEWEB_TOKENS, dataset_dir, files, prepare_if_missing, shards
 from data.files import UserError, as_flag, as_user_error
-from data.loader import IGNORED, evaluation_windows, read_windows
+from data.loader import count_scored, evaluation_windows, read_windows, replace_unscored
 from data.streams import lasting_streams
 from model import GPT, GPTConfig, sample_text
 from training import command_line, devices, diagnostics, header, hellaswag, recipe, setup, weights
@@ -227,16 +227,6 @@ class Trainer:
 def seed_dropout(*numbers: int) -> None:
     """Make torch's randomness a function of these numbers: a resumed run needs no saved state."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
-
-
-def count_scored(targets: Tensor) -> Tensor:
-    """Count the targets that are not IGNORED."""
-    return (targets != IGNORED).sum()
-
-
-def replace_unscored(inputs: Tensor, targets: Tensor) -> Tensor:
-    """Return the targets, or if all are IGNORED the inputs: the mean loss of no target is nan."""
-    return torch.where(count_scored(targets) > 0, targets, inputs)
 
 
 def train_step(trainer: Trainer, inputs: Tensor, targets: Tensor, step: int) -> tuple[float, float]:
