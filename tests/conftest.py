@@ -10,6 +10,7 @@ One thread, so that a busy machine slows the tests little; Triton's interpreter 
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -23,6 +24,8 @@ if not WORKER:  # before any library is imported: they read these once
     os.environ |= {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     os.environ["OMP_NUM_THREADS"] = "1"  # also in the processes that tests start, so that all give the same bits
 sys.dont_write_bytecode = True
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a script's background job; its children would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
