@@ -26,8 +26,9 @@ from datasets import load_dataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from data import fineweb  # noqa: E402
+from data.documents import local_files, read_batches  # noqa: E402
 from data.encode import encode_in_order  # noqa: E402
+from data.groups import write_group  # noqa: E402
 from data.shards import cut, write_shard  # noqa: E402
 from data.tokenizer import gpt2  # noqa: E402
 
@@ -73,9 +74,9 @@ def with_pool(files: list[str], out: Path) -> None:
 
 def with_fineweb(files: list[str], out: Path) -> None:
     inputs = {"name": None, "shard_tokens": SHARD_TOKENS, "tokenizer": gpt2().spec()}
-    group = fineweb.local_files(list(map(Path, files)))
-    encoded = encode_in_order(fineweb.read_batches([group]), PROCESSES, json.dumps(gpt2().spec()))
-    fineweb.write_group(out, 0, inputs, group, encoded)
+    group = local_files(list(map(Path, files)))
+    encoded = encode_in_order(read_batches([group]), PROCESSES, json.dumps(gpt2().spec()))
+    write_group(out, 0, inputs, group, encoded)
 
 
 SIDES = {"pool": with_pool, "fineweb": with_fineweb}

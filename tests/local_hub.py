@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on this machine, as much of it as data/fineweb.py asks for; HF_ENDPOINT names it."""
+"""A Hugging Face Hub on this machine, as much of it as data/hub.py asks for; HF_ENDPOINT names it."""
 
 import hashlib
 import json
