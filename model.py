@@ -27,6 +27,7 @@ import kernels
 from kernels.embedding import embedding
 
 EPS = 1e-5  # of every LayerNorm: fixed by GPT-2, so not an option
+INIT_STD = 0.02  # of random weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,12 +176,12 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _initialize(self):
-        """Draw N(0, 0.02), in c_proj scaled by 1 / sqrt(2 n_layer); set biases and padding to 0."""
+        """Draw N(0, INIT_STD), c_proj scaled by 1 / sqrt(2 n_layer); zero biases and padding."""
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
-                parameter.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
+                parameter.normal_(std=INIT_STD / math.sqrt(2 * self.config.n_layer))
             elif parameter.dim() == 2:
-                parameter.normal_(std=0.02)
+                parameter.normal_(std=INIT_STD)
             elif not name.endswith("weight"):
                 parameter.zero_()
         self.transformer.wte.weight[self.config.vocab_size :] = 0.0

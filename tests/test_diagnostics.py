@@ -298,6 +298,12 @@ def test_each_warning_has_its_threshold(healthy, kind, name, still_well, no_long
     assert kind in diagnostics.find_warnings(healthy | {name: no_longer}, V)
 
 
+def test_a_position_that_predicts_its_own_token_is_well_as_long_as_no_block_adds_anything(healthy):
+    wide = healthy | {"loss": 11.6, "entropy": 6.4, "residual": [0.03, 0.03, 0.03]}
+    assert not diagnostics.find_warnings(wide, V)
+    assert {"guessing", "confidence"} <= set(diagnostics.find_warnings(wide | {"residual": [0.03, 0.03, 0.04]}, V))
+
+
 def test_a_position_without_a_target_that_counts_is_no_warning(healthy):
     assert not diagnostics.find_warnings(healthy | {"loss_by_position": [None, 5.0, 5.0]}, V)
 

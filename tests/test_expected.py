@@ -1,14 +1,18 @@
 """training/expected.py: the band of losses, the warning above it, and which runs have one."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+import torch
 from test_curves import dataset_like_fineweb
 
 from data.shards import open_split, write_dataset
 from data.tokenizer import CharTokenizer, gpt2
-from model import GPTConfig
+from model import GPT, GPTConfig
+from train_gpt2 import PRESETS
 from training import curves
-from training.expected import FINEWEB, LAPTOP, MARGIN, SHARDS, Expected, expected_losses
+from training.expected import FINEWEB, LAPTOP, MARGIN, SHARDS, Expected, expected_losses, first_losses
 from training.run import Run
 
 RANDOM = {"guessing at random": 4.0}
@@ -21,6 +25,25 @@ def test_a_loss_is_interpolated_and_judged_from_the_first_point_on():
     assert BAND.warning(150, 4.7).startswith(
         "validation 4.70 after 150 tokens: runs that end at 3.00 have 4.40 to 4.60 there; compare --lr"
     )
+
+
+@pytest.mark.parametrize("preset, vocab_size", [("laptop", 97), ("gpt2-124m", 50257), ("gpt2-124m-fast", 50257)])
+def test_random_weights_have_the_first_loss_of_their_preset_and_other_targets_do_not(preset, vocab_size):
+    """Blocks at zero do not count, and hardly when random: one serves for all."""
+    config = PRESETS[preset][1]
+    shape = dataclasses.replace(config.shape(vocab_size), n_layer=1, block_size=64)
+    model = GPT(shape).requires_grad_(False)
+    if config.zero_init:
+        model.zero_projections()
+    low, high = first_losses(shape, config.zero_init)
+    tokens = torch.randint(vocab_size, (1, 65))
+    repeated = torch.where(torch.rand(1, 64) < 0.05, tokens[:, :-1], tokens[:, 1:])
+    for targets in (tokens[:, 1:], repeated):
+        assert low < model(tokens[:, :-1], targets) < high
+    assert model(tokens[:, :-1], tokens[:, :-1]) < low  # targets that are not shifted
+    for p in model.parameters():
+        p.mul_(10)
+    assert model(tokens[:, :-1], tokens[:, 1:]) > high
 
 
 def test_a_run_warns_once_when_it_is_first_above_the_band(tmp_path, capsys):

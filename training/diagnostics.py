@@ -288,9 +288,11 @@ def find_warnings(found: dict, vocab_size: int) -> dict[str, str]:
     if None not in (entropy, *residual):
         texts["residual"] = _check_growth(residual, untrained=entropy > UNTRAINED * guess)
     if None not in (loss, entropy, *losses):
-        if loss > guess + GUESSING:
+        # --zero-init: before the first step no block adds anything, and a position predicts its own token
+        untouched = len(residual) > 1 and len(set(residual)) == 1
+        if loss > guess + GUESSING and not untouched:
             texts["guessing"] = f"the loss, {loss:.2f}, is worse than a random guess, {guess:.2f}"
-        if loss > entropy + OVERCONFIDENT:
+        if loss > entropy + OVERCONFIDENT and not untouched:
             texts["confidence"] = f"predictions are confident and wrong: loss {loss:.2f}, entropy {entropy:.2f}"
         if len(losses) > 1 and losses[-1] > losses[-2] + LATE_LOSS:
             texts["position"] = f"loss {losses[-1]:.2f} at the end of a block, {losses[-2]:.2f} before: context harms"

@@ -1,5 +1,5 @@
 """
-The validation loss that a run should have after so many tokens: drawn as a band in loss.png, with a warning above it.
+The losses that a run should have: at its first step, and after so many tokens, a band in loss.png. Off them, it warns.
 
 A run that is off by 0.15 nats still looks fine on a plot, so the band shows runs that ended well:
 
@@ -14,9 +14,10 @@ A larger GPT-2 has the same band: it should leave it downwards.
 
 import bisect
 import dataclasses
+import math
 
 from data.shards import Split
-from model import GPTConfig
+from model import INIT_STD, GPTConfig
 
 FINEWEB = [
     (524e6, 4.317), (786e6, 4.006), (1.05e9, 3.859), (1.31e9, 3.765), (1.57e9, 3.697), (2.1e9, 3.618), (2.62e9, 3.554),
@@ -33,7 +34,24 @@ SHARDS = {  # the first validation shard, FOLDER/FILE or FILE of a ready-made .b
     "fineweb-edu-10B/val_00000_000.npy": (GPT2, FINEWEB, -0.21),
     "pydocs/val_000000.npy": (CHARACTERS, LAPTOP, 0.0),
 }
+FIRST_MARGIN = 0.5  # nats per token on both sides of the first loss
 MARGIN = 0.1  # nats per token on both sides: seeds differ by less, other batch sizes and schedules by about as much
+
+
+def first_losses(shape: GPTConfig, identity: bool) -> tuple[float, float]:
+    """
+    Return the least and the largest loss, in nats per token, that random weights should have.
+
+    By default every token is equally likely. With `identity`, when no block changes the residual stream (--zero-init,
+    --n-layer 0), ln_f sees a sum of two embeddings, wte's and wpe's: C channels of variance 2 INIT_STD^2. The tied head
+    therefore gives a position's own token a logit of C INIT_STD / sqrt(2), 10.9 for 768 channels, and all others logits
+    of variance C INIT_STD^2. The loss is lower on text that repeats its tokens: up to a tenth of them.
+    """
+    loss, own = math.log(shape.vocab_size), 0.0
+    if identity:
+        own = shape.n_embd * INIT_STD / math.sqrt(2)
+        loss = math.log(math.exp(own) + shape.vocab_size * math.exp(shape.n_embd * INIT_STD**2 / 2))
+    return loss - own / 10 - FIRST_MARGIN, loss + FIRST_MARGIN
 
 
 @dataclasses.dataclass(frozen=True)

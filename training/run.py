@@ -71,11 +71,12 @@ class Run:
     """
     The folder of a run that has done `step` of its steps, and its progress on standard error.
 
-    config:     the options of train_gpt2.py; used are max_steps, init_from, hellaswag_input, wandb and tensorboard
+    config:     the options of train_gpt2.py; used are max_steps, hellaswag_input, wandb and tensorboard
     references: validation losses to compare with, by name: see curves.reference_losses
     fresh:      move an older run out of the way first; otherwise lines of log.jsonl past `step` are dropped
     pace:       estimates the time that the remaining steps take
     expected:   the validation losses of runs that ended well: a band in loss.png, and one warning above it
+    first:      the least and the largest loss that the first step should have
     Raise UserError if another process writes to the folder, or the package of a service is missing.
     """
 
@@ -88,10 +89,10 @@ class Run:
         fresh: bool = False,
         pace: Pace | None = None,
         expected: Expected | None = None,
+        first: tuple[float, float] | None = None,
     ):
-        self.folder, self.references, self.expected = folder, references, expected
+        self.folder, self.references, self.expected, self._first = folder, references, expected, first
         self.published = {} if config.get("hellaswag_input") else curves.HELLASWAG  # for HellaSwag's own questions only
-        self._untrained = not config.get("init_from")
         busy = f"another process is writing to {folder}: wait for it, or use --out-dir"
         if fresh and any((folder / name).exists() for name in OWN):  # what is not a run is never moved
             lock(folder / ".lock", busy).close()  # a live run is never moved
@@ -117,11 +118,11 @@ class Run:
 
     def log(self, record: dict) -> None:
         """Log a step: a line in log.jsonl, the bar, and wandb and TensorBoard if enabled."""
-        if record["step"] == 1 and self._untrained:
-            random = self.references[curves.RANDOM]
-            if abs(record["loss"] - random) > 0.5:  # to an untrained model every token is equally likely
-                first = f"the first loss is {record['loss']:.3f}, far from {random:.3f}, that of guessing"
-                self._progress.say(f"warning: {first}: look at the data, or at the size of the model")
+        if record["step"] == 1 and self._first:
+            low, high = self._first
+            if not low <= record["loss"] <= high:
+                wrong = f"the first loss is {record['loss']:.3f}, not {low:.2f} to {high:.2f} as of random weights"
+                self._progress.say(f"warning: {wrong}: look at the data, or at the size of the model")
         self.records.append(record)
         with naming(self.folder / "log.jsonl"):
             self._log.write(json.dumps(record) + "\n")

@@ -21,7 +21,7 @@ from kernels import Ops, families, select
 from training import curves, devices, header, hellaswag, weights
 from training.checkpoint import check_resume, checkpoints, restarted_in, step_of
 from training.distributed import Distributed
-from training.expected import expected_losses
+from training.expected import expected_losses, first_losses
 from training.pace import Pace, matmul_speed
 from training.run import Run, require
 
@@ -139,7 +139,9 @@ def open_run(trainer, data: Data, step: int):
     flops = config.batch_tokens * model.flops_per_token() / dist.world_size
     pace = Pace(config.max_steps - step, flops, speed)
     expected = expected_losses(data.val_split, model.config)
-    return Run(folder, dataclasses.asdict(config), step, references, fresh, pace, expected)
+    identity = config.zero_init or config.n_layer == 0
+    first = None if config.init_from else first_losses(model.config, identity)
+    return Run(folder, dataclasses.asdict(config), step, references, fresh, pace, expected, first)
 
 
 def complete(config, data: Data, step: int) -> None:
