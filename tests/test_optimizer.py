@@ -65,6 +65,19 @@ def test_singular_values_come_near_one_and_singular_vectors_stay(dtype):
         assert (core - torch.diag_embed(new)).abs().max() < margin
 
 
+@pytest.mark.parametrize("columns", [31, 32, 64, 128])
+def test_short_and_long_matrices_take_the_same_iteration_whatever_their_singular_values(columns):
+    torch.manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(1, n, 16, dtype=torch.float64))[0] for n in (16, columns))
+    X = u * torch.logspace(0, -7, 16, dtype=torch.float64) @ v.mT
+    found, (a, b, c) = orthogonalize(X.float(), torch.float32), optimizer.NEWTON_SCHULZ
+    X = X / X.norm()
+    for _ in range(optimizer.ITERATIONS):
+        gram = X @ X.mT
+        X = a * X + (b * gram + c * gram @ gram) @ X
+    assert (found - X).abs().max() < 5e-4
+
+
 def test_a_gradient_of_zero_moves_nothing():
     (p,) = matrices((16, 32))
     p.grad, before = torch.zeros_like(p), p.detach().clone()
