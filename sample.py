@@ -6,10 +6,10 @@ Write text with a trained GPT.
     python sample.py RUN_OR_NAME --export FOLDER                  for Hugging Face's transformers
 """
 
-from training import startup
+from data import startup
 
 if __name__ == "__main__":
-    startup.begin()  # before importing torch, which takes seconds and reads what this sets
+    startup.begin(torch=True)  # before torch, which takes seconds and reads what this sets
 
 import dataclasses
 import sys
@@ -206,7 +206,6 @@ def chat(options: SampleOptions) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     with exit_on_user_error():
-        startup.end()
         arguments = sys.argv[1:] if arguments is None else arguments
         defaults = {field.name: field.default for field in dataclasses.fields(SampleOptions)[1:]}
         for word in arguments:

@@ -12,10 +12,10 @@ checkpoints/. The same command resumes an interrupted run, bit for bit as if not
 In reading order: options, presets, one training step, validation, how a run starts, the loop.
 """
 
-from training import startup
+from data import startup
 
 if __name__ == "__main__":
-    startup.begin()  # before importing torch, which takes seconds and reads what this sets
+    startup.begin(torch=True)  # before torch, which takes seconds and reads what this sets
 
 import contextlib
 import dataclasses
@@ -31,8 +31,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import FINEWEB_TOKENS, dataset_dir, files, prepare_if_missing, shards
-from data.files import UserError, as_flag, as_user_error
+from data import shards
+from data.corpora import FINEWEB_TOKENS, dataset_dir, prepare_if_missing
+from data.files import UserError, as_flag, as_user_error, exit_on_user_error
 from data.loader import count_scored, evaluation_windows, read_windows, replace_unscored
 from data.streams import lasting_streams
 from model import GPT, GPTConfig, sample_text
@@ -40,10 +41,7 @@ from training import command_line, devices, diagnostics, header, hellaswag, reci
 from training import find_lr as lr_finder
 from training import plan as planner
 from training import sweep as sweeps
-from training.checkpoint import (
-    fitting,
-    starting_point,
-)
+from training.checkpoint import fitting, starting_point
 from training.distributed import Distributed, Mode
 from training.ladder import climb as road
 from training.optimizer import learning_rate, make_optimizers, mean_learning_rate
@@ -513,8 +511,7 @@ def parse(arguments: list[str]) -> Config:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line, sys.argv by default; one rank of several under torchrun."""
-    with files.exit_on_user_error():
-        startup.end()
+    with exit_on_user_error():
         arguments = sys.argv[1:] if arguments is None else arguments
         if "--ladder" in arguments:
             raise SystemExit(road.main([word for word in arguments if word != "--ladder"]))

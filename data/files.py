@@ -21,6 +21,7 @@ from typing import BinaryIO, TextIO, TypeVar
 
 import tyro
 
+from data import startup
 from data.streams import explain, open_streams, printable
 
 try:
@@ -47,10 +48,11 @@ def exit_on_user_error() -> Iterator[None]:
     """
     open_streams()
     try:
-        try:
-            yield
-        finally:
-            sys.stdout.flush()  # now, to notice a closed pipe before the interpreter exits
+        with startup.imported():
+            try:
+                yield
+            finally:
+                sys.stdout.flush()  # now, to notice a closed pipe before the interpreter exits
         return
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would flush again
@@ -59,10 +61,12 @@ def exit_on_user_error() -> Iterator[None]:
         message, status = str(error), 2
     except OSError as error:
         message, status = explain(error), 2
-    except MemoryError:
-        message, status = "out of memory: take smaller sizes, or a machine with more", 2
     except KeyboardInterrupt:
         message, status = "interrupted", 130
+    except Exception as error:
+        if not startup.out_of_memory(error):
+            raise
+        message, status = startup.OUT_OF_MEMORY, 2
     line = f"error: {printable(' '.join(message.splitlines()))}"
     if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun's last lines repeat what each rank writes here
         fields = {"message": line, "extraInfo": {"timestamp": int(datetime.now().timestamp())}}

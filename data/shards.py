@@ -31,7 +31,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import DATASETS, baselines
+from data import baselines
+from data.corpora import DATASETS
 from data.files import UserError, atomic_write, meant, writing
 from data.outside import read_json
 from data.tokenizer import Tokenizer, from_spec, token_dtype

@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 from charset_normalizer import from_bytes
 
-from data import dataset_dir
+from data.corpora import dataset_dir
 from data.files import UserError, run_script
 from data.outside import read_json
 from data.shards import open_split, summary, write_dataset

@@ -16,6 +16,13 @@ B sequences, T tokens, C channels, N = B * T rows, V vocabulary (weight and logi
 The model receives these as one bundle and does not know which versions are in it.
 """
 
+import sys
+
+from kernels import startup
+
+if sys.argv[:1] == ["-m"]:  # python -m kernels.NAME: this is imported first
+    startup.begin()
+
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

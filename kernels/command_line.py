@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import tyro
 
+from kernels import startup
+
 T = TypeVar("T")
 
 
@@ -31,12 +33,13 @@ def parse_options(options: type[T], words: list[str] | None, prog: str) -> T:
 
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Turn a ValueError or an OSError into one line `error: ...` and exit status 2, Ctrl-C into 130.
+    """Turn a ValueError, an OSError or a lack of memory into one line `error: ...` and exit status 2, Ctrl-C into 130.
 
     If the reader of standard output is gone, as after `| head`, exit silently with the status of SIGPIPE.
     """
     try:
         try:
+            startup.end()
             yield
         finally:
             sys.stdout.flush()  # now, to notice a closed pipe before the interpreter exits
@@ -47,6 +50,8 @@ def exit_on_error() -> Iterator[None]:
     except (ValueError, OSError) as error:
         named = isinstance(error, OSError) and error.strerror and error.filename is not None
         message, status = f"{error.strerror}: {error.filename}" if named else str(error), 2
+    except MemoryError:
+        message, status = "out of memory", 2
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     print("error:", " ".join(message.split()), file=sys.stderr)

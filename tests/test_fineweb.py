@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import data
 from data import files as data_files
+from data.corpora import DATASETS, dataset_dir
 from data.files import UserError
 from data.fineweb import PRETOKENIZED, prepare
 from data.shards import open_split
@@ -490,17 +490,21 @@ def test_without_network_the_error_says_what_to_do(tmp_path):
 
 def test_names_of_datasets_lead_to_the_samples():
     for name, sample in {"10B": "sample-10BT", "100B": "sample-100BT", "350B": "sample-350BT"}.items():
-        assert data.DATASETS[f"fineweb-edu-{name}"][:2] == ("data.fineweb", {"name": sample})
-        assert data.dataset_dir(f"fineweb-edu-{name}") == Path("datasets", f"fineweb-edu-{name}")
+        assert DATASETS[f"fineweb-edu-{name}"][:2] == ("data.fineweb", {"name": sample})
+        assert dataset_dir(f"fineweb-edu-{name}") == Path("datasets", f"fineweb-edu-{name}")
     for name, (_, folder) in PRETOKENIZED.items():
-        assert data.dataset_dir(f"{name}-10B") == folder
+        assert dataset_dir(f"{name}-10B") == folder
 
 
 def test_a_second_process_waits_for_the_one_that_prepares_and_says_so(tmp_path):
     folder = tmp_path / "datasets" / "pydocs"
     folder.mkdir(parents=True)
     held = data_files.lock(folder / ".lock")
-    command = [sys.executable, "-c", "import data; data.prepare_if_missing('pydocs'); print('there')"]
+    command = [
+        sys.executable,
+        "-c",
+        "from data.corpora import prepare_if_missing; prepare_if_missing('pydocs'); print('there')",
+    ]
     waiting = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert waiting.stderr.readline() == "waiting until another process has prepared datasets/pydocs\n"
     with pytest.raises(subprocess.TimeoutExpired):

@@ -1,1 +1,8 @@
 """Everything around a training step: devices, processes, the run folder, diagnostics, experiments."""
+
+import sys
+
+from data import startup
+
+if sys.argv[:1] == ["-m"]:  # python -m training.NAME: this is imported first
+    startup.begin(torch=True)

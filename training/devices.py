@@ -13,6 +13,7 @@ from torch import nn
 
 import kernels
 from data.files import UserError, as_user_error
+from data.startup import out_of_memory
 from kernels import machine
 from kernels.common import unavailable
 from kernels.gpus import named_gpu
@@ -112,12 +113,6 @@ def check_size(shape: GPTConfig, batch_tokens: int) -> None:
         if size > memory:
             gigabytes = f"at least {size / 1e9:,.0f} GB, and this machine has {memory / 1e9:,.0f} GB"
             raise UserError(f"{name} takes {gigabytes}: lower --n-layer, --n-embd, --block-size or --batch-tokens")
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Return whether an exception means out of memory, in any of PyTorch's wordings."""
-    texts = ("out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 import torch
 
-from data import dataset_dir
+from data.corpora import dataset_dir
 from data.files import as_flag
 from kernels import FAMILIES, MODULES, Ops
 from training import devices

@@ -12,11 +12,6 @@ Input is JSON lines with ctx, endings and label. A text longer than the block si
 Source: Zellers et al., "HellaSwag: Can a Machine Really Finish Your Sentence?", 2019, https://arxiv.org/abs/1905.07830
 """
 
-from training import startup
-
-if __name__ == "__main__":
-    startup.begin()  # before importing torch, which takes seconds and reads what this sets
-
 import hashlib
 import json
 import math
@@ -270,7 +265,6 @@ def summary(model: str, counts: Tensor, comparable: bool) -> str:
 
 
 def main() -> None:
-    startup.end()
     run_script(score, prog="python -m training.hellaswag")
 
 

@@ -21,7 +21,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from data import prepare_if_missing
+from data.corpora import prepare_if_missing
 from data.files import UserError, as_flag, atomic_write, lock
 from training.run import read_log
 from training.sweep import Parse, SignalRelay, SweepRun, check_folder, choose_folder, parse_run, train_one

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from data import dataset_dir, shards
+from data import shards
+from data.corpora import dataset_dir
 from data.files import UserError, as_user_error, check_numbers, identity
 from data.loader import IGNORED, Loader, evaluation_windows, read_windows
 from data.tokenizer import Tokenizer, from_spec

@@ -25,7 +25,8 @@ from pathlib import Path
 
 import torch
 
-from data import dataset_dir, prepare_if_missing, shards
+from data import shards
+from data.corpora import dataset_dir, prepare_if_missing
 from data.files import UserError, as_flag, atomic_write, lock, parse_options
 from data.outside import read_json
 from data.streams import best_effort
