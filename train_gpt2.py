@@ -34,7 +34,7 @@ from tqdm import tqdm
 from data import shards
 from data.corpora import FINEWEB_TOKENS, dataset_dir, prepare_if_missing
 from data.files import UserError, as_flag, as_user_error, exit_on_user_error
-from data.loader import count_scored, evaluation_windows, read_windows, replace_unscored
+from data.loader import count_scored, evaluation_windows, read_windows
 from data.streams import lasting_streams
 from model import GPT, GPTConfig, sample_text
 from training import command_line, devices, diagnostics, header, hellaswag, recipe, setup, weights
@@ -242,9 +242,8 @@ def train_step(trainer: Trainer, inputs: Tensor, targets: Tensor, step: int) -> 
     divisors = [len(micro_batches)] * len(micro_batches)
     if trainer.partly_scored:  # the mean over scored tokens, of which some micro-batches have more
         counts = [count_scored(y) for _, y in micro_batches]
-        micro_batches = [(x, replace_unscored(x, y)) for x, y in micro_batches]
         mean = dist.sum(sum(counts).float()).clamp(min=1) / dist.world_size  # 0 / 0 is nan
-        divisors = [mean / count for count in counts]  # infinite for none: loss and gradients are 0
+        divisors = [mean / count for count in counts]  # infinite for none, whose loss is 0
     loss_sum = torch.zeros((), device=trainer.device)
     for micro_step, ((x, y), divisor) in enumerate(zip(micro_batches, divisors, strict=True), 1):
         # gradients accumulate on each rank: one all-reduce, in the last backward, is enough
@@ -291,7 +290,6 @@ def validate(trainer: Trainer, split: shards.Split) -> float:
         weight = len(windows)
         if trainer.partly_scored:
             weight = count_scored(targets).item() if weight else 0
-            targets = replace_unscored(inputs, targets)
         with trainer.autocast():
             loss = trainer.raw_model(inputs, targets).item()
         sums += torch.tensor([loss * weight, weight])

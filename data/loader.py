@@ -103,11 +103,6 @@ def count_scored(targets: torch.Tensor) -> torch.Tensor:
     return (targets != IGNORED).sum()
 
 
-def replace_unscored(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the targets, or if all are IGNORED the inputs: the mean loss of no target is nan."""
-    return torch.where(count_scored(targets) > 0, targets, inputs)
-
-
 def _read_rows(split: Split, starts: Iterable[int], block_size: int) -> torch.Tensor:
     rows = [split.read(int(start), block_size + 1) for start in starts]
     return torch.from_numpy(np.stack(rows) if rows else np.empty((0, block_size + 1), np.int64))

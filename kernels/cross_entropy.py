@@ -4,7 +4,8 @@ Cross-entropy of a softmax over the vocabulary, alone or fused with the output h
 For one row of logits and its target t, over the V real columns (padding after V is ignored):
 
     lse  = log(sum(exp(logits))) = largest + log(sum(exp(logits - largest)))
-    loss = lse - logits[t]                 mean over the rows, in nats per token; rows with target -100 are ignored
+    loss = lse - logits[t]                 mean over the rows, in nats per token; rows with target -100 are ignored,
+                                           and the mean of none is 0, where F.cross_entropy returns nan
 
 Given the gradient of the mean, with n rows counted:
 
@@ -58,7 +59,8 @@ def launch_parameters(width: int, gpu: str) -> dict[str, int]:
 
 def cross_entropy_torch(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
     """Return the mean loss, a float32 scalar in nats per token. logits: (N, >= vocab_size); targets: (N,) int64."""
-    return F.cross_entropy(logits[:, :vocab_size].float(), targets, ignore_index=IGNORE)
+    total = F.cross_entropy(logits[:, :vocab_size].float(), targets, ignore_index=IGNORE, reduction="sum")
+    return total / _rows_counted(targets)
 
 
 def linear_cross_entropy_torch(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
@@ -342,7 +344,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
 
     logits:  (N, W), W >= vocab_size, float32, float16 or bfloat16; copied unless the elements of a row are adjacent
     targets: (N,) int64; rows with -100 are ignored
-    Return a float32 scalar in nats per token; 0, with gradients of 0, if no row counts (PyTorch: nan).
+    Return a float32 scalar in nats per token; 0, with gradients of 0, if no row counts.
     A target out of range makes the loss and the gradient of its row nan.
     Raise ValueError for other dtypes and shapes, and for mixed devices.
     """

@@ -132,10 +132,12 @@ def test_rows_left_out_get_no_gradient_and_an_empty_batch_is_0_rather_than_nan()
         N = len(nothing)
         tensors["x"] = tensors["x"].detach()[:N].requires_grad_()
         logits = {"logits": make_logits(N, 128, torch.float32)}
-        for function, inputs in ((linear_cross_entropy, tensors), (cross_entropy, logits)):
+        cases = [(function, tensors) for function in (linear_cross_entropy, linear_cross_entropy_torch)]
+        cases += [(function, logits) for function in (cross_entropy, cross_entropy_torch)]
+        for function, inputs in cases:
             with new_memory_is_nan():
                 found = results(function, inputs, UPSTREAM, targets=nothing, vocab_size=65)
-            assert all((number == 0).all() for number in found.values())
+            assert all((number == 0).all() for number in found.values()), function
 
 
 def test_the_logits_of_the_caller_stay_as_they_are_and_the_graph_may_be_walked_twice():
