@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TypeVar
 
 import torch
+from torch.autograd import forward_ad
 
 from kernels import machine
 
@@ -104,13 +105,25 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def check_tensors(**tensors: torch.Tensor) -> None:
-    """Raise ValueError unless all tensors are float32, float16 or bfloat16 and are on one device."""
+    """
+    Raise ValueError unless all tensors are float32, float16 or bfloat16 and are on one device.
+
+    Raise RuntimeError in forward-mode differentiation, for which custom_op has no rule: tangents would get lost.
+    """
+    if has_tangent(*tensors.values()):
+        raise RuntimeError("the Triton operators have no forward-mode derivative: use --kernels none for that")
     first = next(iter(tensors))
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name} is {tensor.dtype}: the kernels take float32, float16 or bfloat16")
         if tensor.device != tensors[first].device:
             raise ValueError(f"{name} is on {tensor.device}, {first} on {tensors[first].device}: move them together")
+
+
+def has_tangent(*tensors: torch.Tensor) -> bool:
+    """Return whether a derivative with respect to one of the tensors is being computed in forward mode."""
+    within = forward_ad._current_level >= 0  # the default: no look at every tensor at every call
+    return within and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 class _WithGradientFor(torch.autograd.Function):
@@ -126,6 +139,8 @@ class _WithGradientFor(torch.autograd.Function):
 
 def with_gradient_for(bias: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Return x (..., C), to which bias (C,) was added, detached; the gradient of x will also give that of bias."""
+    if has_tangent(bias, x):
+        return x + (bias - bias.detach())
     return _WithGradientFor.apply(bias, x)
 
 

@@ -202,6 +202,18 @@ def test_a_second_derivative_is_refused(operation):
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_derivative_in_forward_mode_is_refused_rather_than_0(operation, monkeypatch):
+    monkeypatch.setenv("PYTORCH_JIT", "0")  # or forward mode compiles decompositions first, for seconds
+    function, (given, _) = getattr(select("all", DEVICE), operation), arguments(operation, SMALL, torch.float32, DEVICE)
+    for place, tensor in enumerate(given):
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+            tensor = tensor.detach()
+            of_one = lambda x, place=place: function(*given[:place], x, *given[place + 1 :])  # noqa: E731
+            with pytest.raises(RuntimeError, match="no forward-mode derivative: use --kernels none"):
+                torch.func.jvp(of_one, (tensor,), (tensor,))
+
+
 def test_launch_parameters_are_those_of_a_gpu_or_of_the_newest_before_it():
     table = {"sm_80": 1, "sm_86": 2, "sm_90": 3, "sm_120": 4}
     names = ("sm_75", "sm_80", "sm_87", "sm_89", "sm_90", "sm_103", "sm_110", "sm_121", "gfx942", "gfx90a")

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
 import model as gpt
@@ -49,6 +50,28 @@ def test_logits_loss_and_every_gradient_are_those_of_transformers(model):
     torch.testing.assert_close(loss, their_loss, rtol=1e-5, atol=1e-5)
     gradients = {name: theirs(name, parameter.grad) for name, parameter in model.named_parameters()}
     torch.testing.assert_close(gradients, {name: p.grad for name, p in judge.named_parameters()}, rtol=1e-5, atol=1e-5)
+
+
+def test_without_kernels_the_model_has_second_derivatives_and_those_in_forward_mode(model, monkeypatch):
+    monkeypatch.setenv("PYTORCH_JIT", "0")  # or forward mode compiles decompositions first, for seconds
+    model.double()
+    weights = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
+    direction = {name: torch.randn_like(p) for name, p in weights.items()}
+    tokens = random_tokens(2, 9)
+
+    def loss(weights):
+        with sdpa_kernel(SDPBackend.MATH):  # PyTorch's flash attention has neither
+            logits = torch.func.functional_call(model, weights, tokens)  # whose loss would be in float32
+        return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+
+    def gradients(step):
+        moved = {name: p + step * direction[name] for name, p in weights.items()}
+        return torch.autograd.grad(loss(moved), weights.values(), create_graph=True)
+
+    slope = sum((each * direction[name]).sum() for name, each in zip(weights, gradients(0), strict=True))
+    torch.testing.assert_close(torch.func.jvp(loss, (weights,), (direction,))[1], slope)
+    expected = tuple((after - before) / 2e-6 for before, after in zip(gradients(-1e-6), gradients(1e-6), strict=True))
+    torch.testing.assert_close(torch.autograd.grad(slope, weights.values()), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_initialization_is_gpt2s():
