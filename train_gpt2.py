@@ -44,7 +44,12 @@ from training import sweep as sweeps
 from training.checkpoint import fitting, starting_point
 from training.distributed import Distributed, Mode
 from training.ladder import climb as road
-from training.optimizer import learning_rate, make_optimizers, mean_learning_rate
+from training.optimizer import (
+    learning_rate,
+    make_optimizers,
+    mean_learning_rate,
+    update_average,
+)
 from training.run import Run, StopRequest, profiler
 from training.setup import Data
 
@@ -84,6 +89,7 @@ class Config:
     zero_init: bool = False  # start every block as the identity: both c_proj at 0
     weight_decay: float = 0.1  # of matrices; biases and LayerNorms never decay
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
+    ema: int = 0  # steps to average weights over, for validation, samples and export; 0: off
 
     # evaluation
     eval_every: int = 250  # steps between validations; 0: only at the end
@@ -204,7 +210,7 @@ class Trainer:
     State for a training step.
 
     `model` may be compiled and wrapped in DDP; `raw_model` is the unwrapped module with the same
-    weights.
+    weights. `average` has those of --ema, if on.
     """
 
     config: Config
@@ -216,6 +222,12 @@ class Trainer:
     micro_batch: int  # sequences
     dist: Distributed = Distributed()
     partly_scored: bool = False  # some targets are IGNORED
+    average: GPT | None = None
+
+    @property
+    def result(self) -> GPT:
+        """The model that a run is for: validated, sampled from, exported."""
+        return self.average or self.raw_model
 
     def autocast(self):
         enabled = self.dtype != torch.float32
@@ -267,6 +279,8 @@ def train_step(trainer: Trainer, inputs: Tensor, targets: Tensor, step: int) -> 
             group["lr"] = learning_rate(step, config) * group["lr_ratio"]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+    if trainer.average:
+        update_average(trainer.average, trainer.raw_model, step, config.ema)
     return mean_loss, grad_norm
 
 
@@ -280,7 +294,7 @@ def validate(trainer: Trainer, split: shards.Split) -> float:
     block_size, size, dist = trainer.config.block_size, trainer.micro_batch, trainer.dist
     starts = evaluation_windows(split, block_size, trainer.config.eval_tokens)
     mine = starts[dist.rank :: dist.world_size]
-    trainer.raw_model.eval()
+    trainer.result.eval()
     sums = torch.zeros(2, dtype=torch.float64)  # of losses, and of their weights
     for first in range(0, math.ceil(len(starts) / dist.world_size), size):
         windows = mine[first : first + size]
@@ -291,9 +305,9 @@ def validate(trainer: Trainer, split: shards.Split) -> float:
         if trainer.partly_scored:
             weight = count_scored(targets).item() if weight else 0
         with trainer.autocast():
-            loss = trainer.raw_model(inputs, targets).item()
+            loss = trainer.result(inputs, targets).item()
         sums += torch.tensor([loss * weight, weight])
-    trainer.raw_model.train()
+    trainer.result.train()
     loss_sum, weight_sum = dist.sum(sums.to(trainer.device, torch.float32)).tolist()
     return loss_sum / weight_sum
 
@@ -316,13 +330,16 @@ def make_trainer(
         raw_model.zero_projections()
     if checkpoint:
         with fitting(checkpoint["path"], "this model"):
-            raw_model.load_state_dict(checkpoint["model"])
+            raw_model.load_state_dict(checkpoint.get("training", checkpoint["model"]))
     elif config.init_from:
         weights.init_from(raw_model, config.init_from, split.tokenizer_spec)
     raw_model.to(device)
     trainer = Trainer(
         config, raw_model, raw_model, [], device, dtype, 0, dist, split.partly_scored
     )
+    if config.ema:
+        trainer.average = GPT(raw_model.config, ops).to(device).requires_grad_(False)
+        trainer.average.load_state_dict((checkpoint or {}).get("model", raw_model.state_dict()))
     trainer.micro_batch = devices.choose_micro_batch(
         config, raw_model, dist, trainer.autocast, checkpoint and checkpoint["micro_batch"]
     )
@@ -345,7 +362,7 @@ def due(step: int, every: int, last: int) -> bool:
 
 def sample(trainer: Trainer, run: Run | None, data: Data, step: int) -> None:
     """Append --sample-tokens of text to samples.txt, drawn with the same seed every time."""
-    model, dist, length = trainer.raw_model, trainer.dist, trainer.config.sample_tokens
+    model, dist, length = trainer.result, trainer.dist, trainer.config.sample_tokens
     if length == 0:
         return
     full = dist.gather_full(model.state_dict()) if dist.mode == "fsdp" else None
@@ -362,7 +379,7 @@ def save(trainer: Trainer, run: Run | None, data: Data, step: int) -> None:
     """Write a checkpoint and the plots. No RNG state: randomness depends on seed and step."""
     checkpoint = {
         "step": step,
-        "model": trainer.dist.gather_full(trainer.raw_model.state_dict()),
+        "model": trainer.dist.gather_full(trainer.result.state_dict()),
         "optimizers": [trainer.dist.optimizer_state(each) for each in trainer.optimizers],
         "config": dataclasses.asdict(trainer.raw_model.config),
         "tokenizer": data.tokenizer.spec(),
@@ -370,6 +387,8 @@ def save(trainer: Trainer, run: Run | None, data: Data, step: int) -> None:
         "micro_batch": trainer.micro_batch,
         "data": data.fingerprint,
     }
+    if trainer.average:
+        checkpoint["training"] = trainer.raw_model.state_dict()
     if run:
         run.save(checkpoint, trainer.config.keep)
         run.draw()
@@ -434,7 +453,7 @@ def train(config: Config, dist: Distributed) -> int:
             if questions and due(step, config.hellaswag_every, last):
                 doing("HellaSwag")
                 record |= hellaswag.scores(
-                    trainer.raw_model, questions, trainer.device, dist, trainer.autocast
+                    trainer.result, questions, trainer.device, dist, trainer.autocast
                 )
             stopping = dist.all_reduce_max(stop.signal)  # all ranks stop after the same step
             if run:

@@ -221,3 +221,25 @@ def test_zero_init_makes_every_block_the_identity():
     for block in model.transformer.h:
         branch, residual = block(x, None, None)
         assert branch.eq(0).all() and torch.equal(residual, x)
+
+
+def test_the_average_of_the_weights_is_plain_at_first_and_then_exponential():
+    model, average = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False).requires_grad_(False)
+    found = []
+    for step, weight in enumerate((1.0, 3.0, 5.0, 9.0, 9.0), start=1):
+        model.weight.data.fill_(weight)
+        optimizer.update_average(average, model, step, horizon=3)
+        found.append(average.weight.item())
+    assert found == pytest.approx([1, 2, 3, 5, 19 / 3])
+
+
+def test_ema_changes_what_is_validated_and_saved_and_not_the_training(dataset, tmp_path):
+    options = {"max_steps": 4, "checkpoint_every": 4, "eval_every": 1, "sample_every": 0, "min_lr": 2e-3}
+    plain, averaged = tmp_path / "plain", tmp_path / "averaged"
+    assert train(dataset, plain, **options) == train(dataset, averaged, ema=3, **options) == 0
+    assert curve(plain) == curve(averaged)
+    same = [curve(plain, "val_loss")[step] == loss for step, loss in curve(averaged, "val_loss").items()]
+    assert same == [True, False, False, False]
+    end = newest_checkpoint(averaged)[1]
+    for name, trained in weights(plain).items():
+        assert torch.equal(trained, end["training"][name]) and not torch.equal(trained, end["model"][name])

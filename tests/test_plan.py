@@ -136,6 +136,11 @@ def test_optimizer_state_and_checkpoint_are_what_a_step_leaves(optimizer):
     file = io.BytesIO()
     torch.save({"model": gpt.state_dict(), "optimizers": [each.state_dict() for each in optimizers]}, file)
     assert planned.checkpoint_bytes() == pytest.approx(file.tell(), rel=0.06)  # zip headers weigh in at this size
+    averaging = plan_of(2, 48, 64, 2, 2, 200, optimizer=optimizer, ema=9)
+    assert averaging.checkpoint_bytes() == planned.checkpoint_bytes() + rows["weights"]
+    assert averaging.memory(2)["average of the weights"] == rows["weights"] and sum(averaging.memory(2).values()) > sum(
+        rows.values()
+    )
 
 
 @pytest.fixture

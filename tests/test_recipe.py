@@ -14,10 +14,11 @@ import sample
 import train_gpt2
 from data.files import UserError
 from training import recipe, weights
+from training.checkpoint import newest_checkpoint
 from training.sweep import SweepRun
 
 BEST = {"lr": 0.02, "adamw_lr": 0.01, "weight_decay": 0.3}
-GAINS = {"linear": 0.1, "muon": 0.5, "zero-init": 0.02, "half": -0.3}
+GAINS = {"linear": 0.1, "muon": 0.5, "zero-init": 0.02, "ema": 0.05, "half": -0.3}
 
 
 def loss_of(part, options, gains=GAINS) -> float:
@@ -25,6 +26,7 @@ def loss_of(part, options, gains=GAINS) -> float:
     on = {
         "linear": options["schedule"] == "linear",
         "muon": options["optimizer"] == "muon",
+        "ema": options["ema"] > 0,
         "half": part.name == "half",
     }
     on["zero-init"] = options["zero_init"]
@@ -56,6 +58,7 @@ def test_rates_are_tuned_to_their_best_and_a_part_that_gains_less_than_twice_its
     assert [rung.part.name for rung in rungs if not rung.kept] == ["zero-init"]
     last = rungs[-1]
     assert last.options["max_steps"] == 50 and last.options["zero_init"] is False
+    assert last.options["ema"] == 2 and last.options["min_lr"] == pytest.approx(0.3 * last.options["lr"], rel=0.05)
     for name, best in BEST.items():
         assert abs(math.log(last.options[name] / best)) <= math.log(recipe.FACTORS[name]) / 2 + 0.01
     assert rungs[2].gains == pytest.approx([rungs[1].losses[i] - rungs[2].losses[i] for i in range(3)])
@@ -104,9 +107,9 @@ def test_tokens_to_a_loss_are_interpolated():
 
 def test_the_table_compares_with_the_tuned_adamw_and_the_picture_has_a_line_per_rung():
     rungs = recipe.Climb(100, 1, maker()[0]).rungs
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in recipe.table(rungs).splitlines()[2:7]]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in recipe.table(rungs).splitlines()[2:8]]
     assert [row[0] for row in rows] == [part.title for part in recipe.parts(100)]
-    assert [row[-1] for row in rows] == ["yes", "yes", "yes", "no", "yes"]
+    assert [row[-1] for row in rows] == ["yes", "yes", "yes", "no", "yes", "yes"]
     assert (
         rows[0][5] == rows[-1][5] == "" and rows[0][6] == ""
     )  # nothing below the first; cosine never reaches linear's
@@ -137,7 +140,7 @@ def test_the_command_trains_the_run_that_is_missing_and_writes_the_table(dataset
             (tmp_path / run.name / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in run.records), "utf-8")
         return run
 
-    assert len(recipe.Climb(8, 1337, make).rungs) == 4
+    assert len(recipe.Climb(8, 1337, make).rungs) == 5
     with pytest.raises(SystemExit) as end:
         train_gpt2.main([*words, "--recipe"])
     shown = capfd.readouterr().out
@@ -150,7 +153,7 @@ def test_the_command_trains_the_run_that_is_missing_and_writes_the_table(dataset
 
 
 def test_a_run_with_every_part_resumes_bit_for_bit_and_its_export_is_a_gpt2_for_transformers(dataset, tmp_path):
-    full = {"optimizer": "muon", "schedule": "linear", "min_lr": 0.0, "adamw_lr": 1e-2}
+    full = {"optimizer": "muon", "schedule": "linear", "min_lr": 1e-3, "adamw_lr": 1e-2, "ema": 3}
     words = {"max_steps": 6, "checkpoint_every": 3, "eval_every": 2, "sample_every": 0} | full
     one, other = tmp_path / "one", tmp_path / "other"
 
@@ -163,6 +166,9 @@ def test_a_run_with_every_part_resumes_bit_for_bit_and_its_export_is_a_gpt2_for_
     (other / "checkpoints" / "step_000006.pt").unlink()
     finish(other)
     assert_same_run(one, other)
+    ends = [newest_checkpoint(run)[1] for run in (one, other)]
+    for name, trained in ends[0]["training"].items():
+        assert torch.equal(trained, ends[1]["training"][name]) and not torch.equal(trained, ends[0]["model"][name])
     sample.main([str(one), "--export", str(tmp_path / "export")])
     judge = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "export").eval()
     model, _ = weights.load(str(one))

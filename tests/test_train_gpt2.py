@@ -284,6 +284,7 @@ def refused(capsys, *args, **options) -> str:
         ({"hellaswag_every": 5, "hellaswag_input": "no/such.jsonl"}, "no/such.jsonl"),
         ({"optimizer": "muon", "n_layer": 0}, "--n-layer 0 has none: use adamw"),
         ({"optimizer": "muon", "parallel": "fsdp"}, "--optimizer muon needs full matrices"),
+        ({"ema": 9, "parallel": "fsdp", "optimizer": "adamw"}, "--ema averages full weights"),
         ({"diagnose": 5, "parallel": "zero1"}, "--diagnose needs all weights on one rank"),
         ({"parallel": "zero1"}, "--parallel zero1 needs several processes"),
         ({"parallel": "fsdp", "optimizer": "adamw"}, "--parallel fsdp needs several processes"),

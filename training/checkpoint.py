@@ -26,6 +26,7 @@ from training.distributed import Distributed, env_number
 SHAPE = {  # what every checkpoint holds, in the terms of outside.check_shape
     "step": range(2**62),
     "model": dict,
+    "training?": dict,  # with --ema, whose average is "model": the weights that training goes on from
     "optimizers": [{"state": dict, "param_groups": [{"params": list}]}],
     "config": dict,
     "tokenizer": dict,

@@ -99,6 +99,16 @@ def make_optimizers(model: nn.Module, config, dist: Distributed, dtype: torch.dt
     return [muon, dist.optimizer(torch.optim.AdamW, rest, **adamw)]
 
 
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, step: int, horizon: int) -> None:
+    """
+    Move the exponential average of a model's weights to those after `step`; up to step `horizon`, the plain average.
+
+    While --min-lr is above 0, single steps are noise: their average is better than the last of them.
+    """
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 / min(step, horizon))
+
+
 # ---------------------------------------------------------------------------------------------------------------- Muon
 
 

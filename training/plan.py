@@ -138,6 +138,8 @@ class Plan:
             rows = {"weights": full, "gradients": full}
             if world_size > 1 and micro_steps > 1:
                 rows["second copy of the gradients"] = full
+            if c.ema:
+                rows["average of the weights"] = full
             ranks = self.zero1_ranks() if c.parallel == "zero1" else [parameters]
             rows["optimizer state"] = max(sum(state[p] for p in rank) for rank in ranks)
         C, N, s, dropout = c.n_embd, micro_batch * c.block_size, self.element_bytes, c.dropout > 0
@@ -244,8 +246,9 @@ class Plan:
         }  # fmt: skip
 
     def checkpoint_bytes(self) -> int:
-        """Return the size of a checkpoint: weights and optimizer state in float32, unsharded."""
-        return 4 * elements(self.model.parameters()) + sum(self.state_bytes().values())
+        """Return the size of a checkpoint: weights, their average and optimizer state in float32, unsharded."""
+        copies = 2 if self.config.ema else 1
+        return 4 * copies * elements(self.model.parameters()) + sum(self.state_bytes().values())
 
 
 def elements(parameters, world_size: int = 1) -> int:

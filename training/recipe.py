@@ -40,13 +40,13 @@ class Part:
     tunes: tuple[str, ...] = ("lr",)
 
 
-HALF = "half"
+EMA, HALF = "ema", "half"
 
 
 def parts(steps: int) -> list[Part]:
     """Return the ladder for runs of so many steps."""
     start = {"weight_decay": 0.1, "warmup_steps": max(1, steps // 25)}
-    adamw = {"optimizer": "adamw", "zero_init": False, "lr": 1e-2} | start
+    adamw = {"optimizer": "adamw", "zero_init": False, "ema": 0, "lr": 1e-2} | start
     muon = {"optimizer": "muon", "lr": 1.5e-2, "adamw_lr": 1.5e-2} | start
     linear, options = {"schedule": "linear", "min_lr": 0.0}, ("lr", "weight_decay", "warmup_steps")
     return [
@@ -54,6 +54,7 @@ def parts(steps: int) -> list[Part]:
         Part("linear", "AdamW tuned, linear to 0", linear, options),
         Part("muon", "Muon", muon, ("adamw_lr", *options)),
         Part("zero-init", "c_proj starts at 0", {"zero_init": True}),
+        Part(EMA, "weights averaged", {"ema": max(1, steps // 20)}, ()),
         Part(HALF, "all of it, half the tokens", {"max_steps": steps // 2}, ()),
     ]
 
@@ -94,8 +95,11 @@ class Climb:
         below, options = None, {}
         for part in parts(steps):
             added = part.options
+            if part.name == EMA:  # an average does what a rate of 0 at the end does, from a larger rate
+                added = added | {"min_lr": float(f"{0.3 * options['lr']:.2g}")}
             if part.name == HALF:
-                added = added | {"warmup_steps": max(1, options["warmup_steps"] // 2)}
+                halves = {name: options[name] for name in ("warmup_steps", "ema") if options[name]}
+                added = added | {name: max(1, value // 2) for name, value in halves.items()}
             tuned = self._tune(part, options | added)
             runs = tuned and self._finished(part, [tuned | {"seed": seed} for seed in self.seeds])
             if not runs:

@@ -32,7 +32,7 @@ def check_config(config) -> None:
     above_zero = ["block_size", "batch_tokens", "micro_batch", "max_steps", "lr", "eval_tokens"]
     above_zero += ["adamw_lr", "checkpoint_every", "keep"]
     zero_or_more = ["warmup_steps", "eval_every", "sample_every", "sample_tokens", "hellaswag_every", "seed"]
-    zero_or_more += ["diagnose", "min_lr", "decay_fraction", "weight_decay", "grad_clip"]
+    zero_or_more += ["diagnose", "min_lr", "decay_fraction", "weight_decay", "grad_clip", "ema"]
     check_numbers(dataclasses.asdict(config), above_zero, zero_or_more)
     with as_user_error():
         config.shape(vocab_size=1)
@@ -45,6 +45,8 @@ def check_config(config) -> None:
         message = "--optimizer muon trains blocks, and --n-layer 0 has none: use adamw"
     elif muon and mode == "fsdp":
         message = "--optimizer muon needs full matrices, not --parallel fsdp: use zero1 or ddp"
+    elif config.ema and mode == "fsdp":
+        message = "--ema averages full weights, not those of --parallel fsdp: use zero1 or ddp"
     elif config.decay_fraction > 1:
         message = f"--decay-fraction is {config.decay_fraction}, but must be at most 1"
     elif config.min_lr is not None and config.min_lr > config.lr:
