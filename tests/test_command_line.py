@@ -3,9 +3,11 @@
 import dataclasses
 
 import pytest
+from runs import random_model, save_run
 
 import train_gpt2
 from data.files import UserError, as_flag
+from data.tokenizer import CharTokenizer
 from training import command_line
 
 
@@ -21,9 +23,20 @@ def test_an_option_may_come_before_the_preset_and_be_spelled_as_elsewhere():
         ["--max-steps", "5", "--no-shuffle", "laptop", "--out-dir=a"],
         ["--max_steps=5", "--no_shuffle", "--out-dir", "a", "laptop"],
         ["laptop", "--max_steps=5", "--shuffle=False", "--out_dir", "a", "--compile=false"],
+        ["laptop", "--no-shuffle=true", "--out-dir=a", "--max-steps=5", "--no-compile", "--no-compile=True"],
+        ["laptop", "--no-shuffle", "--out-dir=a", "--max-steps=5", "--no-zero-init=False", "--zero-init"],
     ):
         assert train_gpt2.parse(words) == one
     assert train_gpt2.parse(["--out-dir", "laptop", "gpt2-124m"]).out_dir == "laptop"
+
+
+def test_the_optimizer_typed_is_what_must_fit_the_shape_of_init_from(tmp_path):
+    tokenizer = CharTokenizer("\nab", documents=False)
+    save_run(tmp_path / "bigram", random_model(tokenizer.vocab_size, n_layer=0), tokenizer, data="pydocs")
+    words = ["laptop", f"--init-from={tmp_path / 'bigram'}"]
+    assert train_gpt2.parse([*words, "--optimizer", "adamw"]).n_layer == 0
+    assert "--n-layer 0 has none: use adamw" in answer(*words)
+    assert "--optimizer" in answer(*words, "--optimizer=sgd")
 
 
 def test_the_micro_batch_of_a_preset_is_an_upper_bound_and_a_typed_one_is_kept(monkeypatch):

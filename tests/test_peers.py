@@ -22,6 +22,11 @@ class Store:
             time.sleep(0.01)
         return Path(name).read_bytes()
 
+if sys.argv[3] == "0":  # rank 0 cannot open a socket
+    def refuse(*_, **__):
+        raise OSError("too many open files")
+
+    socket.create_server = refuse
 peers.GRACE, rank, world_size = 0.3, int(sys.argv[1]), int(sys.argv[2])
 with peers.watch(Store(), rank, world_size):
     time.sleep(0.5)
@@ -31,7 +36,7 @@ with peers.watch(Store(), rank, world_size):
         ctypes.CDLL(None).sleep(600)  # no Python runs meanwhile
     if stay == "error":
         raise SystemExit("error: no room on the disk")
-    if rank == 0:  # strangers: one says something else, one nothing
+    if rank == 0 and stay != "0":  # strangers: one says something else, one nothing
         for words in (b"GET / HTTP/1.1", b""):
             with socket.create_connection(("localhost", int(Store().get("watch").split()[0]))) as stranger:
                 stranger.sendall(words)
@@ -79,3 +84,7 @@ def test_a_rank_that_leaves_by_an_error_ends_the_others(start):
 
 def test_ranks_that_leave_at_different_times_and_strangers_that_call_end_nobody(start):
     assert [rank.wait(timeout=20) for rank in start(0.2, 1.5, 0.8)] == [0, 0, 0]
+
+
+def test_without_a_socket_on_rank_0_the_ranks_are_not_watched_and_do_not_wait(start):
+    assert [rank.wait(timeout=20) for rank in start(0, 0.1)] == [0, 0]

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,6 +119,20 @@ def test_the_table_compares_with_the_tuned_adamw_and_the_picture_has_a_line_per_
     recipe.draw(axes := Figure().subplots(), rungs)
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert len(labels) == len(rungs) and [label.endswith("refused") for label in labels] == [not r.kept for r in rungs]
+
+
+def test_a_table_that_cannot_be_written_is_a_warning_and_wrong_data_and_torchrun_are_errors(
+    dataset, tmp_path, capsys, monkeypatch
+):
+    rungs = recipe.Climb(100, 1, maker()[0]).rungs
+    assert recipe.report(rungs, tmp_path / "none") == recipe.table(rungs)
+    assert f"warning: {tmp_path / 'none'} lacks the newest recipe.md" in capsys.readouterr().err
+    with pytest.raises(UserError, match="there is no dataset in nodata"):
+        recipe.climb(Path("x"), [*command(dataset, tmp_path / "out"), "--data=nodata"], train_gpt2.parse)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="without torchrun"):
+        recipe.climb(Path("x"), command(dataset, tmp_path / "out"), train_gpt2.parse)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_trains_the_run_that_is_missing_and_writes_the_table(dataset, tmp_path, capfd):

@@ -92,7 +92,8 @@ def read_words(arguments: list[str], presets: Presets) -> list[str]:
         name = known_option(word, defaults, OTHER_NAMES, "python train_gpt2.py laptop")
         switch = isinstance(defaults[name.removeprefix("no_")], bool)
         if switch and has_value and value.lower() in ("true", "false"):
-            name, has_value = name if value.lower() == "true" else f"no_{name}", ""
+            on = (value.lower() == "true") != (name not in defaults)  # --no-NAME=False is --NAME
+            name, has_value = ("" if on else "no_") + (name if name in defaults else name.removeprefix("no_")), ""
         words.append(as_flag(name) + (f"={value}" if has_value else ""))
         takes_value = not switch and not has_value
     known = f"the presets are {', '.join(presets)}"
@@ -128,6 +129,8 @@ def parse(arguments: list[str], presets: Presets):
     if typed & {as_flag(name) for name in shape}:
         shape = {}
     elif shape:  # as many tokens per step, in sequences of that size
+        if _value_of("--optimizer", words) == "adamw":  # the preset's may not fit the shape
+            shape["optimizer"] = "adamw"
         shape["batch_tokens"] = max(1, round(preset.batch_tokens / shape["block_size"])) * shape["block_size"]
     # checked once it fits: with another --batch-tokens, the preset's micro-batch need not divide it
     default = dataclasses.replace(preset, micro_batch="auto", **shape)

@@ -30,17 +30,19 @@ def watch(store, rank: int, world_size: int) -> Iterator[None]:
     Without a connection between the ranks, as behind a firewall, nothing is watched.
     """
     left, peers, server, token = threading.Event(), [], None, b""
-    with contextlib.suppress(OSError):
-        if rank == 0:
+    if rank == 0:
+        with contextlib.suppress(OSError):
             dual = socket.has_dualstack_ipv6()
             family = socket.AF_INET6 if dual else socket.AF_INET
             server = socket.create_server(("", 0), family=family, dualstack_ipv6=dual, backlog=world_size)
-            token = secrets.token_hex(16).encode()
-            store.set("watch", f"{server.getsockname()[1]} {token.decode()}")
-        else:
-            port, token = store.get("watch").split()
-            peers = [socket.create_connection((os.environ["MASTER_ADDR"], int(port)), timeout=30)]
-            peers[0].sendall(token)
+        token = secrets.token_hex(16).encode()
+        store.set("watch", f"{server.getsockname()[1] if server else 0} {token.decode()}")  # 0: watch nothing
+    else:
+        port, token = store.get("watch").split()
+        with contextlib.suppress(OSError):
+            if int(port):
+                peers = [socket.create_connection((os.environ["MASTER_ADDR"], int(port)), timeout=30)]
+                peers[0].sendall(token)
     threading.Thread(target=_listen, args=(rank, server, peers, token, left), daemon=True).start()
     yield
     left.set()

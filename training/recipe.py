@@ -21,10 +21,19 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from data.corpora import prepare_if_missing
 from data.files import UserError, as_flag, atomic_write, lock
+from data.streams import best_effort
 from training.run import read_log
-from training.sweep import Parse, SignalRelay, SweepRun, check_folder, choose_folder, parse_run, train_one
+from training.sweep import (
+    Parse,
+    SignalRelay,
+    SweepRun,
+    check_folder,
+    check_start,
+    choose_folder,
+    parse_run,
+    train_one,
+)  # fmt: skip
 
 SEEDS = 3
 FACTORS = {"lr": 1.5, "adamw_lr": 1.5, "weight_decay": 3.0, "warmup_steps": 3.0}  # between neighbors when tuning
@@ -165,7 +174,7 @@ def climb(script: Path, arguments: list[str], parse: Parse) -> int:
     words = [word for word in arguments if word != "--recipe"]
     base = parse(words)
     folder = choose_folder(words, base.out_dir, "recipe")
-    prepare_if_missing(base.data)
+    check_start({base.data}, "recipe")
 
     def make(part: Part, options: dict) -> SweepRun:
         run = read_run(folder, words, parse, part, options)
@@ -253,9 +262,10 @@ def report(rungs: list[Rung], folder: Path) -> str:
     from matplotlib.figure import Figure  # imported late: it takes half a second
 
     text, figure = table(rungs), Figure(figsize=(8, 5.5), layout="constrained")
-    draw(figure.subplots(), rungs)
-    atomic_write(folder / "recipe.md", lambda file: file.write(f"{text}\n".encode()))
-    atomic_write(folder / "recipe.png", lambda file: figure.savefig(file, format="png", dpi=120))
+    with best_effort(f"{folder} lacks the newest recipe.md and recipe.png"):
+        atomic_write(folder / "recipe.md", lambda file: file.write(f"{text}\n".encode()))
+        draw(figure.subplots(), rungs)
+        atomic_write(folder / "recipe.png", lambda file: figure.savefig(file, format="png", dpi=120))
     return text
 
 

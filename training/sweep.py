@@ -170,12 +170,8 @@ def choose_folder(arguments: list[str], out_dir: str, what: str) -> Path:
 
 def train_all(script: Path, runs: list[SweepRun], folder: Path, what: str) -> int:
     """Train the unfinished runs into `folder` and report after each; result and errors as for train_grid."""
-    if env_number("WORLD_SIZE", 1) > 1:
-        raise UserError(f"--{what} starts one process per run: call python train_gpt2.py, without torchrun")
     check_folder(runs, folder, what)
-    for name in {run.config.data for run in runs}:  # once, and while its messages are still shown
-        prepare_if_missing(name)
-        shards.open_split(dataset_dir(name), "train")
+    check_start({run.config.data for run in runs}, what)
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / ".lock", f"another process is writing to {folder}: wait for it, or use --out-dir"):
         for run in runs:
@@ -196,6 +192,15 @@ def train_all(script: Path, runs: list[SweepRun], folder: Path, what: str) -> in
     if failed := [run.name for run in runs if run.error]:
         raise UserError(f"{len(failed)} of {len(runs)} runs failed ({'; '.join(failed)}): {folder / what}.md says why")
     return 0
+
+
+def check_start(datasets: set[str], what: str) -> None:
+    """Prepare the datasets, once and while messages are still shown. UserError if one is missing, or for torchrun."""
+    if env_number("WORLD_SIZE", 1) > 1:
+        raise UserError(f"--{what} starts one process per run: call python train_gpt2.py, without torchrun")
+    for name in datasets:
+        prepare_if_missing(name)
+        shards.open_split(dataset_dir(name), "train")
 
 
 def check_folder(runs: list[SweepRun], folder: Path, what: str) -> None:
