@@ -27,6 +27,7 @@ import regex
 import tyro
 
 from data.files import UserError, atomic_write, run_script
+from data.outside import open_bytes
 from data.text import other_encoding, read_text
 from data.tokenizer import BYTE_TO_UNICODE, PATTERNS, TRAINED_FILE, Tokenizer, byte_pairs, choose
 from data.tokenizer_json import tokenizer_json
@@ -43,9 +44,12 @@ NOTHING = -1  # id of a position at which no token begins: a separator, or insid
 
 def count_words(chunks: Iterable[str], pattern: str) -> Counter[str]:
     """Count each word of a text that comes in chunks, cut anywhere."""
-    words_of, counts, rest = regex.compile(PATTERNS[pattern]).findall, Counter(), ""
+    words_of, counts, rest, fresh = regex.compile(PATTERNS[pattern]).findall, Counter(), "", []
     for chunk in chunks:
-        text = rest + chunk
+        fresh.append(chunk)
+        if sum(map(len, fresh)) < len(rest):  # a long word is read again only when the text has doubled
+            continue
+        text, fresh = "".join([rest, *fresh]), []
         # A word may continue in the next chunk, so the last ones are put back. Trailing white space is one word and is
         # put back entirely. (The words of a text, joined, are the text.)
         words, end, settled = words_of(text), len(text), len(text) - LOOK_AHEAD
@@ -53,7 +57,7 @@ def count_words(chunks: Iterable[str], pattern: str) -> Counter[str]:
             end -= len(words.pop())
         counts.update(words)
         rest = text[end:]
-    counts.update(words_of(rest))
+    counts.update(words_of("".join([rest, *fresh])))
     return counts
 
 
@@ -63,7 +67,7 @@ def read_chunks(path: Path) -> Iterator[str]:
     Raise UserError if it is not UTF-8, OSError if it cannot be read.
     """
     decoder, mark, held = codecs.getincrementaldecoder("utf-8")(), "\ufeff", ""
-    with open(path, "rb") as file:
+    with open_bytes(path) as file:
         try:
             while content := file.read(CHUNK_BYTES):
                 text = held + decoder.decode(content)
@@ -74,8 +78,8 @@ def read_chunks(path: Path) -> Iterator[str]:
         except UnicodeDecodeError as error:
             offset = file.tell() - len(error.object) + error.start
             place = f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset}"
-            file.seek(0)
-            raise other_encoding(path, file.read(1 << 20), None, place) from None
+            with open_bytes(path) as again:
+                raise other_encoding(path, again.read(1 << 20), None, place) from None
 
 
 # ------------------------------------------------------------------------------------------------------------- learning

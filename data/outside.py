@@ -2,9 +2,32 @@
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from data.files import UserError
+
+COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # first bytes -> kind; no text begins so
+
+
+@contextmanager
+def open_bytes(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a file to read bytes; .gz and .zst, which their first bytes tell, are decompressed as they are read.
+
+    Raise OSError, also later, if the file cannot be read or is corrupt.
+    """
+    with open(path, "rb") as file:
+        first = file.peek(4)[:4]
+        kind = next((kind for mark, kind in COMPRESSED.items() if first.startswith(mark)), None)
+        if kind is None:
+            yield file
+            return
+        import pyarrow  # here, not above, since few files are compressed
+
+        with pyarrow.CompressedInputStream(file, kind) as decompressed:
+            yield decompressed
 
 
 def read_json(path: Path, shape=dict, hint: str = "") -> dict:

@@ -288,14 +288,16 @@ def _byte_pairs_from_spec(spec: dict) -> BytePairTokenizer:
     corrupt = "the spec of the BPE tokenizer is corrupt: "
     if pattern not in list(PATTERNS) or not isinstance(spellings, str):
         raise UserError(corrupt + "it needs a pattern, gpt2 or gpt4, and tokens, a text")
-    known, tokens = {bytes([byte]) for byte in range(256)}, []
+    known, lengths, tokens = {bytes([byte]) for byte in range(256)}, {1}, []
     for spelling in spellings.split():
         try:
             token = unicode_to_bytes(spelling)
         except KeyError:
             raise UserError(corrupt + f"{spelling[:50]!r} spells no token") from None
-        if token in known or not any({token[:i], token[i:]} <= known for i in range(1, len(token))):
+        cuts = [i for i in lengths if len(token) - i in lengths]  # few, also for a token of a million bytes
+        if token in known or not any({token[:i], token[i:]} <= known for i in cuts):
             raise UserError(corrupt + f"{spelling[:50]!r} is not a new token made of two earlier ones")
         known.add(token)
+        lengths.add(len(token))
         tokens.append(token)
     return byte_pairs(pattern, tokens)

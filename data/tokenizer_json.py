@@ -5,6 +5,7 @@ special tokens by their spelling. Its BPE needs the merges, as ordered pairs; ti
 ranks, so `merges` recovers the pairs.
 """
 
+import heapq
 import json
 
 import tokenizers
@@ -61,16 +62,25 @@ def merges(ranks: dict[bytes, int]) -> dict[bytes, tuple[bytes, bytes] | None]:
     ranks: bytes -> id, lower ids merged first. The pair is what merging by lower ids alone makes of the token's bytes;
     None if more than two pieces remain: no merge makes the token, which only matches a full word.
     """
-    pairs = {}
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            joined = [ranks.get(left + right, rank) for left, right in zip(parts, parts[1:], strict=False)]
-            best = min(joined)
-            if best >= rank:
-                break
-            place = joined.index(best)  # the leftmost of equals, as in encoding
-            parts[place : place + 2] = [parts[place] + parts[place + 1]]
-        if len(token) > 1:
-            pairs[token] = tuple(parts) if len(parts) == 2 else None
-    return pairs
+    tokens = sorted(ranks.items(), key=lambda item: item[1])
+    return {token: _last_merge(token, rank, ranks) for token, rank in tokens if len(token) > 1}
+
+
+def _last_merge(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:
+    """Merge the bytes of a token by ids below `rank` until two pieces remain; return those, or None if more do."""
+    # The end of the piece that begins at a byte, and the start of the one before it. A heap, since tokens may be long.
+    ends, before, pieces = list(range(1, len(token) + 1)), list(range(-1, len(token))), len(token)
+    heap = [(ranks.get(token[i : i + 2], rank), i, i + 1, i + 2) for i in range(len(token) - 1)]
+    heapq.heapify(heap)
+    while pieces > 2:
+        best, start, middle, end = heapq.heappop(heap)  # the leftmost of equals, as in encoding
+        if best >= rank:
+            return None
+        if (ends[start], ends[middle]) != (middle, end):  # merged with others since
+            continue
+        ends[start], ends[middle], before[end] = end, 0, start
+        pieces -= 1
+        for left in (before[start], start):
+            if left >= 0 and (right := ends[left]) < len(token):
+                heapq.heappush(heap, (ranks.get(token[left : ends[right]], rank), left, right, ends[right]))
+    return token[: ends[0]], token[ends[0] :]

@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 import tracemalloc
 import unicodedata
 from collections import Counter
@@ -25,6 +26,7 @@ from data.pydocs import read_topics
 from data.shards import open_split
 from data.text import prepare, read_text
 from data.tokenizer import PATTERNS, byte_pairs, bytes_to_unicode, from_spec, gpt2, load
+from data.tokenizer_json import merges
 
 ROOT = Path(__file__).parents[1]
 RUSSIAN = (ROOT / "tests" / "texts" / "russian.txt").read_text(encoding="utf-8")
@@ -120,6 +122,16 @@ def test_words_are_counted_the_same_however_the_text_is_cut(pattern):
         cuts = sorted(rng.sample(range(len(text)), 8))
         chunks = [text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)])]
         assert count_words(chunks, pattern) == whole
+
+
+def test_text_without_blanks_and_its_long_tokens_take_no_quadratic_time():
+    begun = time.process_time()
+    assert count_words(itertools.repeat("a" * 256, 2048), "gpt2") == {"a" * 2**19: 1}  # quadratic: half a minute
+    spelled = [b"a" * 2**k for k in range(1, 17)]
+    tokenizer = byte_pairs("gpt2", spelled)
+    assert from_spec(tokenizer.spec()) == tokenizer
+    assert merges(tokenizer.encoding._mergeable_ranks) == {token: (token[: len(token) // 2],) * 2 for token in spelled}
+    assert time.process_time() - begun < 5
 
 
 def test_the_patterns_are_those_of_tiktoken():
