@@ -1,9 +1,9 @@
 """FineWeb-Edu: `python -m data.fineweb` turns 10, 100 or 350 billion tokens of educational web pages into shards.
 
 The pages are streamed from the Hugging Face Hub through `datasets`, tokenized by parallel processes and written as
-shards; the pages themselves never reach the disk. --input takes your own files instead: Parquet and .jsonl with a
-`text` column, one document per row, and .txt, one document per file. Each document becomes the end-of-text token and
-then its own tokens; empty documents are left out.
+shards; the pages themselves never reach the disk. --input takes your own files instead: Parquet, .jsonl and .csv with a
+`text` column, one document per row, and .txt, one document per file; .gz and .zst are decompressed. Each document
+becomes the end-of-text token and then its own tokens; empty documents are left out.
 
 The same command resumes after any interruption: finished groups of files (groups.py) stay, an unfinished one is done
 again, and the shards get the same bytes.
@@ -32,6 +32,8 @@ from data.groups import check_same, check_space, finish, group_files, read_progr
 from data.hub import PRETOKENIZED, check_cache, download_shards, hub_files
 from data.tokenizer import load, token_dtype
 
+MOST_SHARD_TOKENS = 10**10
+
 
 def prepare(
     name: Literal["sample-10BT", "sample-100BT", "sample-350BT"] = "sample-10BT",
@@ -51,7 +53,7 @@ def prepare(
     Args:
         name: How much of FineWeb-Edu, in billions of tokens.
         folder: The folder to write, by default datasets/fineweb-edu-10B and the like.
-        input: Parquet, .jsonl or .txt files of your own in place of FineWeb-Edu.
+        input: Parquet, .jsonl, .csv or .txt files of your own in place of FineWeb-Edu.
         files: The files that this machine prepares if several share the folder, counted from 0, such as 0:7.
         pretokenized: Download 10 billion tokens that are ready, of FineWeb-Edu or of the classic FineWeb.
         processes: How many processes tokenize, by default one per CPU core, at most 16.
@@ -71,11 +73,14 @@ def prepare(
     for option, value in {"--processes": processes, "--shard-tokens": shard_tokens}.items():
         if value < 1:
             raise UserError(f"{option} is {value}: it must be 1 or more")
+    if shard_tokens > MOST_SHARD_TOKENS:
+        raise UserError(f"--shard-tokens is {shard_tokens}: at most {MOST_SHARD_TOKENS}, since memory holds a shard")
     chosen = load(tokenizer)
     if chosen.eot is None:
         raise UserError(f"--tokenizer {tokenizer} has no end-of-text token, which documents need")
     sources = local_files(input or ())  # a wrong name is reported before a folder is made
-    check_cache()
+    if not input or any(file.kind == ".parquet" for file in sources):
+        check_cache()
     folder = folder or Path("datasets", "fineweb-edu-" + name.removeprefix("sample-").removesuffix("T"))
     with made(folder), writing(folder, shared=files is not None):
         finished = read_progress(folder)
@@ -116,7 +121,7 @@ def made(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield
-    except UserError:
+    except BaseException:
         with suppress(OSError):
             if new:
                 folder.rmdir()

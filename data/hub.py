@@ -23,7 +23,7 @@ WITHOUT_NETWORK = "without network, give files of your own with --input FILES --
 
 
 def check_cache() -> None:
-    """Raise UserError unless the cache of `datasets`, which it also needs for local files, can be written."""
+    """Raise UserError unless the cache of `datasets`, which it also needs for local Parquet files, can be written."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     try:
         Path(home).expanduser().mkdir(parents=True, exist_ok=True)

@@ -53,7 +53,7 @@ def prepare(
 def read_input(path: Path) -> str:
     """Return the text of a local copy, with a note on stderr if it is not the original."""
     text = read_text(path)
-    if len(text) < 2:
+    if len(text.strip()) < 2:
         raise UserError(f"{path} is empty: --input takes a copy of {URL}")
     if hashlib.sha256(text.encode()).hexdigest() != SHA256:
         print(f"note: {path} is not the original tiny Shakespeare; continuing with it", file=sys.stderr)

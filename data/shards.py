@@ -297,9 +297,11 @@ def _no_dataset(folder: Path) -> UserError:
         return UserError(
             f"{folder} is a run, not a dataset: use --init-from {folder} to start from its weights, and --data DATASET"
         )
+    if folder.is_file() and folder.suffix in (".npy", ".bin"):
+        return UserError(f"{folder} is a file: --data takes the folder of its shards, {folder.parent}")
     files = [folder] if folder.is_file() else sorted(folder.glob("[!.]*"))
     files = [path for path in files if path.is_file() and path.suffix not in (".npy", ".bin")]
-    rows = [path for path in files if path.suffix in (".parquet", ".jsonl")]
+    rows = [path for path in files if re.search(r"\.(parquet|jsonl?)(\.gz|\.zst)?$", path.name.lower())]
     if files:
         out = Path("datasets", folder.stem if folder.is_file() else folder.resolve().name)
         out = f"{out}-tokens" if out.exists() else out
@@ -381,6 +383,7 @@ def map_bin(path: Path, hint: str = "get the file again") -> Shard:
     """Memory-map a .bin shard. Raise UserError, with `hint` at its end, if it is truncated or not a shard."""
     header = np.fromfile(path, "<i4", 256)
     if len(header) < 256 or tuple(header[:2]) != (BIN_MAGIC, BIN_VERSION):
+        hint += ", or name it train.bin or val.bin if nanoGPT wrote it"
         raise UserError(f"{path} is not a token shard: bad magic/version {header[:2].tolist()}: {hint}")
     n_tokens, n_bytes = int(header[2]), path.stat().st_size - BIN_HEADER_BYTES
     if n_tokens < 1 or n_bytes != 2 * n_tokens:

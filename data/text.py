@@ -1,10 +1,11 @@
 """Your own text: `python -m data.text FILES --out FOLDER` makes a dataset of any text files.
 
 FILES are files, folders, whose text files are taken, and patterns such as 'my/*.txt'. They are read as UTF-8, or as
-their byte order mark says, or with --encoding. Each file is a document, or with --lines each line. Empty documents are
-skipped. If there are several, each follows an end-of-text token. Validation gets a tenth of the documents, drawn with a
-fixed seed, if there are at least ten, else the last tenth of the characters. Lines are shuffled first, with a fixed
-seed, since lists are often sorted; files keep their order. All the text is held in memory at once.
+their byte order mark says, or with --encoding; .gz and .zst are decompressed. Each file is a document, or with --lines
+each line, or with --separator each part between separators. Empty documents are skipped. If there are several, each
+follows an end-of-text token. Validation gets a tenth of the documents, drawn with a fixed seed, if there are at least
+ten, else the last tenth of the characters. Lines are shuffled first, with a fixed seed, since lists are often sorted;
+files keep their order. All the text is held in memory at once.
 """
 
 import codecs
@@ -22,9 +23,9 @@ from charset_normalizer import from_bytes
 
 from data.corpora import dataset_dir
 from data.files import UserError, run_script
-from data.outside import read_json
+from data.outside import open_bytes, read_json
 from data.shards import open_split, summary, write_dataset
-from data.tokenizer import choose, encode_documents, from_spec
+from data.tokenizer import END_OF_TEXT, choose, encode_documents, from_spec
 
 MOST_DOCUMENT_TOKENS = 100_000_000  # most that training_documents holds in memory, as text
 MANY_CHARACTERS = 1_000  # a vocabulary above it is worth a note
@@ -43,6 +44,7 @@ def prepare(
     folder: Annotated[Path, tyro.conf.arg(name="out", metavar="FOLDER")],
     tokenizer: Annotated[str, tyro.conf.arg(metavar="char|gpt2|FILE")] = "char",
     lines: bool = False,
+    separator: Annotated[str, tyro.conf.arg(metavar="TEXT")] = "",
     encoding: Annotated[str, tyro.conf.arg(metavar="NAME")] = "",
 ) -> str:
     """Prepare a dataset of your own text files.
@@ -55,9 +57,10 @@ def prepare(
         folder: The folder to write.
         tokenizer: Characters, GPT-2's tokens, or those of a file or folder that holds a tokenizer.
         lines: One document per line instead of one per file.
+        separator: What separates documents inside a file, such as "<|endoftext|>".
         encoding: The files' encoding, such as gbk, shift_jis, cp1252; UTF-8 if not given.
     """
-    documents = read_documents(files, lines, encoding)
+    documents = read_documents(files, lines, encoding, separator)
     chosen = choose(tokenizer, "".join(documents), documents=len(documents) > 1)
     splits = dict(zip(("train", "val"), split_documents(documents), strict=True))
     # Encoded before anything is written, since a tokenizer may lack a character of the text.
@@ -66,6 +69,7 @@ def prepare(
         splits[split] = list(encoded)
     named = [*files] if len(files) < 5 else [files[0], "..."]
     options = ["--out", folder, "--tokenizer", tokenizer] + ["--lines"] * lines
+    options += ["--separator", separator] if separator else []
     options += ["--encoding", encoding] if encoding else []
     command = "python -m data.text " + shlex.join(map(str, [*named, *options]))
     meta = write_dataset(folder, chosen, splits, command=command)
@@ -85,9 +89,10 @@ def read_text(path: str | Path, encoding: str | None = None) -> str:
     Raise UserError if the file cannot be read, is binary, or is in another encoding, with a guess which.
     """
     try:
-        content = Path(path).read_bytes()
+        with open_bytes(path) as file:
+            content = file.read()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}: give the names of text files") from None
+        raise UserError(f"cannot read {path}: {error.strerror or error}: give the names of text files") from None
     mark, marked = next((item for item in MARKS.items() if content.startswith(item[0])), (b"", "utf-8"))
     try:
         text = content.decode(encoding or marked)
@@ -113,11 +118,22 @@ def other_encoding(path: str | Path, content: bytes, encoding: str | None, place
         guess = "utf-16-be" if content[::2].count(0) > content[1::2].count(0) else "utf-16-le"
         head = content[: 1 << 16]
     if not _is_text(head, guess):
-        return UserError(f"{path} is a binary file, not text: leave it out")
+        tokens = "its folder, if it holds tokens, is what train_gpt2.py --data takes"
+        hints = {".bin": tokens, ".npy": tokens, ".parquet": "`python -m data.fineweb --input` reads it"}
+        return UserError(f"{path} is a binary file, not text: {hints.get(Path(path).suffix, 'leave it out')}")
     how = f"try --encoding {guess}"
     if encoding is None:
         how = f"try `iconv -f {guess} -t utf-8 {shlex.quote(str(path))} > new.txt`"
     return UserError(f"{place}: {how}, which is a guess")
+
+
+def note_end_of_text(name: str | Path, count: int) -> None:
+    """Say that a text spells the end-of-text token `count` times, if it does: who writes that means the token."""
+    if count:
+        how = f"`python -m data.text --separator '{END_OF_TEXT}'` makes documents of what it separates"
+        print(
+            f"note: {END_OF_TEXT} in {name} ({count:,} times) is read as text, not as a token: {how}", file=sys.stderr
+        )
 
 
 def _is_text(content: bytes, encoding: str) -> bool:
@@ -149,9 +165,10 @@ def find_files(names: Sequence[str | Path]) -> list[tuple[Path, bool]]:
     return found
 
 
-def read_documents(files: Sequence[str | Path], lines: bool, encoding: str = "") -> list[str]:
+def read_documents(files: Sequence[str | Path], lines: bool, encoding: str = "", separator: str = "") -> list[str]:
     """Return the documents of the files, without empty ones, lines shuffled. Raise UserError if none is left.
 
+    separator: what separates documents inside a file, "" for nothing
     What cannot be read in a folder is left out, with a warning.
     """
     documents, left_out = [], []
@@ -165,6 +182,9 @@ def read_documents(files: Sequence[str | Path], lines: bool, encoding: str = "")
     if left_out:
         more = f"; and {len(left_out) - 5} more" if len(left_out) > 5 else ""
         print(f"warning: {len(left_out)} file(s) left out: {'; '.join(left_out[:5])}{more}", file=sys.stderr)
+    if separator:
+        documents = [part for text in documents for part in text.split(separator)]
+    note_end_of_text(files[0] if len(files) == 1 else "the files", sum(text.count(END_OF_TEXT) for text in documents))
     if lines:
         documents = [line for text in documents for line in text.split("\n")]
     documents = [document for document in documents if document.strip()]

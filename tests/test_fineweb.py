@@ -1,5 +1,7 @@
 """data/fineweb.py: nothing lost, nothing twice, whatever interrupts it. The Hub is one on this machine."""
 
+import csv
+import gzip
 import io
 import json
 import os
@@ -21,6 +23,7 @@ import pytest
 
 from data import files as data_files
 from data.corpora import DATASETS, dataset_dir
+from data.documents import local_files, read_rows
 from data.files import UserError
 from data.fineweb import PRETOKENIZED, prepare
 from data.shards import open_split
@@ -176,6 +179,28 @@ def test_a_first_group_without_text_leaves_the_validation_split_to_the_next(tmp_
     assert np.array_equal(ids_in(tmp_path / "out"), ids_of(texts))
 
 
+def test_compressed_files_csv_and_categories_give_the_same_texts(tmp_path, capsys):
+    texts = ["one", "two, with a comma", 'and "quotes"\nin two lines', "é\u2028", "one"]
+    lines = b"\xef\xbb\xbf" + b"".join(json.dumps({"text": t}, ensure_ascii=False).encode() + b"\n" for t in texts)
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows([["id", "text"], *enumerate(texts)])
+    contents = {
+        "a.JSONL": lines,
+        "b.json.gz": gzip.compress(lines[:40]) + gzip.compress(lines[40:]),  # as `cat a.gz b.gz` joins two
+        "c.jsonl.zst": zstd(lines),
+        "d.csv": b"\xef\xbb\xbf" + table.getvalue().encode(),
+        "e.csv.gz": gzip.compress(table.getvalue().encode()),
+        "f.parquet": table_bytes({"text": pa.array(texts).dictionary_encode()}),  # a category of pandas
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    files = local_files([tmp_path / name for name in contents])
+    assert {file.name: list(read_rows(file)) for file in files} == dict.fromkeys(contents, texts)
+    (tmp_path / "t.txt.zst").write_bytes(zstd(b"a<|endoftext|>b"))
+    assert list(read_rows(*local_files([tmp_path / "t.txt.zst"]))) == ["a<|endoftext|>b"]
+    assert "(1 times) is read as text, not as a token: `python -m data.text --separator" in capsys.readouterr().err
+
+
 def test_small_files_share_shards_and_large_ones_have_their_own(tmp_path):
     texts = [f"{i} " * (400 if i == 7 else 20) for i in range(20)]
     files = [tmp_path / f"{i}.txt" for i in range(20)]
@@ -198,6 +223,12 @@ def parquet_bytes(texts):
 def table_bytes(columns):
     pq.write_table(pa.table(columns), buffer := io.BytesIO())
     return buffer.getvalue()
+
+
+def zstd(content):
+    with pa.CompressedOutputStream(sink := pa.BufferOutputStream(), "zstd") as file:
+        file.write(content)
+    return sink.getvalue().to_pybytes()
 
 
 PAGES = parquet_bytes(documents(200))
@@ -223,7 +254,7 @@ DAMAGED = PAGES[:1000] + random.Random(0).randbytes(400) + PAGES[1400:]
         ("x.jsonl", b'{"text": "fine"}\n\n{"content": "x"}\n', "cannot read x.jsonl past row 2 .*KeyError: 'text'"),
         ("x.jsonl", b'{"text": "fine"}\n["x"]\n', "cannot read x.jsonl past row 1 .*TypeError"),
         ("x.jsonl", b'{"text": "fine"}\n{"text": ["x"]}\n', 'read x.jsonl past row 1 .*"text" is not a string'),
-        ("x.txt", b"Stra\xdfe", "cannot read x.txt past row 0 .*UnicodeDecodeError"),
+        ("x.txt", b"Stra\xdfe", "x.txt is not UTF-8: byte 0xdf at offset 4"),
         ("x.jsonl", b"", "there is no text in the files: 0 rows are empty"),
         ("x.txt", b"\n", "there is no text in the files: 1 rows are empty"),
         (
@@ -231,7 +262,18 @@ DAMAGED = PAGES[:1000] + random.Random(0).randbytes(400) + PAGES[1400:]
             b'{"text": "hardly any text"}\n',
             "all 5 tokens fit into one shard, .*lower --shard-tokens, .* to 1",
         ),
-        ("x.csv", b"text\nx\n", "x.csv is of an unknown kind: its name must end in .parquet, .jsonl or .txt"),
+        (
+            "x.json",
+            b'[{"text": "x"}]',
+            'cannot read x.json past row 0 .* one array: write one object {"text": ...} per',
+        ),
+        ("x.csv", b"id;text\n1;x\n", 'cannot read x.csv past row 0 .* no column is named "text" among id;text'),
+        ("x.csv", b'text,id\n"a, b",1\nx\n', "cannot read x.csv past row 1 .* the row has 1 fields, the header 2"),
+        ("x.csv", b'text\n"not closed', "cannot read x.csv past row 0 .*unexpected end of data"),
+        ("x.csv.gz", gzip.compress(b"text\n" + b"fine\n" * 9)[:-9], "cannot read x.csv.gz past row . .*Truncated"),
+        ("x.jsonl.zst", zstd(b'{"text": "fine"}\n')[:-1], "cannot read x.jsonl.zst past row . .*Truncated"),
+        ("x.txt.gz", gzip.compress(b"fine")[:-8] + bytes(8), "cannot read .*x.txt.gz: zlib inflate failed: incorrect"),
+        ("x.parquet.gz", b"", "x.parquet.gz is of an unknown kind: its name must end in .parquet, .jsonl, .json, .csv"),
         ("x.jsonl", None, "x.jsonl does not exist: give the names of"),
     ],
     ids=lambda value: "" if isinstance(value, bytes) else None,
@@ -255,6 +297,10 @@ def test_a_file_that_cannot_be_used_is_named_with_what_to_do(tmp_path, name, con
         ({"files": "0:2"}, "--files 0:2 is not a range"),
         ({"processes": 0}, "--processes is 0: it must be 1 or more"),
         ({"shard_tokens": 0}, "--shard-tokens is 0: it must be 1 or more"),
+        (
+            {"shard_tokens": 10**15},
+            "--shard-tokens is 1000000000000000: at most 10000000000, since memory holds a shard",
+        ),
         ({"pretokenized": "fineweb"}, "--pretokenized downloads shards that are ready: it goes with --out alone"),
     ],
 )
@@ -534,4 +580,6 @@ def test_no_files_and_a_cache_that_cannot_be_written_are_named_and_leave_nothing
     assert not (tmp_path / "out").exists()
     monkeypatch.setenv("HF_HOME", str(rows / "below"))
     with pytest.raises(UserError, match="set HF_HOME to a folder that can"):
-        prepare(folder=tmp_path / "out", input=(rows,), processes=1)
+        prepare(folder=tmp_path / "out", input=(write_parquet(tmp_path / "rows.parquet", ["x"]),), processes=1)
+    rows.write_text('{"text": "more than a token"}\n', encoding="utf-8")
+    prepare(folder=tmp_path / "out", input=(rows,), processes=1, shard_tokens=2)  # JSON lines need no cache

@@ -75,7 +75,7 @@ def test_without_network_the_error_names_the_way_out_and_an_older_dataset_stays(
 
 
 def test_a_bad_input_file_is_named(tmp_path):
-    (tmp_path / "empty.txt").touch()
+    (tmp_path / "empty.txt").write_bytes(b" \n" * 9)
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     for name, complaint in {"empty": "empty.txt is empty", "latin": "0xe9 at offset 3", "none": "No such file"}.items():
         with pytest.raises(UserError, match=complaint):

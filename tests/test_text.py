@@ -1,5 +1,6 @@
 """data/text.py."""
 
+import gzip
 import json
 import re
 import sys
@@ -52,6 +53,16 @@ def test_from_ten_files_on_a_fair_tenth_of_them_is_held_out_and_order_is_kept(tm
 def test_documents_are_set_apart_by_gpt2_s_end_of_text_token_and_its_spelling_is_text(tmp_path):
     prepare(files(tmp_path, *["<|endoftext|>"] * 10), tmp_path / "out", "gpt2")
     assert open_split(tmp_path / "out", "val").read(0, 8).tolist() == [50256, 27, 91, 437, 1659, 5239, 91, 29]
+
+
+def test_documents_inside_a_file_are_split_at_a_separator_and_without_it_a_note_says_so(tmp_path, capsys):
+    (path,) = files(tmp_path, "<|endoftext|>".join(["one", "two\n", " ", "three"]))
+    prepare([path], tmp_path / "out", "gpt2", separator="<|endoftext|>")
+    assert open_split(tmp_path / "out", "train").read(0, 4).tolist() == [50256, 505, 50256, 11545]
+    assert "--separator '<|endoftext|>'`" in open_split(tmp_path / "out", "val").hint
+    assert capsys.readouterr().err == ""
+    prepare([path], tmp_path / "out", "gpt2")
+    assert f"note: <|endoftext|> in {path} (3 times) is read as text, not as a token" in capsys.readouterr().err
 
 
 def test_few_documents_are_cut_where_nine_tenths_of_the_characters_end():
@@ -107,6 +118,21 @@ def test_text_in_another_encoding_is_read_with_its_name_and_the_message_guesses_
     assert f"--encoding {guess}`" in open_split(tmp_path / "out", "val").hint
     with pytest.raises(UserError, match=r"try `iconv -f \S+ -t utf-8 \S+ > new.txt`, which is a guess"):
         read_text(path)
+
+
+def test_compressed_text_is_read_and_tokens_are_told_what_they_are(tmp_path):
+    (path,) = files(tmp_path, gzip.compress("naïve\r\n".encode()))
+    assert read_text(path) == "naïve\n"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(UserError, match="cannot read .*00.txt: Truncated compressed stream"):
+        read_text(path)
+    np.arange(20_000, dtype="<u2").tofile(tmp_path / "train.bin")
+    with pytest.raises(
+        UserError, match="train.bin is a binary file, not text: its folder, if it holds tokens, is what"
+    ):
+        read_text(tmp_path / "train.bin")
+    with pytest.raises(UserError, match=f"train.bin is a file: --data takes the folder of its shards, {tmp_path}"):
+        open_split(tmp_path / "train.bin", "train")
 
 
 def test_files_that_cannot_be_read_are_named_with_the_first_wrong_byte_and_its_offset(tmp_path):
