@@ -22,6 +22,7 @@ if not WORKER:  # before any library is imported: they read these once
     CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "MPLCONFIGDIR", "HF_HOME", "XDG_CACHE_HOME")
     os.environ |= {name: str(Path(SHARED, name.lower())) for name in CACHES}
     os.environ |= {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    os.environ |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_VEC_ISA_OK": "0"}  # either takes seconds
     os.environ["OMP_NUM_THREADS"] = "1"  # also in the processes that tests start, so that all give the same bits
 sys.dont_write_bytecode = True
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a script's background job; its children would inherit it
@@ -31,6 +32,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+LONGEST = ["train_gpt2", "distributed", "report", "cuda_paths", "first_run", "fineweb", "bench", "model_with_kernels"]
+LONGEST += ["sweep", "optimizer", "ladder", "faults", "find_lr", "chat"]
 EMULATED = os.environ.get("EMULATE")  # an NVIDIA GPU, such as sm_80: kernels are compiled for it and emulated
 if not torch.cuda.is_available() and not EMULATED:
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it as each kernel is defined
@@ -41,8 +44,14 @@ def pytest_unconfigure():
         shutil.rmtree(SHARED, ignore_errors=True)
 
 
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # of xdist: files stay in the order below
+
+
 def pytest_collection_modifyitems(items):
-    """Skip the tests marked `gpu` if no GPU is present or emulated."""
+    """Put the files that take longest first; skip the tests marked `gpu` if no GPU is present or emulated."""
+    names = [f"test_{name}" for name in LONGEST]
+    items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else len(names))
     if not torch.cuda.is_available() and not EMULATED:
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -1,7 +1,10 @@
 """Rules that a machine can check: imports, other systems, what READMEs type, how files are opened, spelling."""
 
 import ast
+import contextlib
 import functools
+import importlib
+import io
 import re
 import shlex
 import subprocess
@@ -211,8 +214,15 @@ def readme_commands(path):
 
 
 @functools.cache
-def help_of(*target):
-    return subprocess.run([sys.executable, *target, "--help"], capture_output=True, text=True).stdout
+def help_of(name, *words):
+    """What a module of ours prints for --help, in this process."""
+    module = importlib.import_module(f"{name}.__main__" if ROOT.joinpath(*name.split(".")).is_dir() else name)
+    with contextlib.redirect_stdout(io.StringIO()) as shown, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *words, "--help"])
+        with pytest.raises(SystemExit):
+            module.main()
+    assert '\nif __name__ == "__main__":\n' in text(Path(module.__file__))
+    return shown.getvalue()
 
 
 def test_the_readme_opens_with_the_two_commands_that_the_makefile_has():
@@ -236,12 +246,12 @@ def test_a_command_of_a_readme_exists_with_its_options(line):
             assert isinstance(train_gpt2.parse(take_grid(arguments)[0]), train_gpt2.Config)
     elif words[0] == "python":
         if words[1] == "-m":
-            target, rest = words[1:3], words[3:]
-            if target[1] == "data.bpe" and rest:  # which have commands, each with its options
+            target, rest = words[2:3], words[3:]
+            if target[0] == "data.bpe" and rest:  # which have commands, each with its options
                 target.append(rest.pop(0))
         else:
-            target, rest = [str(ROOT / words[1])], words[2:]
-            assert words[1].startswith("-") or Path(target[0]).exists()
+            target, rest = [words[1].removesuffix(".py")], words[2:]
+            assert words[1].startswith("-") or (ROOT / words[1]).exists()
         for word in rest:
             assert not word.startswith("--") or word in help_of(*target), f"{word} is no option of {line}"
     elif words[0] == "make":

@@ -42,8 +42,8 @@ ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EMFILE, errno.EDQUOT)
 KINDS = ("kill", "error", "chain", "file", "option")
 TINY = shlex.split(
     "laptop --n-layer 1 --n-head 1 --n-embd 16 --block-size 16 --batch-tokens 64 --micro-batch 4 --eval-tokens 64 "
-    "--eval-every 3 --sample-every 3 --checkpoint-every 2 --keep 2 --max-steps 6 --warmup-steps 2 --dtype float32 "
-    "--data dataset --out-dir work/run"
+    "--eval-every 3 --sample-every 3 --sample-tokens 20 --checkpoint-every 2 --keep 2 --max-steps 6 --warmup-steps 2 "
+    "--dtype float32 --data dataset --out-dir work/run"
 )
 
 
@@ -86,7 +86,7 @@ class Torture:
         """Make what the trials start from, in the current folder: texts, a dataset, a run, an export, a tokenizer."""
         import matplotlib.figure  # noqa: F401  so that forked processes find them imported
         import matplotlib.ticker  # noqa: F401
-        import torch
+        import torch._dynamo  # which optimizers import
 
         import sample  # noqa: F401
         import train_gpt2  # noqa: F401
