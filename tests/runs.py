@@ -1,6 +1,8 @@
 """Tiny runs for tests: their command lines, in this process and in others, and what they left."""
 
+import os
 import resource
+import socket
 import subprocess
 import sys
 import time
@@ -20,7 +22,8 @@ SCRIPT = str(ROOT / "train_gpt2.py")
 # fmt: off
 TINY = {  # on the CPU also if there is a GPU: the same bits everywhere, and any number of ranks
     "n-layer": 2, "n-head": 2, "n-embd": 32, "block-size": 32, "batch-tokens": 256, "micro-batch": 8, "max-steps": 12,
-    "warmup-steps": 3, "eval-every": 5, "eval-tokens": 640, "sample-every": 6, "checkpoint-every": 4,
+    "warmup-steps": 3, "eval-every": 5, "eval-tokens": 640, "sample-every": 6, "sample-tokens": 20,
+    "checkpoint-every": 100,  # and at the end; each also draws loss.png, which takes longer than these steps
     "device": "cpu", "dtype": "float32",
     "lr": 4e-3, "adamw-lr": None, "min-lr": None, "schedule": "cosine", "weight-decay": 0.3,
 }
@@ -58,6 +61,16 @@ def torchrun(processes: int, arguments: list[str], script: str = SCRIPT, options
     return subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen)
 
 
+def ranks(processes: int, arguments: list[str], script: str = SCRIPT) -> list[subprocess.Popen]:
+    """Start the ranks of a run without torchrun, whose own start takes seconds."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        group = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
+    command, pipes = [sys.executable, script, *arguments], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    places = [os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    return [subprocess.Popen(command, env=place, text=True, **pipes) for place in places]
+
+
 def finished(process: subprocess.Popen) -> str:
     """Its stderr, once it has ended well."""
     _, errors = process.communicate(timeout=240)
@@ -67,7 +80,7 @@ def finished(process: subprocess.Popen) -> str:
 
 def wait_for_step(process, out_dir, step) -> None:
     """Until log.jsonl has reached the step."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not (out_dir / "log.jsonl").exists() or (out_dir / "log.jsonl").read_bytes().count(b"\n") < step:
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline

@@ -130,7 +130,7 @@ def test_a_reader_that_leaves_ends_a_command_silently(here):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.read(10)
     process.stdout.close()
-    assert (process.stderr.read(), process.wait(timeout=60)) == ("", 141)
+    assert (process.stderr.read(), process.wait(timeout=240)) == ("", 141)
 
 
 def test_the_python_of_the_readme_runs(here):

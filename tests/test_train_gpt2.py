@@ -28,21 +28,21 @@ from training.run import read_log
 
 def test_a_run_leaves_all_its_files_and_learns(dataset, tmp_path, capsys):
     out = tmp_path / "run"
-    assert train(dataset, out, max_steps=60, lr=1e-2) == 0
+    assert train(dataset, out, max_steps=30, lr=1e-2, checkpoint_every=4) == 0
     log = read_log(out)
-    assert [record["step"] for record in log] == list(range(1, 61))
-    assert [record["tokens"] for record in log] == [256 * step for step in range(1, 61)]
+    assert [record["step"] for record in log] == list(range(1, 31))
+    assert [record["tokens"] for record in log] == [256 * step for step in range(1, 31)]
     assert abs(log[0]["loss"] - math.log(104)) < 0.2
     assert log[-1]["loss"] < log[0]["loss"] - 1.0
-    assert set(curve(out, "val_loss")) == {*range(5, 60, 5), 60}
+    assert set(curve(out, "val_loss")) == {*range(5, 31, 5)}
     assert {"loss", "lr", "grad_norm", "ms", "tokens_per_s", "mfu"} <= set(log[0])
     assert json.loads((out / "config.json").read_text())["n_embd"] == 32
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert (out / "samples.txt").read_text().count("steps\n") == 10
+    assert (out / "samples.txt").read_text().count("steps\n") == 5
     kept = [path.name for path in sorted((out / "checkpoints").glob("*.pt"))]
-    assert kept == [f"step_{step:06d}.pt" for step in (52, 56, 60)]
+    assert kept == [f"step_{step:06d}.pt" for step in (24, 28, 30)]
     printed = capsys.readouterr().out
-    assert "validation loss" in printed and "60 steps of 256 tokens" in printed
+    assert "validation loss" in printed and "30 steps of 256 tokens" in printed
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_or_order_does_not(dataset, tmp_path):
@@ -111,7 +111,7 @@ def test_presets_are_the_published_ones():
 def test_auto_micro_batch_divides_the_batch_on_a_cpu(dataset, tmp_path, capsys):
     assert train(dataset, tmp_path / "run", batch_tokens=256 * 5, micro_batch="auto", max_steps=2) == 0
     assert "40 sequences per micro-step" in capsys.readouterr().out
-    assert train(dataset, tmp_path / "big", batch_tokens=20_000 * 32, micro_batch="auto", max_steps=1) == 0
+    assert train(dataset, tmp_path / "big", batch_tokens=1000 * 32, micro_batch="auto", max_steps=1) == 0
     assert "500 sequences per micro-step" in capsys.readouterr().out  # 16,000 tokens
 
 
@@ -135,7 +135,7 @@ def test_a_signal_saves_and_the_same_command_goes_on_bit_for_bit(dataset, tmp_pa
     process = start(command(dataset, out, **FORTY))
     wait_for_step(process, out, 20)
     process.send_signal(number)
-    shown, errors = process.communicate(timeout=60)
+    shown, errors = process.communicate(timeout=240)
     assert process.returncode == 128 + number, errors
     stopped_at = newest_checkpoint(out)[1]["step"]
     assert f"stopped at {stopped_at} of 40: the same command resumes" in shown
@@ -154,7 +154,7 @@ def test_a_second_signal_exits_at_once(dataset, tmp_path):
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
     sent = time.monotonic()
-    process.communicate(timeout=60)
+    process.communicate(timeout=240)
     assert process.returncode == 128 + signal.SIGTERM and time.monotonic() - sent < 10.0
     assert not read_log(out) and not list((out / "checkpoints").glob("*.pt"))  # the step in flight was not finished
 
@@ -221,7 +221,7 @@ def test_two_runs_cannot_write_to_one_folder(dataset, tmp_path, capsys):
     wait_for_step(process, out, 2)
     assert "another process is writing" in refused(capsys, dataset, out)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=240)
     assert process.returncode == 128 + signal.SIGTERM
 
 
@@ -312,7 +312,7 @@ def test_data_that_does_not_suffice_is_named(dataset, tmp_path, capsys):
 def test_triton_without_a_gpu_names_the_way_out(dataset, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     process = start(command(dataset, tmp_path / "run", kernels="all"), env=environment)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 2 and errors.startswith("error: ") and errors.count("\n") == 1
     assert "--kernels none" in errors and "TRITON_INTERPRET=1" in errors
 
@@ -339,7 +339,7 @@ def test_a_full_disk_is_named_and_leaves_nothing_half_written(dataset, tmp_path)
     out = tmp_path / "run"
     assert train(dataset, out, max_steps=4) == 0
     process = start(command(dataset, out, max_steps=8), preexec_fn=limit_files(100_000))
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 2, errors
     assert "Traceback" not in errors and re.search(r"^error: .*(too large|space)", errors, re.MULTILINE), errors
     assert [path.name for path in (out / "checkpoints").glob("*.pt")] == ["step_000004.pt"]
@@ -415,6 +415,7 @@ def test_the_dropout_mask_is_a_function_of_seed_step_rank_and_micro_batch(datase
 
 def test_the_character_preset_starts_at_guessing_and_learns_at_its_own_size(dataset, tmp_path):
     options = ["--max-steps", "4", "--batch-tokens", "512", "--eval-tokens", "512", "--no-compile", "--dropout", "0"]
+    options += ["--sample-tokens", "20"]
     with pytest.raises(SystemExit) as end:
         train_gpt2.main(["shakespeare-char", "--data", str(dataset), "--out-dir", str(tmp_path / "run"), *options])
     losses = curve(tmp_path / "run")
