@@ -239,13 +239,17 @@ def seed_dropout(*numbers: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
-def train_step(trainer: Trainer, inputs: Tensor, targets: Tensor, step: int) -> tuple[float, float]:
+def train_step(
+    trainer: Trainer, inputs: Tensor, targets: Tensor, step: int, stop: bool = False
+) -> tuple[float, float, bool]:
     """
     Do one optimizer step on this rank's sequences, in micro-steps.
 
     inputs, targets: (sequences, block_size) int64
-    Return the mean loss over ranks and micro-steps in nats per token, and the gradient norm
-    before clipping. Raise UserError, with the weights unchanged, if either is not finite.
+    stop:            this rank was asked to stop after the step
+    Return the mean loss over ranks and micro-steps in nats per token, the gradient norm before
+    clipping, and whether any rank was asked to stop. Raise UserError, with the weights unchanged,
+    if loss or norm is not finite.
     """
     config, dist, size = trainer.config, trainer.dist, trainer.micro_batch
     seed_dropout(config.seed, step, dist.rank)
@@ -264,11 +268,12 @@ def train_step(trainer: Trainer, inputs: Tensor, targets: Tensor, step: int) -> 
             loss = trainer.model(x, y) / divisor
         loss.backward()
         loss_sum += loss.detach()  # no .item(): it would wait for the GPU in every micro-step
-    mean_loss = dist.sum(loss_sum) / dist.world_size
+    # one all-reduce carries both; a fill, since a copy from the host would wait
+    loss_sum, stops = dist.sum(torch.stack([loss_sum, torch.full_like(loss_sum, stop)]))
     parameters = trainer.raw_model.parameters()
     grad_norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf)
     # the step's only wait, before the update: if one is not finite, the weights stay intact
-    mean_loss, grad_norm = dist.floats(mean_loss, grad_norm)
+    mean_loss, grad_norm, stops = dist.floats(loss_sum / dist.world_size, grad_norm, stops)
     if not math.isfinite(mean_loss) or not math.isfinite(grad_norm):
         raise UserError(
             f"step {step} has loss {mean_loss} and gradient norm {grad_norm}: stopped before the "
@@ -281,7 +286,7 @@ def train_step(trainer: Trainer, inputs: Tensor, targets: Tensor, step: int) -> 
         optimizer.zero_grad(set_to_none=True)
     if trainer.average:
         update_average(trainer.average, trainer.raw_model, step, config.ema)
-    return mean_loss, grad_norm
+    return mean_loss, grad_norm, stops > 0
 
 
 @torch.no_grad()
@@ -394,22 +399,27 @@ def save(trainer: Trainer, run: Run | None, data: Data, step: int) -> None:
         run.draw()
 
 
-def run_step(trainer: Trainer, data: Data, watch: diagnostics.Diagnostics, step: int) -> dict:
-    """Do a step and return its record for log.jsonl, with times that exclude --diagnose."""
+def run_step(
+    trainer: Trainer, data: Data, watch: diagnostics.Diagnostics, step: int, stop: bool
+) -> tuple[dict, bool]:
+    """
+    Do a step. Return its record for log.jsonl, with times that exclude --diagnose, and whether any
+    rank was asked to stop, as this one by `stop`.
+    """
     config, dist, peak = trainer.config, trainer.dist, devices.peak_flops(trainer.device)
     began = time.perf_counter()
     inputs, targets = data.loader.batch(step - 1)
     diagnosed = config.diagnose and (step == 1 or step % config.diagnose == 0) and dist.rank == 0
     watching = watch.watching(inputs, targets) if diagnosed else contextlib.nullcontext({})
     with watching as found:
-        loss, grad_norm = train_step(trainer, inputs, targets, step)
+        loss, grad_norm, stop = train_step(trainer, inputs, targets, step, stop)
     seconds = time.perf_counter() - began - found.get("ms", 0.0) / 1000
     for sentence in watch.new_warnings(found) if found else ():
         tqdm.write(f"warning: step {step}: {sentence}", file=sys.stderr)
     tokens_per_s = config.batch_tokens / seconds
     flops = tokens_per_s * trainer.raw_model.flops_per_token()
     memory = devices.peak_memory(trainer.device)
-    return {
+    record = {
         "step": step,
         "tokens": step * config.batch_tokens,
         "loss": loss,
@@ -420,6 +430,7 @@ def run_step(trainer: Trainer, data: Data, watch: diagnostics.Diagnostics, step:
         "mfu": flops / (peak * dist.world_size) if peak else None,
         "memory_gb": round(memory / 1e9, 3) if memory else None,
     } | ({"diagnostics": found} if found else {})
+    return record, stop
 
 
 def train(config: Config, dist: Distributed) -> int:
@@ -446,7 +457,7 @@ def train(config: Config, dist: Distributed) -> int:
     with setup.open_run(trainer, data, first) as run, StopRequest() as stop, trace as profiling:
         doing = run.doing if run else lambda what: None  # what takes time between two steps
         for step in range(first + 1, last + 1):
-            record = run_step(trainer, data, watch, step)
+            record, agreed = run_step(trainer, data, watch, step, stop.signal > 0)
             if due(step, config.eval_every, last):
                 doing("validating")
                 record["val_loss"] = validate(trainer, data.val_split)
@@ -455,7 +466,8 @@ def train(config: Config, dist: Distributed) -> int:
                 record |= hellaswag.scores(
                     trainer.result, questions, trainer.device, dist, trainer.autocast
                 )
-            stopping = dist.all_reduce_max(stop.signal)  # all ranks stop after the same step
+            if agreed or dist.world_size == 1:  # all ranks stop after the same step
+                stopping = dist.all_reduce_max(stop.signal)
             if run:
                 run.log(record)
             if due(step, config.sample_every, last):  # before saving: a kill may come between
