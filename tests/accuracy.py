@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="there kernels are compiled, and take no tensor of the CPU")
 plain_memory = pytest.mark.skipif(
     DEVICE == "cuda" or sys.platform != "linux", reason="plays with the memory map of the process, on Linux, on a CPU"
 )

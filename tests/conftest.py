@@ -23,10 +23,16 @@ if not WORKER:  # before any library is imported: they read these once
     os.environ |= {name: str(Path(SHARED, name.lower())) for name in CACHES}
     os.environ |= {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     os.environ |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_VEC_ISA_OK": "0"}  # either takes seconds
+    if "FAKE_CUDA" in os.environ:  # a GPU that is not there, also in the processes that tests start: see fake_cuda.py
+        Path(SHARED, "sitecustomize.py").write_text("import fake_cuda\n", encoding="utf-8")
+        os.environ["PYTHONPATH"] += os.pathsep.join(["", SHARED, str(ROOT / "tests")])
     os.environ["OMP_NUM_THREADS"] = "1"  # also in the processes that tests start, so that all give the same bits
 sys.dont_write_bytecode = True
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a script's background job; its children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+if "FAKE_CUDA" in os.environ:
+    import fake_cuda  # noqa: E402, F401  before torch
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -99,4 +99,4 @@ torch.cuda.default_generators = (torch.Generator("cuda"),)
 torch.cuda.Event = Stream
 JITFunction.run = _launch
 _compile = torch.compile
-torch.compile = lambda model, **_: _compile(model, backend="aot_eager")  # options are those of code generation
+torch.compile = lambda model, backend="aot_eager", **_: _compile(model, backend=backend)  # options are inductor's

@@ -52,6 +52,16 @@ def on_gpu(library):
     return run
 
 
+def test_tests_that_train_in_their_own_process_also_pass_on_a_machine_with_a_gpu(library):
+    """Some of them; with FAKE_CUDA in the environment, any test does."""
+    files = [TESTS / f"test_{name}.py" for name in ("diagnostics", "train_gpt2")]
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-k", "bad_initialization or character_preset", *files]
+    environment = {name: text for name, text in os.environ.items() if name not in ("PYTEST_XDIST_WORKER", "PYTHONPATH")}
+    environment |= {"FAKE_CUDA": str(library)}
+    done = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, timeout=290)
+    assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout + done.stderr
+
+
 RUN = """
 import torch, sample, train_gpt2
 from pathlib import Path
@@ -89,9 +99,11 @@ def test_runs_that_resume_samples_and_the_bench_touch_no_tensor_of_the_cpu(on_gp
 
 WAITS = """
 import dataclasses, torch, train_gpt2
+from collections import Counter
 from pathlib import Path
 from model import sample_text
-from training import diagnostics, hellaswag, setup
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from training import diagnostics, distributed, hellaswag, setup
 from training.distributed import Distributed
 numbers = torch.ones(3, device="cuda")
 for mistake in (lambda: numbers + torch.ones(3), lambda: torch.multinomial(numbers, 1, generator=torch.Generator())):
@@ -131,13 +143,28 @@ for kernels in ("none", "all"):
         [optimizer.step() for optimizer in trainer.optimizers]
     waits["diagnose"] = fake_cuda.waits() + ["clock"] * len(emptied)
     found[kernels] = {"waits": waits, "launches": launches, "evaluated": evaluated}
+
+def train(steps):
+    "Rank 0 of two, in a group that sends nothing: what it waited for."
+    words = f"--max-steps {steps} --warmup-steps 1 --eval-every 0 --sample-tokens 0 --out-dir {sys.argv[3]}/{steps}"
+    config = train_gpt2.parse([*tiny.split(), *words.split(), "--data", sys.argv[1]])
+    assert train_gpt2.train(config, Distributed(world_size=2)) == 0
+    return Counter(fake_cuda.waits())
+
+torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+torch.distributed.get_backend = lambda: "nccl"
+distributed.DistributedDataParallel = lambda model, **_: model  # its C++ waits for what this group never sends
+fake_cuda.waits()
+found = {"alone": found, "step of two ranks": train(4) - train(3)}
 print(json.dumps(found))
 """
 
 
 def test_python_waits_for_the_gpu_only_where_it_reads_a_result_or_brings_new_tokens(on_gpu, dataset, tmp_path):
-    found = on_gpu(WAITS, dataset, write_questions(tmp_path / "questions.jsonl"))
+    found = on_gpu(WAITS, dataset, write_questions(tmp_path / "questions.jsonl"), tmp_path / "runs")
     to_gpu, from_gpu, item = "copy to the GPU", "copy from the GPU", "item"
+    assert found["step of two ranks"] == {from_gpu: 1}  # of the training loop, with what ranks agree upon
+    found = found["alone"]
     for each in found.values():
         waits = {name: Counter(waits) for name, waits in each["waits"].items()}
         diagnosed = waits.pop("diagnose")
@@ -146,7 +173,7 @@ def test_python_waits_for_the_gpu_only_where_it_reads_a_result_or_brings_new_tok
         )  # two optimizers
         assert waits == {
             "batch": {},  # from pinned memory
-            "step": {from_gpu: 1},  # its loss and gradient norm
+            "step": {from_gpu: 1},  # its loss, gradient norm, and whether to stop
             "validate": {to_gpu: 2 * 2 + 1, item: 2, from_gpu: 1},  # two batches, and their sum
             "hellaswag": {to_gpu: 3 * 4 + 1, from_gpu: 3 + 1},  # three batches, and the counts
             "sample": {to_gpu: 1, from_gpu: 1},  # whatever the number of tokens

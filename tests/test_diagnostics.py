@@ -8,6 +8,7 @@ import matplotlib.figure
 import pytest
 import torch
 import torch.nn.functional as F
+from accuracy import interpreted
 
 import kernels
 import train_gpt2
@@ -140,7 +141,7 @@ def configured(dataset, tmp_path):
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_tokens": 512, "micro_batch": 8}
     steps = {"max_steps": 100, "warmup_steps": 10, "eval_tokens": 640, "schedule": "cosine"}
     steps |= {"adamw_lr": None, "min_lr": None, "zero_init": False, "weight_decay": 0.3}
-    options = {"data": str(dataset), "out_dir": str(tmp_path), "dtype": "float32"}
+    options = {"data": str(dataset), "out_dir": str(tmp_path), "device": "cpu", "dtype": "float32"}
     return lambda **changes: dataclasses.replace(train_gpt2.LAPTOP, **(sizes | steps | options | changes))
 
 
@@ -204,6 +205,7 @@ def test_a_compiled_model_is_not_compiled_again():
     assert len(graphs) == compiled_once > 0
 
 
+@interpreted
 def test_triton_kernels_are_diagnosed_like_pytorchs():
     plain, triton = small(1), GPT(small(1).config, kernels.select("all"))
     triton.load_state_dict(plain.state_dict())

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from accuracy import interpreted
 from hellaswag_questions import write_questions
 
 import kernels
@@ -18,7 +19,6 @@ from kernels.report import roofline
 from kernels.report.shapes import Shape
 
 SHAPE = Shape(B=1, T=9, C=32, H=2, L=1, V=60)
-INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels here are compiled, not interpreted")
 
 
 def test_the_rehearsal_on_a_cpu_does_every_part_and_passes(tmp_path):
@@ -42,7 +42,7 @@ def test_the_rehearsal_on_a_cpu_does_every_part_and_passes(tmp_path):
     assert not list(tmp_path.glob(".first_run*"))  # neither checkpoints nor half a file
 
 
-@INTERPRETED
+@interpreted
 @pytest.mark.parametrize("operation", ["layer_norm", "add_layer_norm", "linear_cross_entropy"])
 def test_a_kernel_that_is_wrong_by_a_little_or_has_other_bits_each_time_fails(operation):
     ours, calls = getattr(kernels.select("all"), operation), []
@@ -111,7 +111,7 @@ def test_an_exception_is_a_line_and_a_process_that_hangs_is_ended_with_its_child
     ("words", "message"),
     [
         (["--tiny", "--only", "kernel"], "error: --only kernel: use some of machine kernels training bench"),
-        pytest.param(["--no-tiny"], "error: no GPU is present: --tiny rehearses on a CPU", marks=INTERPRETED),
+        pytest.param(["--no-tiny"], "error: no GPU is present: --tiny rehearses on a CPU", marks=interpreted),
     ],
 )
 def test_a_wrong_option_is_one_line_and_nothing_is_written(words, message, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from accuracy import interpreted
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -26,7 +27,12 @@ from training.plan import Plan
 SMALL, WIDE = (2, 12, 32, 2, 2, 200), (1, 20, 48, 3, 1, 700)  # B, T, C, H, L, V
 BYTES = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
 # PyTorch's fused attention on a CPU takes float16 but not bfloat16, for which it keeps more: float16 stands for both
-CASES = [("all", torch.bfloat16), ("all", torch.float32), ("none", torch.float16), ("none", torch.float32)]
+CASES = [
+    pytest.param("all", torch.bfloat16, marks=interpreted),
+    pytest.param("all", torch.float32, marks=interpreted),
+    ("none", torch.float16),
+    ("none", torch.float32),
+]
 
 
 def plan_of(B, T, C, H, L, V, world_size=1, micro_steps=1, dtype=torch.float32, **options):
@@ -99,7 +105,7 @@ def peak_bytes(function) -> int:
         ("none", torch.float16, (4, 256, 64, 2, 1, 20)),
         ("none", torch.float32, (4, 128, 64, 4, 3, 1000)),  # in the head's
         ("none", torch.float16, (4, 128, 64, 4, 3, 1000)),
-        ("all", torch.float32, (1, 32, 32, 2, 1, 700)),  # in the head's forward
+        pytest.param("all", torch.float32, (1, 32, 32, 2, 1, 700), marks=interpreted),  # in the head's forward
     ],
 )
 def test_the_peak_is_what_the_allocator_sees_to_five_percent(kernels, dtype, shape):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accuracy import interpreted
 
 import train_gpt2
 from kernels import attention
@@ -23,7 +24,6 @@ from model import GPT
 
 ROOT = Path(__file__).parents[1]
 SMALL = Shape(B=2, T=48, C=64, H=2, L=2, V=200)  # W = 256
-INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are not interpreted in this process")
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def attention_by_hand(heads: int, T: int, D: int, forward: int, dq: int, dkdv: i
     }
 
 
-@INTERPRETED
+@interpreted
 @pytest.mark.parametrize(
     ("gpu", "T", "blocks"),
     [("sm_80", 256, (128, 128, 128)), ("sm_80", 150, (64, 64, 64)), ("sm_90", 150, (128, 128, 64))],
@@ -121,7 +121,7 @@ def test_counted_bytes_of_attention_are_those_of_a_formula_by_hand(gpu, T, block
     assert moved == attention_by_hand(2, T, 32, *blocks)
 
 
-@INTERPRETED
+@interpreted
 def test_each_gpu_gets_the_launches_of_its_own_row():
     launched = {}
     for gpu in MULTIPROCESSORS:
@@ -135,7 +135,7 @@ def test_each_gpu_gets_the_launches_of_its_own_row():
     assert launched["sm_90"] != launched["sm_80"] != launched["sm_86"] == launched["sm_89"]
 
 
-@INTERPRETED
+@interpreted
 @pytest.mark.parametrize("change", [{"B": 1, "T": 58}, {"B": 3, "T": 32}], ids=["58 rows", "96 rows"])
 @pytest.mark.parametrize("operation", list(calls_per_step(SMALL)))
 def test_the_rule_of_scaling_is_exact_at_other_sizes(operation, change):

@@ -415,7 +415,7 @@ def test_the_dropout_mask_is_a_function_of_seed_step_rank_and_micro_batch(datase
 
 def test_the_character_preset_starts_at_guessing_and_learns_at_its_own_size(dataset, tmp_path):
     options = ["--max-steps", "4", "--batch-tokens", "512", "--eval-tokens", "512", "--no-compile", "--dropout", "0"]
-    options += ["--sample-tokens", "20"]
+    options += ["--sample-tokens", "20", "--device", "cpu"]
     with pytest.raises(SystemExit) as end:
         train_gpt2.main(["shakespeare-char", "--data", str(dataset), "--out-dir", str(tmp_path / "run"), *options])
     losses = curve(tmp_path / "run")
