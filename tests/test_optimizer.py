@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from runs import command, curve, finished, torchrun, train, weights
+from runs import command, curve, finished, ranks, train, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as gpt
@@ -157,7 +157,8 @@ def test_two_ranks_train_as_one_and_resume_in_another_mode(dataset, tmp_path):
     out = tmp_path / "several"
     assert train(dataset, tmp_path / "alone", max_steps=9, **constant) == 0
     for mode, steps in (("ddp", 3), ("zero1", 6)):
-        finished(torchrun(2, [*command(dataset, out, max_steps=steps, **constant), "--parallel", mode]))
+        for process in ranks(2, [*command(dataset, out, max_steps=steps, **constant), "--parallel", mode]):
+            finished(process)
         held = newest_checkpoint(out)[1]
         assert held["step"] == steps and [len(each["state"]) for each in held["optimizers"]] == [8, 20]
     assert train(dataset, out, max_steps=9, **constant) == 0
