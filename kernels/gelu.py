@@ -130,15 +130,14 @@ def _bias_gelu_outputs(z, bias):
 
 @torch.library.custom_op("gpt2::bias_gelu_backward", mutates_args=())
 def _backward(dy: Tensor, z: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    dz, dbias = _backward_outputs(dy, z, bias)
-    launch, (N, W) = LAUNCH["backward"], z.shape
+    dz, launch, (N, W) = torch.empty_like(z), LAUNCH["backward"], z.shape
     row_programs = min(triton.cdiv(N, MIN_ROWS), common.for_architecture(ROW_PROGRAMS, common.architecture(z)))
     dbias_parts = z.new_empty(row_programs, W, dtype=torch.float32)
     if z.numel() > 0:
         with common.device_guard(z):
             grid = (row_programs, triton.cdiv(W, launch["COLS"]))
             _backward_kernel[grid](dy, z, bias, dz, dbias_parts, N, W=W, **launch)
-    return dz, dbias.copy_(dbias_parts.sum(0))
+    return dz, dbias_parts.sum(0).to(bias.dtype)
 
 
 @_backward.register_fake
