@@ -1,5 +1,6 @@
 """The bench: what it compares, how it times, its tables and pictures on a CPU, what it says where there is no GPU."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -14,9 +15,10 @@ import torch
 
 import kernels
 from kernels.bench import __main__ as bench
-from kernels.bench import ladder, operations, rivals, training
+from kernels.bench import ladder, launches, operations, rivals, training
 from kernels.command_line import table
 from kernels.gpus import GPUS
+from kernels.report import __main__ as report
 from kernels.report import roofline
 from kernels.report.shapes import PRESETS, Shape, arguments, calls_per_step
 
@@ -238,6 +240,28 @@ def test_the_share_of_the_roofline_counts_the_matrix_products_inside_an_operatio
     assert least["flops"] == 3 * product
     assert least["least_ms"] == pytest.approx(1e3 * (3 * product / gpu.flops + 1e9 / gpu.bandwidth))
     assert operations.needed("causal_attention", shape, [kernel], gpu) is None
+
+
+def test_launches_are_counted_and_timed_without_a_gpu():
+    work = {"layers": 0, "repeats": 20, "operations": ["linear_gelu"]}
+    found = report.child("kernels.emulator.launches", work=work, interpret=False)
+    assert found["processor"] and found["linear_gelu"]["triton"] == 2
+    # x and the weight to bfloat16, a product; two products, a sum of dbias, casts
+    assert 6 <= found["linear_gelu"]["pytorch"] <= 12
+    assert 10 < found["linear_gelu"]["forward_us"] < found["linear_gelu"]["both_us"] < 1e5
+
+
+def test_the_verdict_on_launches_is_the_batch_at_which_the_gpu_takes_as_long_as_python():
+    shape, gpu = dataclasses.replace(PRESETS["gpt2-124m"], B=8), GPUS["A100"]
+    figures = {"unique_bytes": 1e9, "flops": 0, "arithmetic": 0, "launches": 1}
+    counted = [{"operation": name, "calls": calls, **figures} for name, calls in calls_per_step(shape).items() if calls]
+    step = roofline.step(counted, shape, gpu, set(kernels.FAMILIES), compiled=False)
+    milliseconds = (step["total"] - step["adamw"]) * 2.4 / 8  # as long as 2.4 sequences take
+    found = {name: {"both_us": 100.0} for name in calls_per_step(shape)}
+    found |= {"micro-step": {"both_us": 1e3 * milliseconds}, "processor": "an abacus"}
+    rows, verdict = launches.compare(found, counted, shape, gpu, "A100")
+    assert [row["operation"] for row in rows] == [*(each["operation"] for each in counted), "micro-step"]
+    assert verdict.startswith("One core of an abacus takes") and verdict.endswith("below 3 sequences.")
 
 
 def test_every_useful_choice_of_kernels_is_trained_once():

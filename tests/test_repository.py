@@ -90,7 +90,7 @@ def test_nothing_runs_when_a_module_is_imported(path):
 # ------------------------------------------------------------------------------------------- other Pythons and systems
 
 NEED_TRITON = {"kernels.report.__main__", "kernels.report.traffic"}  # they look at what Triton makes of a kernel
-NEED_TRITON |= {"kernels.emulator.driver", "kernels.emulator.costs"}
+NEED_TRITON |= {"kernels.emulator.driver", "kernels.emulator.costs", "kernels.emulator.launches"}
 ELSEWHERE = """
 import builtins, importlib, os, signal, sys
 ours, hidden = set({ours}), {{"fcntl", "resource", "termios", "pwd", "grp", "pty", "triton"}}

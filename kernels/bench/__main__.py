@@ -4,6 +4,7 @@ Time the kernels on and off, on the GPU at hand.
     python -m kernels.bench                            every operation: Triton, and every rival of kernels.bench.rivals
     python -m kernels.bench --train --steps 50         a training run per useful choice of --kernels
     python -m kernels.bench --ladder                   from float32 to all optimizations; without a GPU, a model
+    python -m kernels.bench --launches                 Python's time to launch an eager micro-step; needs no GPU
     python -m kernels.bench --device cpu               PyTorch alone, at the shapes of the laptop preset
     python -m kernels.bench --train -- --data FOLDER   what follows -- goes to train_gpt2.py
 
@@ -22,12 +23,12 @@ from pathlib import Path
 
 import torch
 
-from kernels.bench import ladder
+from kernels.bench import ladder, launches
 from kernels.bench.operations import doubts, time_operations
 from kernels.bench.rivals import first_line
 from kernels.bench.training import time_training
 from kernels.command_line import exit_on_error, parse_options, table
-from kernels.gpus import GPUS
+from kernels.gpus import GPUS, named_gpu
 from kernels.report import __main__ as report
 from kernels.report.shapes import Shape, parse_shape
 
@@ -38,6 +39,7 @@ class Options:
 
     train: bool = False  # time training runs instead of single operations
     ladder: bool = False  # time one optimization on top of another instead
+    launches: bool = False  # time what Python takes to launch a micro-step instead, against the GPU's least time
     preset: str | None = None  # preset of the shapes; default: gpt2-124m on a GPU, laptop on a CPU
     shape: tuple[str, ...] = ()  # sizes other than the preset's, such as T=2048: letters B T C H L V
     device: str = "cuda"  # cuda, cuda:1, cpu
@@ -118,6 +120,18 @@ def run(options: Options, rest: list[str]) -> None:
             name,
             f"{name}, {shape}: model, from counted traffic and data sheets; nothing was timed",
         )
+        return
+    if options.launches:
+        given = parse_shape(options.preset or "gpt2-124m", ("B=8", *options.shape))
+        present = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+        name = present if named_gpu(present) else "A100"
+        gpu = named_gpu(name)
+        counted = report.count(given, [gpu.architecture])[gpu.architecture]
+        found = launches.measure(given, options.repeats)
+        rows, verdict = launches.compare(found, counted, given, gpu, name)
+        title = f"Launches of a micro-step, Python's microseconds: timed; {given} on {name}: model"
+        show(options, rows, given, found["processor"], title)
+        print(f"\n{verdict}")
         return
     device = find_device(options.device)
     on_gpu = device.type == "cuda"

@@ -11,6 +11,7 @@ An NVIDIA GPU in numpy: run kernels as Triton compiles them, without a GPU, and 
     arithmetic.py   rounding, approximate instructions, the tensor core
     memory.py       bounds, races, asynchronous copies, costs
     costs.py        bank conflicts and sectors of every kernel, for kernels.report
+    launches.py     what Python takes to launch them, for kernels.bench
 
 Triton's interpreter, in which the other tests run, knows no layouts, no shared memory, no barriers and no bfloat16
 products. The emulator does not know registers, timing or machine code: ptxas comes after PTX.

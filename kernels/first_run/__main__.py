@@ -234,6 +234,13 @@ def check_bench(findings: Findings, tiny: bool, folder: Path) -> None:
         findings.about["bench"] = rows
         return "pass", f"{len(rows)} rows"
 
+    def launches() -> tuple[str, str]:
+        if tiny:
+            return "skip", "no GPU waits for this machine's launches"
+        printed = findings.run([sys.executable, "-m", "kernels.bench", "--launches"], timeout=240)
+        return "figure", printed.splitlines()[-1]
+
+    findings.attempt("bench", "launches of an eager micro-step", launches)
     findings.attempt("bench", "python -m kernels.bench", bench)
     for operation in dict.fromkeys(row["operation"] for row in rows):
         own = [row for row in rows if row["operation"] == operation and "both_ms" in row]

@@ -9,13 +9,12 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
 from kernels.first_run.findings import Findings
 from kernels.report.roofline import FAMILY
-from kernels.report.shapes import Shape, arguments
+from kernels.report.shapes import Shape, arguments, blocks
 
 SHAPES = (Shape(2, 1024, 768, 12, 1, 50257), Shape(2, 1000, 768, 12, 1, 50257), Shape(3, 77, 320, 5, 1, 1001))
 TINY_SHAPES = (Shape(1, 9, 32, 2, 1, 60),)
@@ -105,26 +104,11 @@ def trains(family: str, shape: Shape, device: str, compiled: str) -> tuple[str, 
 
 
 def block_losses(ops: kernels.Ops, shape: Shape, device: str, compiled: str = "", steps: int = 3) -> list[float]:
-    """Return the losses of a block and a head that train on one batch, the operations used as in model.py."""
-    generator, C = torch.Generator().manual_seed(2), shape.C
-    sizes = {"wte": (shape.W, C), "qkv": (3 * C, C), "proj": (C, C), "fc": (4 * C, C), "fc_bias": (4 * C,)}
-    sizes |= {"out": (C, 4 * C), "scale": (C,), "shift": (C,)}
-    p = {name: (0.1 * torch.randn(size, generator=generator)).to(device) for name, size in sizes.items()}
-    p = {name: torch.nn.Parameter(weight) for name, weight in p.items()}
-    tokens = torch.randint(0, shape.V, (shape.B, shape.T + 1), generator=generator).to(device)
-    norm = p["scale"], p["shift"], 1e-5
-
-    def forward() -> Tensor:
-        stream = F.embedding(tokens[:, :-1], p["wte"])
-        y = ops.causal_attention(F.linear(ops.layer_norm(stream, *norm), p["qkv"]), shape.H, 0.0)
-        x, stream = ops.add_layer_norm(F.linear(y, p["proj"]), stream, *norm)
-        branch = F.linear(ops.linear_gelu(x, p["fc"], p["fc_bias"]), p["out"])
-        x, _ = ops.add_layer_norm(branch, stream, *norm)
-        return ops.linear_cross_entropy(x.flatten(0, 1), p["wte"], tokens[:, 1:].flatten(), shape.V)
-
+    """Return the losses of blocks and a head that train on one batch."""
+    parameters, forward = blocks(ops, shape, device)
     torch._dynamo.reset()
     model = torch.compile(forward, fullgraph=True, backend=compiled) if compiled else forward
-    optimizer, losses = torch.optim.AdamW(p.values(), lr=1e-2), []
+    optimizer, losses = torch.optim.AdamW(parameters, lr=1e-2), []
     for _ in range(steps):
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             loss = model()

@@ -6,12 +6,14 @@ kernels/ imports nothing outside itself, so PRESETS repeats the shapes of train_
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from kernels import VOCAB_MULTIPLE
+from kernels import VOCAB_MULTIPLE, Ops
+from kernels.embedding import embedding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +101,42 @@ def arguments(operation: str, shape: Shape, branch: torch.dtype, device: str) ->
     if operation == "cross_entropy":
         return [normal(N, shape.W, dtype=branch), targets, shape.V], [True]
     return [normal(N, C, dtype=branch), normal(shape.W, C), targets, shape.V], [True]
+
+
+def blocks(ops: Ops, shape: Shape, device: str) -> tuple[list[nn.Parameter], Callable[[], Tensor]]:
+    """Return the parameters of L blocks and a head, and their loss on one batch: the operations as in model.py."""
+    generator, C = torch.Generator().manual_seed(2), shape.C
+
+    def normal(*size: int) -> nn.Parameter:
+        return nn.Parameter((0.1 * torch.randn(size, generator=generator)).to(device))
+
+    def linear(rows: int, cols: int) -> tuple[nn.Parameter, nn.Parameter]:
+        return normal(rows, cols), normal(rows)
+
+    wte, wpe, last_norm = normal(shape.W, C), normal(shape.T, C), (normal(C), normal(C))
+    layers = [
+        {"norm_1": (normal(C), normal(C)), "qkv": linear(3 * C, C), "proj": linear(C, C)}
+        | {"norm_2": (normal(C), normal(C)), "fc": linear(4 * C, C), "out": linear(C, 4 * C)}
+        for _ in range(shape.L)
+    ]
+    tokens = torch.randint(0, shape.V, (shape.B, shape.T + 1), generator=generator).to(device)
+
+    def forward() -> Tensor:
+        x, stream = embedding(wte, tokens[:, :-1]) + wpe, None
+        for layer in layers:
+            norm_1, (qkv, bias) = layer["norm_1"], layer["qkv"]
+            if stream is None:
+                stream, x = x, ops.layer_norm(x, *norm_1, 1e-5)
+            else:
+                x, stream = ops.add_layer_norm(x, stream, *norm_1, 1e-5)
+            x = F.linear(ops.causal_attention(F.linear(x, qkv, bias.detach()), shape.H, 0.0, bias), *layer["proj"])
+            x, stream = ops.add_layer_norm(x, stream, *layer["norm_2"], 1e-5)
+            x = F.linear(ops.linear_gelu(x, *layer["fc"]), *layer["out"])
+        x, _ = ops.add_layer_norm(x, stream, *last_norm, 1e-5)
+        return ops.linear_cross_entropy(x.flatten(0, 1), wte, tokens[:, 1:].flatten(), shape.V)
+
+    pairs = [pair for layer in layers for pair in layer.values()]
+    return [wte, wpe, *(each for pair in (*pairs, last_norm) for each in pair)], forward
 
 
 def forward_and_backward(function, operation_arguments: list, differentiable: list[bool], autocast) -> None:
