@@ -37,11 +37,12 @@ from data.files import UserError, as_flag, as_user_error, exit_on_user_error
 from data.loader import count_scored, evaluation_windows, read_windows
 from data.streams import lasting_streams
 from model import GPT, GPTConfig, sample_text
-from training import command_line, devices, diagnostics, header, hellaswag, recipe, setup, weights
+from training import command_line, devices, header, hellaswag, recipe, setup, weights
 from training import find_lr as lr_finder
 from training import plan as planner
 from training import sweep as sweeps
 from training.checkpoint import fitting, starting_point
+from training.diagnostics.measure import Diagnostics
 from training.distributed import Distributed, Mode
 from training.ladder import climb as road
 from training.optimizer import (
@@ -400,7 +401,7 @@ def save(trainer: Trainer, run: Run | None, data: Data, step: int) -> None:
 
 
 def run_step(
-    trainer: Trainer, data: Data, watch: diagnostics.Diagnostics, step: int, stop: bool
+    trainer: Trainer, data: Data, watch: Diagnostics, step: int, stop: bool
 ) -> tuple[dict, bool]:
     """
     Do a step. Return its record for log.jsonl, with times that exclude --diagnose, and whether any
@@ -450,7 +451,7 @@ def train(config: Config, dist: Distributed) -> int:
     if config.hellaswag_every:
         file, tokens = config.hellaswag_input, data.tokenizer
         questions = hellaswag.questions_for(file, tokens, config.block_size, dist)
-    watch = diagnostics.Diagnostics(trainer.raw_model, trainer.optimizers, trainer.autocast)
+    watch = Diagnostics(trainer.raw_model, trainer.optimizers, trainer.autocast)
     profiled = config.profile and dist.rank == 0
     trace = profiler(config.out_dir, last - first) if profiled else contextlib.nullcontext()
     stopping = 0

@@ -18,7 +18,8 @@ from data.files import UserError
 from data.loader import IGNORED, Loader, evaluation_windows, read_windows
 from data.text import training_documents
 from data.tokenizer import choose
-from training import diagnostics, setup
+from training import setup
+from training.diagnostics.measure import measure_predictions
 from training.distributed import Distributed
 
 WORDS = ["".join(letters) for letters in itertools.product("abcdefgh", repeat=3)]
@@ -158,7 +159,7 @@ def test_a_tokenizer_that_cannot_end_a_response_is_refused(tmp_path):
 def test_a_diagnosis_is_of_the_responses():
     hidden, wte = torch.randn(2, 4, 8), torch.randn(5, 8)
     targets = torch.tensor([[IGNORED, 1, 2, IGNORED], [IGNORED, IGNORED, 4, 0]])
-    found = diagnostics.measure_predictions(hidden, wte, targets)
+    found = measure_predictions(hidden, wte, targets)
     expected = F.cross_entropy((hidden @ wte.T).flatten(0, 1), targets.flatten()).item()
     assert found["loss"] == pytest.approx(expected, rel=6e-3)
     assert found["loss_by_position"][0] is None  # no target counts there

@@ -102,7 +102,8 @@ from collections import Counter
 from pathlib import Path
 from model import sample_text
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from training import diagnostics, distributed, hellaswag, setup
+from training import distributed, hellaswag, setup
+from training.diagnostics.measure import Diagnostics
 from training.distributed import Distributed
 numbers = torch.ones(3, device="cuda")
 for mistake in (lambda: numbers + torch.ones(3), lambda: torch.multinomial(numbers, 1, generator=torch.Generator())):
@@ -118,7 +119,7 @@ data, dist, found = setup.open_data(config, Distributed()), Distributed(), {}
 questions = hellaswag.questions_for(sys.argv[2], data.tokenizer, 128)
 for kernels in ("none", "all"):
     trainer = train_gpt2.make_trainer(dataclasses.replace(config, kernels=kernels), data, dist)
-    watch = diagnostics.Diagnostics(trainer.raw_model, trainer.optimizers, trainer.autocast)
+    watch = Diagnostics(trainer.raw_model, trainer.optimizers, trainer.autocast)
     fake_cuda.waits(), fake_cuda.launches.clear()
     waits = {}
     batch = data.loader.batch(0)

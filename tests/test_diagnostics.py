@@ -13,8 +13,9 @@ from accuracy import interpreted
 import kernels
 import train_gpt2
 from model import GPT, GPTConfig
-from training import diagnostics, setup
-from training.diagnostics import Diagnostics
+from training import setup
+from training.diagnostics import alarms, measure, panels
+from training.diagnostics.measure import Diagnostics
 from training.distributed import Distributed
 from training.run import read_log
 
@@ -59,7 +60,7 @@ def test_gradients_and_updates_are_those_of_the_step():
     model.zero_grad()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.5)
     found = diagnosed(model, [optimizer], inputs, targets)
-    places = {"wte": "wte", "wpe": "wpe"} | {kind: f"h.{{}}.{path}" for kind, path in diagnostics.KINDS.items()}
+    places = {"wte": "wte", "wpe": "wpe"} | {kind: f"h.{{}}.{path}" for kind, path in alarms.KINDS.items()}
     assert set(places) == set(found["update_ratio"])
     for kind, place in places.items():
         for layer in range(2 if "{}" in place else 1):
@@ -81,7 +82,7 @@ def test_activations_are_those_of_the_model():
         for block in model.transformer.h:
             block.mlp.c_fc.bias.uniform_(-6, 2)  # so that some units are dead
             block.attn.c_attn.weight.mul_(40)  # and some queries have chosen their key
-        found = diagnostics.measure_activations(model, inputs, targets)
+        found = measure.measure_activations(model, inputs, targets)
         stream = model.transformer.wte(inputs) + model.transformer.wpe(torch.arange(T))
         streams = [stream]
         for layer, block in enumerate(model.transformer.h):
@@ -111,10 +112,10 @@ def test_activations_are_those_of_the_model():
 def test_predictions_are_those_of_the_model():
     model, (inputs, targets) = small(), batch(length=21)
     with torch.no_grad():
-        found, logits = diagnostics.measure_activations(model, inputs, targets), model(inputs)
+        found, logits = measure.measure_activations(model, inputs, targets), model(inputs)
     loss = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(0)
     bins = [(0, 1), (1, 2), (2, 4), (4, 8), (8, 16), (16, 21)]
-    assert diagnostics.position_bins(21) == bins
+    assert measure.position_bins(21) == bins
     assert found["loss_by_position"] == pytest.approx([loss[a:b].mean().item() for a, b in bins], rel=6e-3)
     assert close(found["loss"], loss.mean()) and close(found["logit_std"], logits.std(-1).mean())
     assert close(found["entropy"], torch.distributions.Categorical(logits=logits).entropy().mean())
@@ -128,7 +129,7 @@ def test_models_without_layers_and_blocks_of_a_token_or_two_have_records_and_pic
     assert len(json.dumps(found, allow_nan=False)) < 4000 and not found["warnings"]
     assert len(json.dumps(histograms, allow_nan=False)) < 1000 * max(1, n_layer)
     if length in (1, T):  # a picture takes a second
-        diagnostics.draw([{"step": 1, "diagnostics": found}], tmp_path / "diagnostics.png")
+        panels.draw([{"step": 1, "diagnostics": found}], tmp_path / "diagnostics.png")
         assert (tmp_path / "diagnostics.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -210,7 +211,7 @@ def test_triton_kernels_are_diagnosed_like_pytorchs():
     plain, triton = small(1), GPT(small(1).config, kernels.select("all"))
     triton.load_state_dict(plain.state_dict())
     inputs, targets = batch(1)
-    ours, theirs = (diagnostics.measure_activations(model, inputs, targets) for model in (triton, plain))
+    ours, theirs = (measure.measure_activations(model, inputs, targets) for model in (triton, plain))
     (ours["gelu"],), (theirs["gelu"],) = (found.pop("histograms")["gelu"] for found in (ours, theirs))
     for name, values in theirs.items():
         assert ours[name] == pytest.approx(values, rel=2e-2, abs=1e-5), name
@@ -296,26 +297,26 @@ def healthy():
 )
 def test_each_warning_has_its_threshold(healthy, kind, name, still_well, no_longer):
     assert not healthy["warnings"]
-    assert kind not in diagnostics.find_warnings(healthy | {name: still_well}, V)
-    assert kind in diagnostics.find_warnings(healthy | {name: no_longer}, V)
+    assert kind not in alarms.find_warnings(healthy | {name: still_well}, V)
+    assert kind in alarms.find_warnings(healthy | {name: no_longer}, V)
 
 
 def test_a_position_that_predicts_its_own_token_is_well_as_long_as_no_block_adds_anything(healthy):
     wide = healthy | {"loss": 11.6, "entropy": 6.4, "residual": [0.03, 0.03, 0.03]}
-    assert not diagnostics.find_warnings(wide, V)
-    assert {"guessing", "confidence"} <= set(diagnostics.find_warnings(wide | {"residual": [0.03, 0.03, 0.04]}, V))
+    assert not alarms.find_warnings(wide, V)
+    assert {"guessing", "confidence"} <= set(alarms.find_warnings(wide | {"residual": [0.03, 0.03, 0.04]}, V))
 
 
 def test_a_position_without_a_target_that_counts_is_no_warning(healthy):
-    assert not diagnostics.find_warnings(healthy | {"loss_by_position": [None, 5.0, 5.0]}, V)
+    assert not alarms.find_warnings(healthy | {"loss_by_position": [None, 5.0, 5.0]}, V)
 
 
 def test_a_stream_may_grow_more_once_something_is_learnt(healthy):
     grown = healthy | {"residual": [0.1, 2.0, 2.0]}
-    assert "initialize c_proj smaller" in diagnostics.find_warnings(grown, V)["residual"]
+    assert "initialize c_proj smaller" in alarms.find_warnings(grown, V)["residual"]
     grown |= {"entropy": 3.0}
-    assert "residual" not in diagnostics.find_warnings(grown, V)
-    assert "is drowned out" in diagnostics.find_warnings(grown | {"residual": [0.1, 4.0]}, V)["residual"]
+    assert "residual" not in alarms.find_warnings(grown, V)
+    assert "is drowned out" in alarms.find_warnings(grown | {"residual": [0.1, 4.0]}, V)["residual"]
 
 
 def test_a_layer_that_is_left_behind_is_named_with_how_far():
@@ -367,15 +368,15 @@ def test_a_picture_of_a_thousand_diagnoses_shows_some_of_them_and_every_warning(
     records = [{"step": step, "diagnostics": found} for step in range(1000)]
     records[501] = {"step": 501, "diagnostics": found | {"warnings": {"gelu": "look here"}}}
     records[999] = {"step": 999, "diagnostics": lost()}
-    diagnostics.draw(records, tmp_path / "diagnostics.png")
+    panels.draw(records, tmp_path / "diagnostics.png")
     assert (tmp_path / "diagnostics.png").read_bytes().startswith(b"\x89PNG")
-    panels = {axis.get_title(): axis for axis in figure.axes}
-    assert "step 501: look here" in panels["warnings"].texts[0].get_text()
-    limits = [panels[f"{what} output: standard deviation"].get_ylim() for what in ("GELU", "attention")]
+    axes = {axis.get_title(): axis for axis in figure.axes}
+    assert "step 501: look here" in axes["warnings"].texts[0].get_text()
+    limits = [axes[f"{what} output: standard deviation"].get_ylim() for what in ("GELU", "attention")]
     assert limits[0] == limits[1]  # panels that compare share their scale
-    for name, axis in panels.items():
+    for name, axis in axes.items():
         for line in axis.lines:
             values = [y for y in line.get_ydata() if math.isfinite(y)]
             low, high = axis.get_ylim()
             assert all(low <= y <= high for y in values), name
-            assert len(values) <= diagnostics.MAX_DRAWN
+            assert len(values) <= panels.MAX_DRAWN

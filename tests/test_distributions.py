@@ -1,4 +1,4 @@
-"""training/distributions.py: histograms of a diagnosed step."""
+"""training/diagnostics/distributions.py: histograms of a diagnosed step."""
 
 import json
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from runs import random_model
 
-from training import distributions
-from training.diagnostics import Diagnostics
+from training.diagnostics import distributions
+from training.diagnostics.measure import Diagnostics
 
 
 @pytest.mark.parametrize("kind", distributions.KINDS)

@@ -41,8 +41,9 @@ import torch
 from data.files import UserError, atomic_write, lock, naming, remove
 from data.outside import check_shape
 from data.streams import best_effort, printable
-from training import curves, diagnostics, distributions
+from training import curves
 from training.checkpoint import checkpoints, launch_name, one_line, save_checkpoint, step_of
+from training.diagnostics import distributions, panels
 from training.expected import Expected
 from training.pace import Pace
 from training.progress import Progress
@@ -223,7 +224,7 @@ class Run:
         with best_effort(f"{self.folder} has no new loss.png"):
             compared = self.references, self.published, self.expected
             curves.draw(self.records, self.folder / "loss.png", title, *compared)
-        for module, name in ((diagnostics, "diagnostics.png"), (distributions, "distributions.png")):
+        for module, name in ((panels, "diagnostics.png"), (distributions, "distributions.png")):
             with best_effort(f"{self.folder} has no new {name}"):
                 module.draw(self.records, self.folder / name, title)
 
