@@ -81,7 +81,8 @@ def time_operation(
     if device.type == "cuda":
         size = sum(a.nbytes for a in first if isinstance(a, torch.Tensor))
         more = 4 * torch.cuda.get_device_properties(device).L2_cache_size // size
-        copies += [arguments(operation, shape, dtype, str(device))[0] for _ in range(more)]
+        runs = WARM_UP + repeats  # a copy for each is enough
+        copies += [arguments(operation, shape, dtype, str(device))[0] for _ in range(min(more, runs - 1))]
     upstream = []
 
     def phases(repeat: int) -> Iterator[None]:
