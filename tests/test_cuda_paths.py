@@ -72,6 +72,7 @@ tiny = "laptop --n-layer 1 --n-embd 32 --n-head 2 --block-size 32 --batch-tokens
 logs = {}
 for kernels in ("none", "all"):
     paths = ["--data", sys.argv[1], "--hellaswag-input", sys.argv[2], "--out-dir", f"{sys.argv[3]}/{kernels}"]
+    paths += ["--sample-tokens", "40"]
     for options in ("--hellaswag-every 1 --no-compile --max-steps 1", "--hellaswag-every 0 --compile --max-steps 2"):
         try:
             train_gpt2.main([*tiny.split(), *options.split(), "--kernels", kernels, "--micro-batch", "auto", *paths])
