@@ -33,6 +33,7 @@ def test_the_rehearsal_on_a_cpu_does_every_part_and_passes(tmp_path):
     for operation in (name for operations in kernels.FAMILIES.values() for name in operations):
         assert texts[f"{operation}, float32, B=1 T=9 C=32"][0] == "pass"
         assert "torch" in texts[operation][1]  # its time
+    assert texts["the GPU timed, not Python"][0] == "skip"
     for family in kernels.FAMILIES:
         assert texts[f"{family} the same in one compiled graph"][0] == "pass"
     for name in ("on and off have the same losses", "killed and resumed", "two ranks"):
@@ -59,6 +60,13 @@ def test_a_kernel_that_is_wrong_by_a_little_or_has_other_bits_each_time_fails(op
     assert families.accuracy(ours, *given)[0] == "pass"
     assert families.accuracy(wrong, *given)[0] == "FAIL"
     assert "other bits the second time" in families.accuracy(unsteady, *given)[1]
+
+
+def test_times_that_hold_python_s_launches_are_named():
+    row = {"operation": "gelu", "version": "torch", "both_ms": 1.0, "launch_ms": 0.5, "queued": 1.0}
+    assert first_run.timed_ahead([row]) == ("pass", "in every row")
+    status, text = first_run.timed_ahead([row, row | {"queued": 0.25}])
+    assert status == "figure" and text.startswith("gelu, torch: only 25% of the runs were queued in time")
 
 
 def test_runs_whose_losses_differ_or_are_not_finite_fail():

@@ -31,6 +31,7 @@ import torch
 
 import kernels
 from kernels import machine
+from kernels.bench import operations
 from kernels.command_line import exit_on_error, parse_options
 from kernels.common import architecture
 from kernels.first_run import families
@@ -242,11 +243,20 @@ def check_bench(findings: Findings, tiny: bool, folder: Path) -> None:
 
     findings.attempt("bench", "launches of an eager micro-step", launches)
     findings.attempt("bench", "python -m kernels.bench", bench)
+    findings.attempt("bench", "the GPU timed, not Python", timed_ahead, rows)
     for operation in dict.fromkeys(row["operation"] for row in rows):
         own = [row for row in rows if row["operation"] == operation and "both_ms" in row]
         times = [f"{row['version']} {row['both_ms']:.3f} ms" for row in own]
         times += [f"{row['roofline']:.0%} of the roofline" for row in own[:1] if row.get("roofline")]
         findings.attempt("bench", operation, lambda times=times: ("figure", ", ".join(times)))
+
+
+def timed_ahead(rows: list[dict]) -> tuple[str, str]:
+    """Report the bench's rows in which the GPU may have waited for Python to launch its work."""
+    if not any("queued" in row for row in rows):
+        return "skip", "no row was timed on a GPU"
+    doubted = operations.doubts(rows)
+    return ("figure", "; ".join(doubted)) if doubted else ("pass", "in every row")
 
 
 # --------------------------------------------------------------------------- command line
