@@ -346,8 +346,9 @@ def make_trainer(
     if config.ema:
         trainer.average = GPT(raw_model.config, ops).to(device).requires_grad_(False)
         trainer.average.load_state_dict((checkpoint or {}).get("model", raw_model.state_dict()))
+    plan = planner.Plan(config, split.vocab_size, dist.world_size)
     trainer.micro_batch = devices.choose_micro_batch(
-        config, raw_model, dist, trainer.autocast, checkpoint and checkpoint["micro_batch"]
+        config, raw_model, dist, plan, trainer.autocast, checkpoint and checkpoint["micro_batch"]
     )
     dist.shard(raw_model, list(raw_model.transformer.h))
     trainer.optimizers = make_optimizers(raw_model, config, dist, dtype)

@@ -322,37 +322,41 @@ class Memory(TorchDispatchMode):
 fake_cuda.JITFunction.run = lambda *_, **__: None  # fake tensors have no addresses to specialize for
 FakeTensor.tolist = lambda tensor: [1.0] * tensor.numel()
 found = []
-for preset, n_layer, names, micro_batch, micro_steps in json.loads(sys.argv[1]):
-    options = dict(n_layer=n_layer, kernels=names, batch_tokens=micro_batch * micro_steps * 1024, micro_batch="auto")
+Distributed.all_reduce_max = lambda dist, number: number  # no other rank is there
+for preset, n_layer, names, micro_batch, micro_steps, ranks in json.loads(sys.argv[1]):
+    options = dict(n_layer=n_layer, kernels=names, batch_tokens=ranks * micro_batch * micro_steps * 1024)
+    options |= dict(micro_batch="auto", parallel="zero1" if ranks > 1 else "ddp")
     config = dataclasses.replace(train_gpt2.PRESETS[preset][1], **options)
     with FakeTensorMode(), Memory() as memory, torch.device("cuda"):
         model = gpt.GPT(config.shape(50257), kernels.select(names, "cuda"))
         trainer = train_gpt2.Trainer(config, model, model, [], torch.device("cuda", 0), torch.bfloat16, micro_batch)
         devices.largest_that_fits = lambda sizes, attempt: attempt(micro_batch) or micro_batch
-        assert devices.choose_micro_batch(config, model, Distributed(), trainer.autocast, None) == micro_batch
+        plan, dist = Plan(config, 50257, ranks), Distributed(world_size=ranks, mode=config.parallel)
+        assert devices.choose_micro_batch(config, model, dist, plan, trainer.autocast, None) == micro_batch
         probed = memory.peak - int(devices.MARGIN * fake_cuda.PROPERTIES.total_memory)
         gc.collect()
         trainer.optimizers = make_optimizers(model, config, Distributed(), torch.bfloat16)
         tokens = torch.zeros(micro_batch * micro_steps, 1024, dtype=torch.int64)
-        for step in (1, 2):  # the state comes with the first
+        for step in (1, 2) if ranks == 1 else ():  # the state comes with the first
             memory.peak = memory.now
             train_gpt2.train_step(trainer, tokens, tokens, step)
-    found.append([probed, memory.peak, Plan(config, 50257).memory(micro_batch)])
+    found.append([probed, memory.peak if ranks == 1 else probed, plan.memory(micro_batch)])
     model = trainer = None
 print(json.dumps(found))
 """
-CASES = [  # preset, layers instead of its own, kernels, sequences in a micro-step, micro-steps
-    ("gpt2-124m", 4, "all", 64, 1),
-    ("gpt2-124m", 4, "all", 64, 2),
-    ("gpt2-124m", 4, "attention", 16, 2),
-    ("gpt2-1558m", 4, "all", 4, 1),
-    ("gpt2-1558m", 4, "all", 4, 2),
+CASES = [  # preset, layers instead of its own, kernels, sequences in a micro-step, micro-steps, ranks under zero1
+    ("gpt2-124m", 4, "all", 64, 1, 1),
+    ("gpt2-124m", 4, "all", 64, 2, 1),
+    ("gpt2-124m", 4, "attention", 16, 2, 1),
+    ("gpt2-1558m", 4, "all", 4, 1, 1),
+    ("gpt2-1558m", 4, "all", 1, 1, 1),  # the peak is at the end of the backward
+    ("gpt2-1558m", 4, "all", 4, 2, 1),
+    ("gpt2-1558m", 4, "all", 4, 2, 8),
+    ("gpt2-1558m-fast", 4, "all", 1, 2, 1),  # in Muon's update
 ]
 
 
 def test_the_search_for_a_micro_batch_and_the_plan_know_the_peak_of_a_step(on_gpu):
     for case, (probed, step, planned) in zip(CASES, on_gpu(PEAKS, json.dumps(CASES)), strict=True):
-        if case[-1] == 1:  # gradients take the place of activations; DDP, which the plan assumes, holds them all along
-            del planned["gradients"]
         assert probed == pytest.approx(step, rel=0.001), case
         assert sum(planned.values()) == pytest.approx(step, rel=0.03), case

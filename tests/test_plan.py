@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import io
 import re
+import types
 import warnings
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accuracy import interpreted
+from torch._subclasses import FakeTensorMode
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -19,7 +21,7 @@ import train_gpt2
 from kernels import select
 from kernels.gpus import GPUS
 from model import GPT
-from training import plan
+from training import devices, plan
 from training.distributed import Distributed
 from training.optimizer import make_optimizers
 from training.plan import Plan
@@ -68,7 +70,7 @@ def loss_of(gpt, tokens, dtype):
 @pytest.mark.parametrize("shape", [SMALL, WIDE], ids=["small", "wide"])
 @pytest.mark.filterwarnings("ignore:overflow encountered")  # bfloat16 in the interpreter: values wrong, sizes right
 def test_activations_are_what_autograd_saves_to_three_percent(shape, kernels, dtype):
-    planned = plan_of(*shape, dtype=dtype, kernels=kernels)
+    planned = plan_of(*shape, micro_steps=2, dtype=dtype, kernels=kernels)
     gpt, tokens, kept = build(planned), draw_tokens(planned), {}
     weights = {p.untyped_storage().data_ptr() for p in gpt.parameters()}
 
@@ -109,7 +111,7 @@ def peak_bytes(function) -> int:
     ],
 )
 def test_the_peak_is_what_the_allocator_sees_to_five_percent(kernels, dtype, shape):
-    planned = plan_of(*shape, dtype=dtype, kernels=kernels)
+    planned = plan_of(*shape, micro_steps=2, dtype=dtype, kernels=kernels)
     gpt, tokens = build(planned), draw_tokens(planned)
 
     def micro_step():
@@ -129,7 +131,7 @@ def test_the_peak_is_what_the_allocator_sees_to_five_percent(kernels, dtype, sha
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_optimizer_state_and_checkpoint_are_what_a_step_leaves(optimizer):
-    planned = plan_of(2, 48, 64, 2, 2, 200, optimizer=optimizer)
+    planned = plan_of(2, 48, 64, 2, 2, 200, micro_steps=2, optimizer=optimizer)
     gpt = build(planned)
     optimizers = make_optimizers(gpt, planned.config, Distributed(), torch.float32)
     loss_of(gpt, draw_tokens(planned), torch.float32).backward()
@@ -142,7 +144,7 @@ def test_optimizer_state_and_checkpoint_are_what_a_step_leaves(optimizer):
     file = io.BytesIO()
     torch.save({"model": gpt.state_dict(), "optimizers": [each.state_dict() for each in optimizers]}, file)
     assert planned.checkpoint_bytes() == pytest.approx(file.tell(), rel=0.06)  # zip headers weigh in at this size
-    averaging = plan_of(2, 48, 64, 2, 2, 200, optimizer=optimizer, ema=9)
+    averaging = plan_of(2, 48, 64, 2, 2, 200, micro_steps=2, optimizer=optimizer, ema=9)
     assert averaging.checkpoint_bytes() == planned.checkpoint_bytes() + rows["weights"]
     assert averaging.memory(2)["average of the weights"] == rows["weights"] and sum(averaging.memory(2).values()) > sum(
         rows.values()
@@ -172,13 +174,50 @@ def test_zero1_deals_the_state_as_torch_does(eight_ranks, optimizer):
 
 
 def test_fsdp_shards_weights_as_torch_does(eight_ranks):
-    planned = plan_of(*SMALL, world_size=8, parallel="fsdp")
+    planned = plan_of(*SMALL, world_size=8, micro_steps=2, parallel="fsdp")
     gpt = build(planned)
     for module in [*gpt.transformer.h, gpt]:
         torch.distributed.fsdp.fully_shard(module, mesh=dist.device_mesh.init_device_mesh("cpu", (8,)))
     mine, rows = sum(p.to_local().numel() for p in gpt.parameters()), planned.memory(2)
     assert rows["weights"] == rows["gradients"] == 4 * mine
     assert rows["optimizer state"] == 8 * mine + 4 * len(list(gpt.parameters()))
+
+
+@pytest.mark.parametrize(
+    "shape, micro_steps",
+    [
+        ((1, 32, 256, 4, 6, 300), 1),  # in a block that is gathered while another is and a third one is reduced
+        ((1, 32, 256, 4, 6, 300), 2),
+        ((1, 32, 256, 4, 2, 300), 2),
+        ((4, 128, 64, 4, 4, 300), 2),  # in the head
+    ],
+)
+def test_fsdp_gathers_and_reduces_blocks_within_the_peak_that_the_allocator_sees(eight_ranks, shape, micro_steps):
+    planned = plan_of(*shape, world_size=8, micro_steps=micro_steps, parallel="fsdp", kernels="none")
+    gpt, ranks = build(planned), Distributed(world_size=8, mode="fsdp")
+    ranks.shard(gpt, list(gpt.transformer.h))
+    (optimizer,) = make_optimizers(gpt, planned.config, ranks, torch.float32)
+
+    def step():
+        for _ in range(micro_steps):
+            loss_of(gpt, draw_tokens(planned), torch.float32).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()  # the state comes with the first
+    rows = planned.memory(shape[0])
+    held = rows["weights"] + rows["optimizer state"]
+    assert sum(rows.values()) == pytest.approx(held + peak_bytes(step), rel=0.05)
+
+
+def test_under_fsdp_the_plan_chooses_the_micro_batch(eight_ranks, monkeypatch):
+    gpu = types.SimpleNamespace(total_memory=GPUS["A100"].memory)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    with FakeTensorMode():
+        gpt = torch.nn.ParameterList([torch.empty(1, device="cuda")])  # its device is all that counts
+    planned, ranks = preset("gpt2-1558m", 8, parallel="fsdp"), Distributed(world_size=8, mode="fsdp")
+    chosen = devices.choose_micro_batch(planned.config, gpt, ranks, planned, autocast=None, previous=None)
+    assert 1 < chosen == planned.largest_micro_batch(GPUS["A100"]) < planned.sequences
 
 
 def test_ddp_holds_gradients_twice_while_micro_steps_add_up(tmp_path):

@@ -151,12 +151,17 @@ def largest_that_fits(candidates: list[int], attempt: Callable[[int], None]) -> 
     return 0
 
 
-def choose_micro_batch(config, model: nn.Module, dist: Distributed, autocast: Callable, previous: int | None) -> int:
+def choose_micro_batch(
+    config, model: nn.Module, dist: Distributed, plan, autocast: Callable, previous: int | None
+) -> int:
     """
     Return --micro-batch; for auto the largest divisor of a rank's sequences that fits in every rank's memory.
 
-    On a CPU, the largest of at most CPU_TOKENS tokens. Collective.
+    On a CPU, the largest of at most CPU_TOKENS tokens. On a GPU, micro-steps are tried with the model as it is, and
+    what it will hold besides is set aside: optimizer state, DDP's buckets. Under fsdp the plan alone decides: a rank
+    that ran out of memory while it tried would leave the others waiting. Collective.
     config:   the run's options (train_gpt2.Config)
+    plan:     of the run (training.plan.Plan)
     autocast: returns the context that the model runs in
     previous: the resumed run's size, kept if it divides, so that results stay bit-identical
     """
@@ -168,13 +173,15 @@ def choose_micro_batch(config, model: nn.Module, dist: Distributed, autocast: Ca
     divisors = [n for n in range(sequences, 0, -1) if sequences % n == 0]
     if device.type != "cuda":
         return next((n for n in divisors if n * config.block_size <= CPU_TOKENS), 1)
-    size = sum(p.nbytes for p in model.parameters())
-    # held besides: AdamW's moments, DDP's buckets, and a margin; fsdp shards later
-    held = 2 * size // (dist.world_size if dist.mode == "zero1" else 1)
-    held += size if dist.world_size > 1 and dist.mode != "fsdp" else 0
-    held += int(MARGIN * torch.cuda.get_device_properties(device).total_memory)
+    memory = torch.cuda.get_device_properties(device).total_memory
+    held = plan.optimizer_bytes() + int(MARGIN * memory)
+    held += sum(p.nbytes for p in model.parameters()) if dist.world_size > 1 else 0  # DDP's buckets
 
     def attempt(n: int) -> None:
+        if dist.mode == "fsdp":
+            if not plan.fits(n, memory):
+                raise torch.OutOfMemoryError
+            return
         model.zero_grad(set_to_none=True)
         reserved = torch.empty(held, dtype=torch.uint8, device=device)
         tokens = torch.zeros(n, config.block_size, dtype=torch.int64, device=device)
@@ -182,11 +189,13 @@ def choose_micro_batch(config, model: nn.Module, dist: Distributed, autocast: Ca
             with autocast():
                 loss = model(tokens, tokens)
             loss.backward()
-        del reserved
+        del loss, tokens
+        update = torch.empty(plan.update_bytes(), dtype=torch.uint8, device=device)
+        del reserved, update
 
     with as_user_error():
         found = -dist.all_reduce_max(-largest_that_fits(divisors, attempt))
     model.zero_grad(set_to_none=True)
     if found == 0:
-        raise UserError("not one sequence fits in memory: lower --block-size, or with fsdp give --micro-batch 1")
+        raise UserError("not one sequence fits in memory: lower --block-size, or give --micro-batch 1 to try it")
     return found

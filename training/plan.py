@@ -10,8 +10,9 @@ Always held, in float32 (P parameters, the padded rows of wte included):
     weights 4P, gradients 4P, AdamW 8P (two moments); Muon 4 bytes per element of the blocks' matrices
     DDP    gradients are views into its buckets; a second copy, 4P, while micro-steps accumulate before the all-reduce
     ZeRO-1 as DDP, but each tensor's optimizer state goes to the rank with the least so far
-    FSDP   weights, gradients and state are sharded along the first dimension. While in use, gathered: the embeddings,
-           two blocks of weights (one at work, one prefetched), and the gradients of a block and of the embeddings
+    FSDP   weights, gradients and state are sharded along the first dimension. While in use, gathered: the embeddings
+           and their gradient, two blocks of weights (one at work, one prefetched), and the gradients of two blocks (one
+           at work, one being reduced)
 
 In a micro-step (N tokens, C channels, H heads, s bytes per element: 2 under bfloat16 autocast, else 4):
 
@@ -22,8 +23,11 @@ In a micro-step (N tokens, C channels, H heads, s bytes per element: 2 under bfl
     the head, PyTorch   log-probabilities in float32, and at its peak two more (N, V) like them
 
 The peak is reached when all blocks' activations are held: in the head's forward, in its backward, or in the backward of
-the last block. Attention is fused in both versions; torch.compile may keep less. RESERVED_FRACTION is set aside for the
-CUDA context, NCCL's buffers, cuBLAS's workspace and fragmentation, which are not counted.
+the last block. On one GPU or with FSDP, gradients of a single micro-step do not exist before: they take the place of
+activations as the backward proceeds, and if they are larger than those, its end is the peak. So may Muon's update be,
+which holds the blocks' matrices several times. Attention is fused in both versions; torch.compile may keep less.
+RESERVED_FRACTION is set aside for the CUDA context, NCCL's buffers, cuBLAS's workspace and fragmentation, which are not
+counted.
 
 Communication of DDP on n GPUs, g per machine, m = n / g machines, is a hierarchical all-reduce: a GPU sends
 2 (g-1)/g x 4P bytes over NVLink and 2 (m-1)/m x 4P/g over its network port. Gradients leave in buckets while the last
@@ -108,6 +112,25 @@ class Plan:
             for p in group["params"]
         }
 
+    def optimizer_bytes(self) -> int:
+        """Return the bytes of optimizer state on a rank that holds the most; not for fsdp."""
+        state, ranks = self.state_bytes(), [self.model.parameters()]
+        ranks = self.zero1_ranks() if self.config.parallel == "zero1" else ranks
+        return max(sum(state[p] for p in rank) for rank in ranks)
+
+    def update_bytes(self) -> int:
+        """
+        Return the bytes that the optimizer's update takes on top, at most; AdamW's is fused, and takes none.
+
+        Muon's: all updates, and the directions of attention's matrices, in float32; of the MLP's, two thirds of all,
+        what `orthogonalize` is given, X, results in float32, and Gram matrices of a quarter: two, in float32 four.
+        """
+        muon = [each for each in self._optimizers if isinstance(each, Muon)]
+        matrices = {p for each in muon for group in each.param_groups for p in group["params"]}
+        ranks = self.zero1_ranks() if self.config.parallel == "zero1" else [matrices]
+        most = max(sum(p.numel() for p in rank if p in matrices) for rank in ranks)
+        return most * (3 * 4 + 4 + 2 * (4 + self.element_bytes + 4 + (4 if self.element_bytes == 4 else 1))) // 3
+
     @functools.cached_property
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         return make_optimizers(self.model, self.config, Distributed(), torch.float32)
@@ -127,12 +150,11 @@ class Plan:
     def memory(self, micro_batch: int) -> dict[str, int]:
         """Return bytes on one GPU by purpose; their sum is the peak."""
         c, world_size, parameters = self.config, self.world_size, list(self.model.parameters())
-        full, state, micro_steps = 4 * elements(parameters), self.state_bytes(), self.sequences // micro_batch
+        full, micro_steps = 4 * elements(parameters), self.sequences // micro_batch
         if c.parallel == "fsdp":
             sharded = 4 * elements(parameters, world_size)
-            blocks, ends = self._block_and_end_bytes()
             rows = {"weights": sharded, "gradients": sharded}
-            rows["gathered by FSDP"] = 2 * ends + min(3, 2 * c.n_layer) * blocks // max(1, c.n_layer)
+            rows["embeddings, gathered"] = self._block_and_end_bytes()[1]
             rows["optimizer state"] = 2 * sharded + 4 * len(parameters)  # AdamW: Muon is refused
         else:
             rows = {"weights": full, "gradients": full}
@@ -140,18 +162,28 @@ class Plan:
                 rows["second copy of the gradients"] = full
             if c.ema:
                 rows["average of the weights"] = full
-            ranks = self.zero1_ranks() if c.parallel == "zero1" else [parameters]
-            rows["optimizer state"] = max(sum(state[p] for p in rank) for rank in ranks)
+            rows["optimizer state"] = self.optimizer_bytes()
+        held = {name: size for name, size in rows.items() if not name.startswith("second")}  # all along
         C, N, s, dropout = c.n_embd, micro_batch * c.block_size, self.element_bytes, c.dropout > 0
         matrices = 12 * C * C * c.n_layer + (0 if "cross_entropy" in self.families else self._width * C)
         rows["copies for autocast"] = s * matrices if s < 4 else 0  # Triton's head drops its own
-        per_token = 8 * C + 14 * s * C + 4 * c.n_head + 16 + 2 * C * dropout  # dropout's masks: a byte per element
-        rows["activations, blocks"] = c.n_layer * N * per_token
+        rows["activations, blocks"] = c.n_layer * self.block_bytes(micro_batch)
         # tokens and targets, positions, and the last norm's stream and statistics
         rows["activations, ends"] = N * (16 + 4 * C + 8 + C * dropout) + 8 * c.block_size
+        end = held | {"peak: embeddings, backward": 8 * self._width * C}  # both gradients of wte, and their sum
+        update = held | {"peak: Muon's update": self.update_bytes()}
+        if (world_size == 1 or c.parallel == "fsdp") and micro_steps == 1:
+            del rows["gradients"]
         place, most = max(self.working_bytes(micro_batch).items(), key=lambda item: item[1])
         rows[f"peak: {place}"] = most
+        rows = max(rows, end, update, key=lambda each: sum(each.values()))
         return {name: size for name, size in rows.items() if size}
+
+    def block_bytes(self, micro_batch: int) -> int:
+        """Return what a block keeps for its backward; dropout's masks have a byte per element."""
+        c, s = self.config, self.element_bytes
+        per_token = 8 * c.n_embd + 14 * s * c.n_embd + 4 * c.n_head + 16 + 2 * c.n_embd * (c.dropout > 0)
+        return micro_batch * c.block_size * per_token
 
     def head_bytes(self, micro_batch: int) -> int:
         """Return what the loss keeps for its backward: Triton's gradients, or x and the log-probabilities."""
@@ -160,7 +192,7 @@ class Plan:
         return self.element_bytes * N * C + kept + 4
 
     def working_bytes(self, micro_batch: int) -> dict[str, int]:
-        """Return bytes on top of the activations at the three places that can be the peak."""
+        """Return bytes on top of the activations at the places that can be the peak, with FSDP's blocks."""
         s, C, V, W = self.element_bytes, self.config.n_embd, self.vocab_size, self._width
         N = micro_batch * self.config.block_size
         x, half = s * N * C, s < 4
@@ -174,16 +206,23 @@ class Plan:
             backward = x + 4 * 3 * N * V  # log-probabilities, their gradient, the logits' gradient
         # a gradient four times as wide; the branch's, if its dtype is not the stream's, whose own gradient takes the
         # place of what the last norm kept; a matrix's; and wte's from the head, which waits for the embedding's
-        block = N * C * (4 * s + (4 if half else 0)) + 16 * C * C + 4 * W * C
-        return {"head, forward": forward, "head, backward": backward, "last block, backward": block}
+        block = N * C * (4 * s + (4 if half else 0)) + 4 * W * C
+        places = {"head, forward": forward, "head, backward": backward, "last block, backward": block + 16 * C * C}
+        if self.config.parallel == "fsdp":
+            L, full = self.config.n_layer, self._block_and_end_bytes()[0] // max(1, self.config.n_layer)
+            places["head, backward"] += full * (L > 0)
+            places["last block, backward"] = block + min(L + 1, 3) * full
+            places["block before the last, backward"] = block + min(L + 1, 4) * full - self.block_bytes(micro_batch)
+        return places
 
     def largest_micro_batch(self, gpu: GPU) -> int:
         """Return the largest divisor of `sequences` that fits the GPU's memory, 0 if not even one sequence does."""
         divisors = [n for n in range(self.sequences, 0, -1) if self.sequences % n == 0]
-        return next((n for n in divisors if self.fits(n, gpu)), 0)
+        return next((n for n in divisors if self.fits(n, gpu.memory)), 0)
 
-    def fits(self, micro_batch: int, gpu: GPU) -> bool:
-        return sum(self.memory(micro_batch).values()) <= (1 - RESERVED_FRACTION) * gpu.memory
+    def fits(self, micro_batch: int, memory: float) -> bool:
+        """Return whether a micro-batch fits in a GPU's memory, in bytes."""
+        return sum(self.memory(micro_batch).values()) <= (1 - RESERVED_FRACTION) * memory
 
     @property
     def _width(self) -> int:
@@ -311,7 +350,7 @@ def report(config, vocab_size: int, world_size: int, data_tokens: int) -> str:
     for name in PLANNED:
         gpu, seconds = GPUS[name], plan.step_seconds(GPUS[name])
         hours = seconds * c.max_steps / 3600
-        row = [name, f"{gpu.memory / 1e9:.0f} GB", "yes" if plan.fits(micro_batch, gpu) else "NO"]
+        row = [name, f"{gpu.memory / 1e9:.0f} GB", "yes" if plan.fits(micro_batch, gpu.memory) else "NO"]
         row += [f"{plan.largest_micro_batch(gpu) or 'none'}", f"{c.batch_tokens / seconds:,.0f}"]
         row += [format_3sig(1e3 * seconds), format_hours(hours), format_3sig(hours * world_size)]
         rows.append([*row, format_3sig(hours * world_size * PRICE)])
