@@ -89,7 +89,7 @@ def prepare(
         inputs = {"name": None if input else name, "shard_tokens": shard_tokens, "tokenizer": chosen.spec()}
         if not input:
             # All groups are read from the commit with which the first one began.
-            revision = next((progress.inputs["revision"] for progress in finished.values()), None)
+            revision = next((progress.inputs.get("revision") for progress in finished.values()), None)
             inputs["revision"], sources = hub_files(name, revision)
         groups = group_files(sources, shard_tokens)
         check_same(folder, inputs, groups, finished)

@@ -77,10 +77,17 @@ def read_progress(folder: Path, verify: bool = False) -> dict[int, Progress]:
         hint = ": delete it and repeat the command"
         content = read_json(path, PROGRESS, hint)
         try:
-            finished[int(path.stem.removeprefix("progress_"))] = progress = Progress(**content)
+            i = int(path.stem.removeprefix("progress_"))
+            if path.name != f"progress_{i:05d}.json" or i < 0:
+                raise ValueError("its name is not that of a group")
+            finished[i] = progress = Progress(**content)
             itemsize = token_dtype(from_spec(progress.inputs["tokenizer"]).vocab_size).itemsize
         except (ValueError, TypeError, UserError) as error:
             raise UserError(f"{path} is corrupt ({error}){hint}") from None
+        listed = [entry["file"] for entry in progress.val + progress.train]
+        present = len([*folder.glob(f"[tv]*_{i:05d}_*.npy")])
+        if present > len(listed) or listed != [_shard_name(i, j) for j in range(len(listed))]:
+            raise UserError(f"{path} is corrupt (it lists {len(listed)} of {present} shards, or not in order){hint}")
         for entry in progress.val + progress.train:
             shard, size = folder / Path(entry["file"]).name, entry["tokens"] * itemsize
             hint = f"put it back, or delete {path.name} and repeat the command"
@@ -120,8 +127,8 @@ def write_group(
 
     try:
         for j, tokens in enumerate(cut(arrays(), inputs["shard_tokens"], from_spec(inputs["tokenizer"]).vocab_size)):
-            split = "val" if i == j == 0 else "train"
-            entries[split].append(write_shard(folder / f"{split}_{i:05d}_{j:03d}.npy", tokens))
+            name = _shard_name(i, j)
+            entries[name.partition("_")[0]].append(write_shard(folder / name, tokens))
         documents, empty = sum(batch.documents for batch in batches), sum(batch.empty for batch in batches)
         progress = Progress(inputs, _listing(files), documents, empty, **entries)
         content = json.dumps(progress._asdict(), indent=1).encode()
@@ -157,6 +164,10 @@ def finish(folder: Path, inputs: dict, groups: Sequence[Sequence[File]], command
         )
     meta = write_meta(folder, from_spec(inputs["tokenizer"]), shards, command)
     return f"{summary(folder, meta)}; {documents:,} documents" + (f", {empty:,} empty ones left out" if empty else "")
+
+
+def _shard_name(group: int, shard: int) -> str:
+    return f"{'val' if group == shard == 0 else 'train'}_{group:05d}_{shard:03d}.npy"
 
 
 def _listing(files: Sequence[File]) -> list[list]:

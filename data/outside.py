@@ -1,7 +1,9 @@
 """What comes from outside, checked once and in one place: files that people, disks and other programs have changed."""
 
+import errno
 import json
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +18,10 @@ COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # first bytes -
 def open_bytes(path: str | Path) -> Iterator[BinaryIO]:
     """Open a file to read bytes; .gz and .zst, which their first bytes tell, are decompressed as they are read.
 
-    Raise OSError, also later, if the file cannot be read or is corrupt.
+    A pipe that nobody writes to is empty. Raise OSError, which names the file, if it cannot be read, or later, if it
+    is corrupt.
     """
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=_open_at_once) as file:
         first = file.peek(4)[:4]
         kind = next((kind for mark, kind in COMPRESSED.items() if first.startswith(mark)), None)
         if kind is None:
@@ -26,8 +29,22 @@ def open_bytes(path: str | Path) -> Iterator[BinaryIO]:
             return
         import pyarrow  # here, not above, since few files are compressed
 
-        with pyarrow.CompressedInputStream(file, kind) as decompressed:
-            yield decompressed
+        try:
+            with pyarrow.CompressedInputStream(file, kind) as decompressed:
+                yield decompressed
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise OSError(errno.EIO, f"corrupt {kind} data ({error})", str(path)) from None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file as `open` does, but do not wait until somebody opens the other end of a pipe."""
+    nonblocking = getattr(os, "O_NONBLOCK", 0)  # Windows has none
+    descriptor = os.open(path, flags | nonblocking)
+    if nonblocking:
+        os.set_blocking(descriptor, True)
+    return descriptor
 
 
 def read_json(path: Path, shape=dict, hint: str = "") -> dict:
@@ -45,6 +62,8 @@ def read_json(path: Path, shape=dict, hint: str = "") -> dict:
 
 def parse_json(path: Path, shape=dict):
     """Return the content as `read_json` does, but raise ValueError or OSError."""
+    if path.is_fifo():  # which would wait for a writer
+        raise ValueError("it is a pipe")
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except RecursionError:

@@ -258,8 +258,10 @@ def open_split(folder: str | Path, split: str) -> Split:
         return _open_with_meta(folder, split)
     if (folder / "train.bin").is_file() and not _has_header(folder / "train.bin"):
         return _open_nanogpt(folder, split)
-    names = sorted(path.name for path in folder.glob("*.bin"))
-    names = names or sorted(path.name for path in folder.glob("*.npy") if re.search(r"._(train|val)_\d+", path.name))
+    names = sorted(path.name for path in folder.glob("*.bin") if path.is_file())
+    names = names or sorted(
+        path.name for path in folder.glob("*.npy") if path.is_file() and re.search(r"._(train|val)_\d+", path.name)
+    )
     if not names:
         raise _no_dataset(folder)
     named = re.compile(rf"(?<![a-z]){split}(?![a-z])")  # "medieval_train_0.bin" is not a val shard
@@ -368,7 +370,7 @@ def _map_scored(folder: Path, entry: dict, n_tokens: int, hint: str) -> Shard | 
 
 def _map_npy(path: Path, hint: str) -> np.memmap:
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.lib.format.open_memmap(path, mode="r")
     except OSError:
         raise
     except Exception as error:  # ValueError, EOFError, SyntaxError, TokenError: numpy raises any of them

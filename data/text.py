@@ -96,14 +96,14 @@ def read_text(path: str | Path, encoding: str | None = None) -> str:
     mark, marked = next((item for item in MARKS.items() if content.startswith(item[0])), (b"", "utf-8"))
     try:
         text = content.decode(encoding or marked)
-    except LookupError:
-        known = "utf-8, utf-16, gbk, big5, shift_jis, euc_kr, cp1252, latin1"
-        raise UserError(f"--encoding {encoding} is unknown: use one that Python knows, such as {known}") from None
     except UnicodeDecodeError as error:
         place = (
             f"{path} is not {(encoding or marked).upper()}: byte 0x{content[error.start]:02x} at offset {error.start}"
         )
         raise other_encoding(path, content, encoding, place) from None
+    except (LookupError, ValueError):  # one that Python lacks, or that is none of text
+        known = "utf-8, utf-16, gbk, big5, shift_jis, euc_kr, cp1252, latin1"
+        raise UserError(f"--encoding {encoding} is unknown: use one that Python knows, such as {known}") from None
     if 8 * text.count("\0") > len(text):  # UTF-16, or binary
         raise other_encoding(path, content, encoding, f"{path} holds zero bytes")
     return text.removeprefix("\ufeff").replace("\r\n", "\n")

@@ -228,7 +228,7 @@ def from_spec(spec: dict) -> Tokenizer:
         raise UserError("the spec of the character tokenizer is corrupt: it needs sorted characters, documents")
     if kind == "bpe":
         return _byte_pairs_from_spec(spec)
-    raise UserError(f"a tokenizer of type {kind!r} is unknown: it must be 'char', 'gpt2' or 'bpe'")
+    raise UserError(f"a tokenizer of type {repr(kind)[:60]} is unknown: it must be 'char', 'gpt2' or 'bpe'")
 
 
 def load(name: str, also: str = "") -> Tokenizer:
@@ -243,7 +243,7 @@ def load(name: str, also: str = "") -> Tokenizer:
         kinds = f"{also}gpt2, a file that holds a tokenizer, or a folder with {TRAINED_FILE}"
         raise UserError(f"there is no tokenizer {name!r}: it must be {kinds}")
     try:
-        return from_spec(json.loads(path.read_text("utf-8")))
+        return from_spec(json.loads(path.read_text(encoding="utf-8-sig")))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} holds no tokenizer, it is not JSON: {error}") from None
     except UserError as error:

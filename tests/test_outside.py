@@ -1,11 +1,14 @@
 """data/outside.py: what comes from outside is checked for its types and ranges."""
 
 import json
+import os
 
 import pytest
 
 from data.files import UserError
 from data.outside import read_json
+from data.shards import open_split
+from data.text import read_text
 
 SHAPE = {"name": str, "sizes": [range(1, 10)], "loss?": (float, None), "more?": {"on": bool}}
 GOOD = {"name": "x", "sizes": [1, 9], "loss": 0.5, "more": {"on": True}, "unknown": {}}
@@ -44,3 +47,13 @@ def test_what_is_not_json_or_not_an_object_is_one_sentence(tmp_path, content):
         read_json(path)
     with pytest.raises(UserError, match="cannot be read"):
         read_json(tmp_path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    for name in ("file.json", "x_train_0.npy", "x_train_0.bin"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match="file.json is corrupt: it is a pipe"):
+        read_json(tmp_path / "file.json")
+    with pytest.raises(UserError, match="no dataset in"):
+        open_split(tmp_path, "train")
+    assert read_text(tmp_path / "file.json") == ""

@@ -176,6 +176,10 @@ def test_a_missing_shard_and_one_of_another_kind_are_named(tmp_path):
         np.save(path, tokens)
         with pytest.raises(UserError, match=r"train_000001.npy holds .*, but meta.json says uint16 \(3,\)"):
             open_split(tmp_path, "train")
+    with open(path, "wb") as file:
+        np.savez(file, tokens)
+    with pytest.raises(UserError, match="train_000001.npy is truncated or not a .npy file"):
+        open_split(tmp_path, "train")
     path.unlink()
     with pytest.raises(UserError, match="train_000001.npy is missing"):
         open_split(tmp_path, "train")

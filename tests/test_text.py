@@ -124,7 +124,7 @@ def test_compressed_text_is_read_and_tokens_are_told_what_they_are(tmp_path):
     (path,) = files(tmp_path, gzip.compress("naïve\r\n".encode()))
     assert read_text(path) == "naïve\n"
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(UserError, match="cannot read .*00.txt: Truncated compressed stream"):
+    with pytest.raises(UserError, match="cannot read .*00.txt: corrupt gzip data \\(Truncated"):
         read_text(path)
     np.arange(20_000, dtype="<u2").tofile(tmp_path / "train.bin")
     with pytest.raises(
@@ -147,7 +147,7 @@ def test_files_that_cannot_be_read_are_named_with_the_first_wrong_byte_and_its_o
     ):
         with pytest.raises(UserError, match=f"01.txt {complaint}"):
             prepare(files(tmp_path, "fine", content), tmp_path / "out")
-    for encoding in ("klingon", "rot13"):
+    for encoding in ("klingon", "rot13", "undefined", "\0", "\udcff"):
         with pytest.raises(UserError, match=f"--encoding {encoding} is unknown: use one that Python knows"):
             prepare(files(tmp_path, "fine"), tmp_path / "out", encoding=encoding)
     with pytest.raises(UserError, match=f"cannot read {tmp_path}/nothing: No such file"):
