@@ -1,14 +1,14 @@
 """The bench: what it compares, how it times, its tables and pictures on a CPU, what it says where there is no GPU."""
 
+import contextlib
 import dataclasses
 import importlib.util
+import io
 import json
 import math
-import os
-import subprocess
 import sys
 import textwrap
-from pathlib import Path
+import types
 
 import pytest
 import torch
@@ -22,16 +22,20 @@ from kernels.report import __main__ as report
 from kernels.report import roofline
 from kernels.report.shapes import PRESETS, Shape, arguments, calls_per_step
 
-ROOT = Path(__file__).parents[1]
 TINY_SHAPE = Shape(B=2, T=5, C=32, H=2, L=1, V=50)
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 
 
-def run(folder, *words, interpret):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT)} | ({"TRITON_INTERPRET": "1"} if interpret else {})
-    command = [sys.executable, "-m", "kernels.bench", *words]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8")
+def run(folder, *words):
+    """Run the command in this process and the folder. Return its exit status, what it printed, and its errors."""
+    status = 0
+    with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.redirect_stderr(io.StringIO()) as errors:
+        try:
+            with contextlib.chdir(folder):
+                bench.main([*words])
+        except SystemExit as end:
+            status = end.code
+    return types.SimpleNamespace(returncode=status, stdout=shown.getvalue(), stderr=errors.getvalue())
 
 
 @NO_GPU
@@ -59,7 +63,7 @@ def timed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     sizes = ["--shape", "B=2", "T=16", "C=32", "H=2", "V=60"]
     files = ["--json", "bench.json", "--plot", "bench.png"]
-    return folder, run(folder, "--device", "cpu", "--repeats", "2", *sizes, *files, interpret=True)
+    return folder, run(folder, "--device", "cpu", "--repeats", "2", *sizes, *files)
 
 
 @NO_GPU
@@ -279,7 +283,7 @@ def test_training_runs_use_a_small_dataset_of_their_own_and_are_read_from_their_
     sizes |= {"warmup-steps": 1, "eval-tokens": 64, "dtype": "float32"}
     words = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
     words = ["--train", "--preset", "gpt2-124m", "--device", "cpu", "--steps", "4", *files, "--", *words]
-    done = run(tmp_path, *words, interpret=False)
+    done = run(tmp_path, *words)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads((tmp_path / "train.json").read_text(encoding="utf-8"))["rows"]
     assert (row["kernels"], row["compile"], row["mfu"]) == ("none", False, None)
@@ -298,7 +302,7 @@ def test_the_ladder_is_climbed_rung_by_rung_on_a_cpu(tmp_path):
         for word in (f"--{name}", str(value))
     ]
     words = ["--ladder", "--device", "cpu", "--steps", "3", "--json", "ladder.json", "--", *words]
-    done = run(tmp_path, *words, interpret=False)
+    done = run(tmp_path, *words)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "ladder.json").read_text(encoding="utf-8"))["rows"]
     assert [row["rung"] for row in rows] == ["float32", "+ flash attention", "+ padded vocabulary"]
@@ -326,7 +330,7 @@ def test_the_modeled_ladder_speeds_products_up_as_the_data_sheet_says_and_ends_a
 
 
 def test_a_training_run_that_stops_is_an_error_with_its_own_words(tmp_path):
-    done = run(tmp_path, "--train", "--device", "cpu", "--", "--data", "nowhere", interpret=False)
+    done = run(tmp_path, "--train", "--device", "cpu", "--", "--data", "nowhere")
     assert done.returncode == 2
     said = (
         "error: train_gpt2.py laptop --kernels none --no-compile --data nowhere stopped: there is no dataset in nowhere"

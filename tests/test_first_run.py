@@ -21,26 +21,46 @@ from kernels.report.shapes import Shape
 SHAPE = Shape(B=1, T=9, C=32, H=2, L=1, V=60)
 
 
-def test_the_rehearsal_on_a_cpu_does_every_part_and_passes(tmp_path):
-    questions = write_questions(tmp_path / "questions.jsonl")
-    command = [sys.executable, "-m", "kernels.first_run", "--tiny", "--questions", str(questions)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "first_run.json").read_text(encoding="utf-8"))
-    texts = {line["check"]: (line["status"], line["text"]) for line in found["lines"]}
-    assert {line["part"] for line in found["lines"]} == set(first_run.PARTS)
-    assert len(done.stdout.splitlines()) == len(found["lines"]) + 1 and found["torch"] == torch.__version__
+@pytest.fixture
+def rehearsed(tmp_path, monkeypatch, capsys):
+    """A function: rehearse some parts on a CPU. Return, by check, its status and text."""
+
+    def rehearse(*parts):
+        monkeypatch.chdir(tmp_path)
+        questions = write_questions(tmp_path / "questions.jsonl")
+        with pytest.raises(SystemExit) as end:
+            first_run.main(["--tiny", "--only", *parts, "--questions", str(questions)])
+        shown = capsys.readouterr().out
+        assert end.value.code == 0, shown
+        found = json.loads((tmp_path / "first_run.json").read_text(encoding="utf-8"))
+        assert {line["part"] for line in found["lines"]} == set(parts)
+        assert len(shown.splitlines()) == len(found["lines"]) + 1 and found["torch"] == torch.__version__
+        left = {path.name for path in tmp_path.iterdir()}  # neither checkpoints nor half a file
+        assert left >= {"first_run.json", "questions.jsonl"} and not list(tmp_path.glob(".first_run*"))
+        return {line["check"]: (line["status"], line["text"]) for line in found["lines"]}
+
+    return rehearse
+
+
+def test_the_rehearsal_on_a_cpu_checks_and_times_every_operation_and_family(rehearsed):
+    texts = rehearsed("machine", "kernels", "bench")
     for operation in (name for operations in kernels.FAMILIES.values() for name in operations):
         assert texts[f"{operation}, float32, B=1 T=9 C=32"][0] == "pass"
         assert "torch" in texts[operation][1]  # its time
     assert texts["the GPU timed, not Python"][0] == "skip"
     for family in kernels.FAMILIES:
         assert texts[f"{family} the same in one compiled graph"][0] == "pass"
+
+
+def test_the_rehearsal_on_a_cpu_trains_resumes_and_scores(rehearsed):
+    texts = rehearsed("training")
     for name in ("on and off have the same losses", "killed and resumed", "two ranks"):
         assert texts[name][0] == "pass"
     assert "same bits" in texts["killed and resumed"][1] and "20 questions" in texts["HellaSwag, 100 questions"][1]
-    assert {path.name for path in tmp_path.iterdir()} >= {"first_run.json", "questions.jsonl"}
-    assert not list(tmp_path.glob(".first_run*"))  # neither checkpoints nor half a file
+
+
+def test_all_parts_are_done_unless_some_are_named():
+    assert first_run.Options().only == first_run.PARTS == ("machine", "kernels", "training", "bench")
 
 
 @interpreted
@@ -122,8 +142,8 @@ def test_an_exception_is_a_line_and_a_process_that_hangs_is_ended_with_its_child
         pytest.param(["--no-tiny"], "error: no GPU is present: --tiny rehearses on a CPU", marks=interpreted),
     ],
 )
-def test_a_wrong_option_is_one_line_and_nothing_is_written(words, message, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "kernels.first_run", *words], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 2 and done.stderr == f"{message}\n" and not list(tmp_path.iterdir())
+def test_a_wrong_option_is_one_line_and_nothing_is_written(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        first_run.main(words)
+    assert end.value.code == 2 and capsys.readouterr().err == f"{message}\n" and not list(tmp_path.iterdir())

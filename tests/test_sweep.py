@@ -156,7 +156,7 @@ def test_ctrl_c_lets_the_run_save_ends_the_sweep_and_the_same_command_resumes(da
         assert process.poll() is None
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of the foreground group
-    shown, _ = process.communicate(timeout=120)
+    shown, _ = process.communicate(timeout=240)
     assert process.returncode == 130 and "not finished" in shown and "the same command resumes" in shown
     done = log.read_bytes().count(b"\n")
     assert 3 <= done < 30

@@ -66,9 +66,9 @@ def train(preset: str, options: list[str], steps: int, device: str, setup: str =
         out = Path(folder, "run")
         command = [str(ROOT / "train_gpt2.py"), preset, "--out-dir", str(out)]
         command += ["--max-steps", str(steps), "--device", device, "--eval-tokens", "8192"]  # it ends with a validation
-        command += ["--resume", "never", "--eval-every", "0", "--sample-every", "0", "--hellaswag-every", "0", *options]
+        command += ["--resume", "never", "--eval-every", "0", "--sample-tokens", "0", "--hellaswag-every", "0"]
         try:
-            run(*(["-c", AFTER_SETUP.format(setup=setup)] if setup else []), *command)
+            run(*(["-c", AFTER_SETUP.format(setup=setup)] if setup else []), *command, *options)
         except ValueError as error:
             raise ValueError(f"train_gpt2.py {preset} {' '.join(options)} stopped: {error}") from None
         lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()

@@ -44,7 +44,7 @@ from kernels.report.shapes import PRESETS, Shape
 PARTS = ("machine", "kernels", "training", "bench")
 MINUTES = 15
 SAME_MEMORY = 0.1  # of the plan's prediction
-RUN = "--warmup-steps 5 --eval-every 0 --sample-every 0 --hellaswag-every 0 --checkpoint-every 4 --keep 1"
+RUN = "--warmup-steps 5 --eval-every 0 --sample-tokens 0 --hellaswag-every 0 --checkpoint-every 4 --keep 1"
 BIG = "--batch-tokens 65536 --eval-tokens 65536 --max-steps 20 --device cuda --micro-batch"
 TINY = (
     "--n-layer 1 --n-head 2 --n-embd 32 --block-size 8 --batch-tokens 16 --eval-tokens 8 --max-steps 8 "
