@@ -52,7 +52,8 @@ def exit_on_user_error() -> Iterator[None]:
             try:
                 yield
             finally:
-                sys.stdout.flush()  # now, to notice a closed pipe before the interpreter exits
+                with naming("standard output"):
+                    sys.stdout.flush()  # now, to notice a closed pipe before the interpreter exits
         return
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would flush again

@@ -1,9 +1,11 @@
 """data/streams.py: closed, full and narrow streams, and what is worth a warning only."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+from runs import ROOT
 
 from data.streams import best_effort, printable
 
@@ -25,6 +27,15 @@ def test_a_run_that_cannot_speak_still_reaches_its_end(redirection, tmp_path):
     command = ["env", *(f"{name}={value}" for name, value in environment.items()), "sh", "-c", line]
     done = subprocess.run([*command, sys.executable, SAYS], cwd=tmp_path, capture_output=True, text=True)
     assert (tmp_path / "done").exists() and done.returncode == 0 and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a file that is always full")
+def test_a_summary_that_cannot_be_printed_is_an_error_that_says_so():
+    with open("/dev/full", "wb") as full:
+        program = "from data.files import exit_on_user_error\nwith exit_on_user_error():\n    print(1)"
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: No space left on device: standard output: make room")
 
 
 def test_input_that_is_not_utf8_is_no_error():
