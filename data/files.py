@@ -53,10 +53,9 @@ def exit_on_user_error() -> Iterator[None]:
                 yield
             finally:
                 with naming("standard output"):
-                    sys.stdout.flush()  # now, to notice a closed pipe before the interpreter exits
+                    _flush()
         return
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would flush again
         raise SystemExit(141) from None
     except UserError as error:
         message, status = str(error), 2
@@ -78,6 +77,15 @@ def exit_on_user_error() -> Iterator[None]:
             sys.stderr.write(f"{line}\n")  # in one write, since ranks share the terminal
             sys.stderr.flush()
     raise SystemExit(status)
+
+
+def _flush() -> None:
+    """Flush standard output now, to notice a closed pipe or a full disk before the interpreter exits."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would flush again
+        raise
 
 
 @contextmanager

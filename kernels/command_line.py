@@ -42,10 +42,9 @@ def exit_on_error() -> Iterator[None]:
             startup.end()
             yield
         finally:
-            sys.stdout.flush()  # now, to notice a closed pipe before the interpreter exits
+            _flush()
         return
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would flush again
         raise SystemExit(141) from None
     except (ValueError, OSError) as error:
         named = isinstance(error, OSError) and error.strerror and error.filename is not None
@@ -56,6 +55,15 @@ def exit_on_error() -> Iterator[None]:
         message, status = "interrupted", 130
     print("error:", " ".join(message.split()), file=sys.stderr)
     raise SystemExit(status)
+
+
+def _flush() -> None:
+    """Flush standard output now, to notice a closed pipe or a full disk before the interpreter exits."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would flush again
+        raise
 
 
 def table(title: str, rows: list[dict]) -> str:

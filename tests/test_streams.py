@@ -34,7 +34,8 @@ def test_a_summary_that_cannot_be_printed_is_an_error_that_says_so():
     with open("/dev/full", "wb") as full:
         program = "from data.files import exit_on_user_error\nwith exit_on_user_error():\n    print(1)"
         command = [sys.executable, "-c", program]
-        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+        buffered = os.environ | {"PYTHONUNBUFFERED": ""}
+        done = subprocess.run(command, cwd=ROOT, env=buffered, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: No space left on device: standard output: make room")
 
 
