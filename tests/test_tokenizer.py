@@ -201,6 +201,8 @@ def test_a_tokenizer_is_chosen_by_name_and_what_is_none_is_named(tmp_path):
         path.write_bytes(text.encode("latin-1"))
         with pytest.raises(UserError, match=complaint):
             load(str(path))
+    path.write_text(json.dumps(CharTokenizer("ab", True).spec()), encoding="utf-8-sig")  # as Windows' Notepad does
+    assert load(str(path)) == CharTokenizer("ab", True)
     for characters, documents in (("ba", True), ("aa", True), (None, True), ("ab", None), (["a"], False)):
         with pytest.raises(UserError, match="corrupt"):
             from_spec({"type": "char", "characters": characters, "documents": documents})
