@@ -37,6 +37,9 @@ def exit_on_error() -> Iterator[None]:
 
     If the reader of standard output is gone, as after `| head`, exit silently with the status of SIGPIPE.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by >&-
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  until the process ends
     try:
         try:
             startup.end()

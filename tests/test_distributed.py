@@ -197,7 +197,15 @@ def test_ddp_cuts_a_compiled_model_at_its_buckets_so_that_gradients_leave_during
 
 
 @pytest.mark.parametrize(
-    "odd", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "two"}, {"RANK": "3"}, {"WORLD_SIZE": "-1"}, {"RANK": "\u0663"}]
+    "odd",
+    [
+        {"WORLD_SIZE": "2"},
+        {"WORLD_SIZE": "two"},
+        {"RANK": "3"},
+        {"WORLD_SIZE": "-1"},
+        {"WORLD_SIZE": "0"},
+        {"RANK": "\u0663"},
+    ],
 )
 def test_variables_of_a_scheduler_without_torchrun_are_named(monkeypatch, odd):
     for name, value in odd.items():

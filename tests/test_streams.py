@@ -29,6 +29,11 @@ def test_a_run_that_cannot_speak_still_reaches_its_end(redirection, tmp_path):
     assert (tmp_path / "done").exists() and done.returncode == 0 and "Traceback" not in done.stderr
 
 
+def test_a_command_of_the_kernels_that_cannot_speak_ends_well():
+    line = '"$0" -m kernels.bench --help >&- 2>&-'
+    assert subprocess.run(["sh", "-c", line, sys.executable], cwd=ROOT).returncode == 0
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a file that is always full")
 def test_a_summary_that_cannot_be_printed_is_an_error_that_says_so():
     with open("/dev/full", "wb") as full:

@@ -59,10 +59,10 @@ class Distributed:
         rank, local_rank, world_size = map(env_number, ("RANK", "LOCAL_RANK", "WORLD_SIZE"), (0, 0, 1))
         found = cls(rank, local_rank, world_size, mode)
         missing = [name for name in JOIN if not os.environ.get(name)]
-        if joining and (world_size > 1 and missing or not rank < max(1, world_size)):
+        if world_size < 1 or joining and (world_size > 1 and missing or rank >= world_size):
             given = f"RANK={rank} WORLD_SIZE={world_size}" + (f", without {', '.join(missing)}" if missing else "")
             raise UserError(f"the environment says {given}: start several processes with torchrun, or unset these")
-        if found.world_size <= 1 and mode != "ddp":
+        if found.world_size == 1 and mode != "ddp":
             raise UserError(f"--parallel {mode} needs several processes: start them with torchrun, or use ddp")
         return found
 
