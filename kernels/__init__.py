@@ -20,7 +20,7 @@ import sys
 
 from kernels import startup
 
-if sys.argv[:1] == ["-m"]:  # python -m kernels.NAME: this is imported first
+if sys.argv[:1] == ["-m"]:  # `python -m` imports this first
     startup.begin()
 
 import hashlib

@@ -1,4 +1,4 @@
-"""The first seconds of a command, `python -m kernels.NAME`, before torch is imported."""
+"""The first seconds of a command of kernels, before torch is imported."""
 
 import os
 import signal

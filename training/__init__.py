@@ -4,5 +4,5 @@ import sys
 
 from data import startup
 
-if sys.argv[:1] == ["-m"]:  # python -m training.NAME: this is imported first
+if sys.argv[:1] == ["-m"]:  # `python -m` imports this first
     startup.begin(torch=True)
