@@ -158,8 +158,9 @@ LAPTOP = Config(
 )
 CHARACTERS = Config(
     data="shakespeare-char", out_dir="runs/shakespeare-char", n_layer=6, n_head=6, n_embd=384,
-    block_size=256, dropout=0.2, batch_tokens=64 * 256, max_steps=5000, lr=1e-3, warmup_steps=100,
-    eval_tokens=111_360, hellaswag_every=0,
+    block_size=256, dropout=0.2, batch_tokens=64 * 256, max_steps=1000, optimizer="muon", lr=5e-3,
+    min_lr=0.0, warmup_steps=20, schedule="linear", zero_init=True, weight_decay=0.4,
+    eval_every=100, eval_tokens=111_360, hellaswag_every=0, sample_every=250, checkpoint_every=250,
 )
 # GPT-2's sizes have the learning rates of GPT-3's table 2.1, https://arxiv.org/abs/2005.14165, and
 # train on FineWeb-Edu's sample-10BT once: of 9,953,989,344 GPT-2 tokens with end-of-text,

@@ -12,7 +12,7 @@ from data.tokenizer import CharTokenizer, gpt2
 from model import GPT, GPTConfig
 from train_gpt2 import PRESETS
 from training import curves
-from training.expected import FINEWEB, LAPTOP, MARGIN, SHARDS, Expected, expected_losses, first_losses
+from training.expected import FINEWEB, LAPTOP, MARGIN, SHAKESPEARE, SHARDS, Expected, expected_losses, first_losses
 from training.run import Run
 
 RANDOM = {"guessing at random": 4.0}
@@ -59,7 +59,7 @@ def test_a_run_warns_once_when_it_is_first_above_the_band(tmp_path, capsys):
 
 
 def test_curves_fall_and_presets_have_a_band(tmp_path):
-    for curve in (FINEWEB, LAPTOP):
+    for curve in (FINEWEB, LAPTOP, SHAKESPEARE):
         assert curve == sorted(curve) == sorted(curve, key=lambda point: -point[1])
     split = dataset_like_fineweb(tmp_path / "fineweb-edu-10B", gpt2())
     gpt2_124m = GPTConfig()
@@ -69,13 +69,15 @@ def test_curves_fall_and_presets_have_a_band(tmp_path):
     assert {shift for model, curve, shift in SHARDS.values() if curve is FINEWEB} == {0.0, -0.21}
 
 
-def test_the_band_of_the_laptop_preset_is_for_its_characters(tmp_path):
-    shape = GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=128, vocab_size=5)
-    tokens = {name: [np.arange(5).repeat(20)] for name in ("train", "val")}
-    write_dataset(tmp_path / "pydocs", CharTokenizer("abcde", documents=False), tokens)
-    split = open_split(tmp_path / "pydocs", "val")
-    assert expected_losses(split, shape).points == LAPTOP
+@pytest.mark.parametrize(
+    "name, layers, channels, curve", [("pydocs", 4, 128, LAPTOP), ("shakespeare-char", 6, 384, SHAKESPEARE)]
+)
+def test_the_band_of_a_preset_is_for_its_characters(tmp_path, name, layers, channels, curve):
     characters = CharTokenizer("abcde", documents=False)
+    write_dataset(tmp_path / name, characters, {part: [np.arange(5).repeat(20)] for part in ("train", "val")})
+    split = open_split(tmp_path / name, "val")
+    assert expected_losses(split, GPTConfig(n_layer=layers, n_head=4, n_embd=channels, vocab_size=5)).points == curve
+    assert expected_losses(split, GPTConfig(n_layer=layers, n_head=4, n_embd=channels // 2, vocab_size=5)) is None
     assert expected_losses(dataset_like_fineweb(tmp_path / "fineweb-edu-10B", characters), GPTConfig()) is None
 
 

@@ -8,6 +8,7 @@ A run that is off by 0.15 nats still looks fine on a plot, so the band shows run
     the same on FineWeb-Edu      the same curve, 0.21 lower: runs that end at 3.27 to 3.285 on FineWeb end at 3.03 to
                                  3.09 on FineWeb-Edu; the shift is inferred from the ends alone
     the laptop preset on pydocs  the preset itself, two threads, bfloat16
+    shakespeare-char             the preset itself, one thread, bfloat16
 
 A larger GPT-2 has the same band: it should leave it downwards.
 """
@@ -27,12 +28,18 @@ LAPTOP = [
     (204_800, 2.583), (409_600, 2.048), (614_400, 1.818), (819_200, 1.709), (1_024_000, 1.603), (1_228_800, 1.490),
     (1_433_600, 1.426),
 ]  # fmt: skip
-GPT2, CHARACTERS = ("gpt2", 12, 768), ("char", 4, 128)  # the tokenizer's type, and the least layers and channels
+SHAKESPEARE = [
+    (1.638e6, 2.124), (3.277e6, 1.803), (4.915e6, 1.673), (6.554e6, 1.603), (8.192e6, 1.559), (9.83e6, 1.506),
+    (11.47e6, 1.472), (13.11e6, 1.464), (14.75e6, 1.443), (16.38e6, 1.440),
+]  # fmt: skip
+# the tokenizer's type, and the least layers and channels
+GPT2, SMALL, CHARACTERS = ("gpt2", 12, 768), ("char", 4, 128), ("char", 6, 384)
 SHARDS = {  # the first validation shard, FOLDER/FILE or FILE of a ready-made .bin -> model, curve, nats to add to it
     "fineweb_val_000000.bin": (GPT2, FINEWEB, 0.0),
     "finewebedu_val_000000.bin": (GPT2, FINEWEB, -0.21),
     "fineweb-edu-10B/val_00000_000.npy": (GPT2, FINEWEB, -0.21),
-    "pydocs/val_000000.npy": (CHARACTERS, LAPTOP, 0.0),
+    "pydocs/val_000000.npy": (SMALL, LAPTOP, 0.0),
+    "shakespeare-char/val_000000.npy": (CHARACTERS, SHAKESPEARE, 0.0),
 }
 FIRST_MARGIN = 0.5  # nats per token on both sides of the first loss
 MARGIN = 0.1  # nats per token on both sides: seeds differ by less, other batch sizes and schedules by about as much
