@@ -21,6 +21,7 @@ from data.files import as_flag
 from model import GPT, GPTConfig
 from training import optimizer
 from training.checkpoint import checkpoints, load_checkpoint, newest_checkpoint
+from training.expected import first_losses
 from training.run import read_log
 
 # -------------------------------------------------------------------------------------------------------- a whole run
@@ -413,13 +414,14 @@ def test_the_dropout_mask_is_a_function_of_seed_step_rank_and_micro_batch(datase
     assert curve(tmp_path / "8")[1] != pytest.approx(curve(tmp_path / "4")[1], abs=1e-5)
 
 
-def test_the_character_preset_starts_at_guessing_and_learns_at_its_own_size(dataset, tmp_path):
+def test_the_character_preset_starts_as_random_weights_do_and_learns_at_its_own_size(dataset, tmp_path):
     options = ["--max-steps", "4", "--batch-tokens", "512", "--eval-tokens", "512", "--no-compile", "--dropout", "0"]
     options += ["--sample-tokens", "20", "--device", "cpu"]
     with pytest.raises(SystemExit) as end:
         train_gpt2.main(["shakespeare-char", "--data", str(dataset), "--out-dir", str(tmp_path / "run"), *options])
     losses = curve(tmp_path / "run")
-    assert end.value.code == 0 and losses[1] == pytest.approx(math.log(104), abs=0.15) and losses[4] < losses[1]
+    low, high = first_losses(train_gpt2.PRESETS["shakespeare-char"][1].shape(104), identity=True)
+    assert end.value.code == 0 and low < losses[1] < high and losses[4] < losses[1]
 
 
 @pytest.mark.skipif(" " in torch.__file__, reason="PyTorch passes its own path to the C++ compiler without quotes")
