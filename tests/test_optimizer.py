@@ -78,6 +78,22 @@ def test_short_and_long_matrices_take_the_same_iteration_whatever_their_singular
     assert (found - X).abs().max() < 5e-4
 
 
+def test_tf32_resolves_the_small_singular_values_of_long_matrices(monkeypatch):
+    """A GPU's, on which the product of the small matrices diverges: what is multiplied keeps 10 bits of mantissa."""
+
+    def rounded(x):
+        return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    torch.manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(1, n, 16))[0] for n in (16, 64))
+    X = u * torch.logspace(0, -5, 16) @ v.mT
+    exact, bmm, baddbmm = orthogonalize(X, torch.float32), torch.bmm, torch.baddbmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: bmm(rounded(a), rounded(b)))
+    monkeypatch.setattr(torch, "baddbmm", lambda x, a, b, **factors: baddbmm(x, rounded(a), rounded(b), **factors))
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert (orthogonalize(X, torch.float32) - exact).norm() < 0.01 * exact.norm()
+
+
 def test_a_gradient_of_zero_moves_nothing():
     (p,) = matrices((16, 32))
     p.grad, before = torch.zeros_like(p), p.detach().clone()

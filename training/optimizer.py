@@ -162,7 +162,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     a s + b s^3 + c s^5. Divided by its Frobenius norm, a matrix starts with singular values of at most 1.
 
     Long matrices take the same product of five small matrices P = a + b X X^T + c (X X^T)^2 and X in another order: the
-    small ones first. Only in float32, since X X^T in bfloat16 does not resolve small singular values.
+    small ones first. Only in float32, since X X^T in bfloat16 or TF32 does not resolve small singular values.
 
     matrices: (batch, n, m) float32, n <= m, so that X X^T is the smaller of the two Gram matrices
     dtype:    of the products
@@ -170,7 +170,8 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """
     a, b, c = NEWTON_SCHULZ
     X = (matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)  # a gradient of 0 stays 0
-    if dtype == torch.float32 and X.shape[2] >= 2 * X.shape[1]:
+    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"  # neither bfloat16 nor TF32
+    if exact and X.shape[2] >= 2 * X.shape[1]:
         gram = torch.bmm(X, X.mT)
         product = torch.eye(X.shape[1], device=X.device).expand_as(gram)
         for _ in range(ITERATIONS):
