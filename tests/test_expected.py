@@ -1,6 +1,7 @@
 """training/expected.py: the band of losses, the warning above it, and which runs have one."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -44,6 +45,16 @@ def test_random_weights_have_the_first_loss_of_their_preset_and_other_targets_do
     for p in model.parameters():
         p.mul_(10)
     assert model(tokens[:, :-1], tokens[:, 1:]) > high
+
+
+def test_the_first_loss_of_blocks_at_zero_allows_for_dropout_and_for_any_width():
+    torch.manual_seed(0)
+    shape = GPTConfig(1, n_head=2, n_embd=768, block_size=64, vocab_size=97, dropout=0.3)
+    model, tokens = GPT(shape).requires_grad_(False), torch.randint(97, (4, 65))
+    model.zero_projections()
+    low, high = first_losses(shape, identity=True)
+    assert low < model(tokens[:, :-1], tokens[:, 1:]) < high
+    assert all(map(math.isfinite, first_losses(dataclasses.replace(shape, n_embd=65536), identity=True)))
 
 
 def test_a_run_warns_once_when_it_is_first_above_the_band(tmp_path, capsys):
