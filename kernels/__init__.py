@@ -20,7 +20,8 @@ import sys
 
 from kernels import startup
 
-if sys.argv[:1] == ["-m"]:  # `python -m` imports this first
+# `python -m kernels.NAME` imports this first; another package's command keeps its own signals
+if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].startswith(("kernels.", "-mkernels.")):
     startup.begin()
 
 import hashlib

@@ -109,3 +109,16 @@ def test_a_terminal_is_told_that_pytorch_loads_before_it_does_and_nobody_else(sc
         assert terminal.readline() == "nothing before this\n"
         os.close(theirs)
     assert start(tmp_path, script, "raise SystemExit").communicate(timeout=60) == ("", "")
+
+
+@POSIX
+@pytest.mark.parametrize("library", ["data.shards", "training.optimizer", "kernels"])
+def test_ctrl_c_in_the_command_of_another_package_is_that_packages_to_handle(library, tmp_path):
+    package = tmp_path / "mine"
+    package.mkdir()
+    (package / "__init__.py").write_text(f"import {library}\n", encoding="utf-8")
+    caught = "from signal import *\ntry:\n    raise_signal(SIGINT)\nexcept KeyboardInterrupt:\n    print('saved')\n"
+    (package / "__main__.py").write_text(caught, encoding="utf-8")
+    variables = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-m", "mine"]
+    assert subprocess.check_output(command, env=variables, text=True, timeout=60) == "saved\n"

@@ -4,5 +4,6 @@ import sys
 
 from data import startup
 
-if sys.argv[:1] == ["-m"]:  # `python -m` imports this first
+# `python -m training.NAME` imports this first; another package's command keeps its own signals
+if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].startswith(("training.", "-mtraining.")):
     startup.begin(torch=True)
