@@ -33,6 +33,7 @@ from data.tokenizer import BYTE_TO_UNICODE, PATTERNS, TRAINED_FILE, Tokenizer, b
 from data.tokenizer_json import tokenizer_json
 
 CHUNK_BYTES = 1 << 20  # read at a time
+HEAD_BYTES = 1 << 20  # looked at to guess the encoding of a file that is not UTF-8
 LOOK_AHEAD = 2  # characters after an apostrophe that decide whether it begins a word: those of 'll
 MIN_COUNT = 2  # least occurrences of a pair that is merged
 SEPARATOR = 0xFF  # between words: no UTF-8 text has this byte
@@ -66,20 +67,21 @@ def read_chunks(path: Path) -> Iterator[str]:
 
     Raise UserError if it is not UTF-8, OSError if it cannot be read.
     """
-    decoder, mark, held = codecs.getincrementaldecoder("utf-8")(), "\ufeff", ""
+    decoder, mark, held, head, size = codecs.getincrementaldecoder("utf-8")(), "\ufeff", "", b"", 0
     with open_bytes(path) as file:
         try:
             while content := file.read(CHUNK_BYTES):
+                head, size = head + content[: HEAD_BYTES - len(head)], size + len(content)
                 text = held + decoder.decode(content)
                 held = "\r" if text.endswith("\r") else ""  # whose \n may begin the next piece
                 yield text.removesuffix(held).removeprefix(mark).replace("\r\n", "\n")
                 mark = "" if text else mark
             yield held + decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
-            offset = file.tell() - len(error.object) + error.start
+            # counted and kept: a pipe and a compressed file have no position to ask for or to go back to
+            offset = size - len(error.object) + error.start
             place = f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset}"
-            with open_bytes(path) as again:
-                raise other_encoding(path, again.read(1 << 20), None, place) from None
+            raise other_encoding(path, head + file.read(HEAD_BYTES - len(head)), None, place) from None
 
 
 # ------------------------------------------------------------------------------------------------------------- learning

@@ -1,5 +1,6 @@
 """data/bpe.py. The judge is Hugging Face's `tokenizers`: its trainer, and its reading of our tokenizer.json."""
 
+import gzip
 import inspect
 import itertools
 import json
@@ -179,6 +180,9 @@ def test_a_file_that_is_not_utf8_is_named_with_the_place(tmp_path, monkeypatch):
             for read in (read_text, lambda path: [*read_chunks(path)]):
                 with pytest.raises(UserError, match=f"latin.txt is not UTF-8: byte {place}: try `iconv"):
                     read(path)
+    path.write_bytes(gzip.compress(content))
+    with pytest.raises(UserError, match=f"latin.txt is not UTF-8: byte {place}: try `iconv"):
+        [*read_chunks(path)]
 
 
 # ------------------------------------------------------------------------------------------------- the tokenizer itself
