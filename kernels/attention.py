@@ -467,6 +467,7 @@ def _save(ctx, inputs, output):
 
 
 def _gradient(ctx, dy, _dlse):
+    common.refuse_tangents(dy)
     with_bias = ctx.bias_dtype is not None and ctx.needs_input_grad[1]
     dqkv, dbias = _backward(dy.contiguous(), *ctx.saved_tensors, ctx.n_head, with_bias)
     return dqkv, dbias.to(ctx.bias_dtype) if with_bias else None, None

@@ -110,8 +110,7 @@ def check_tensors(**tensors: torch.Tensor) -> None:
 
     Raise RuntimeError in forward-mode differentiation, for which custom_op has no rule: tangents would get lost.
     """
-    if has_tangent(*tensors.values()):
-        raise RuntimeError("the Triton operators have no forward-mode derivative: use --kernels none for that")
+    refuse_tangents(*tensors.values())
     first = next(iter(tensors))
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
@@ -120,10 +119,16 @@ def check_tensors(**tensors: torch.Tensor) -> None:
             raise ValueError(f"{name} is on {tensor.device}, {first} on {tensors[first].device}: move them together")
 
 
-def has_tangent(*tensors: torch.Tensor) -> bool:
+def refuse_tangents(*tensors: torch.Tensor | None) -> None:
+    """Raise RuntimeError in forward-mode differentiation; of a backward too, whose gradients then have tangents."""
+    if has_tangent(*tensors):
+        raise RuntimeError("the Triton operators have no forward-mode derivative: use --kernels none for that")
+
+
+def has_tangent(*tensors: torch.Tensor | None) -> bool:
     """Return whether a derivative with respect to one of the tensors is being computed in forward mode."""
     within = forward_ad._current_level >= 0  # the default: no look at every tensor at every call
-    return within and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    return within and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 class _WithGradientFor(torch.autograd.Function):

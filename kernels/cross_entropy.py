@@ -265,6 +265,7 @@ def _save(ctx, inputs, output):
 
 
 def _gradient(ctx, dloss, _dn, _dlargest, _dtotal):
+    common.refuse_tangents(dloss)
     logits, targets, n, largest, total = ctx.saved_tensors
     return _backward(dloss / n, logits, targets, largest, total, ctx.vocab_size), None, None
 

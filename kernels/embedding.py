@@ -51,6 +51,8 @@ def _save(ctx, inputs, output):
 
 
 def _gradient(ctx, dy):
+    if common.has_tangent(dy):  # custom_op has no rule for it: it would get lost
+        return torch.ops.aten.embedding_dense_backward(dy, *ctx.saved_tensors, ctx.rows, -1, False), None
     return _backward(dy, *ctx.saved_tensors, ctx.rows), None
 
 
@@ -59,7 +61,7 @@ def _save_tokens(ctx, inputs, output):
 
 
 def _second_gradient(ctx, ddweight):  # both are linear: each is the other's gradient
-    return _embedding(ddweight, *ctx.saved_tensors), None, None
+    return embedding(ddweight, *ctx.saved_tensors), None, None
 
 
 _embedding.register_autograd(_gradient, setup_context=_save)
@@ -68,6 +70,6 @@ _backward.register_autograd(_second_gradient, setup_context=_save_tokens)
 
 def embedding(weight: Tensor, tokens: Tensor) -> Tensor:
     """Return weight[tokens]: (..., C), differentiable in weight. weight: (rows, C); tokens: (...) int64."""
-    if common.has_tangent(weight):  # for which custom_op has no rule: it would get lost
+    if common.has_tangent(weight):  # as above
         return F.embedding(tokens, weight)
     return _embedding(weight, tokens)

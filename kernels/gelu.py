@@ -153,6 +153,7 @@ def _save(ctx, inputs, output):
 
 
 def _gradient(ctx, dy):
+    common.refuse_tangents(dy)
     return _backward(dy.contiguous(), *ctx.saved_tensors)
 
 

@@ -238,6 +238,7 @@ def _save(ctx, inputs, output):
 
 
 def _gradient(ctx, dy, dsummed, _dmean, _drstd):
+    common.refuse_tangents(dy, dsummed)
     x, weight, mean, rstd = ctx.saved_tensors
     dy = torch.zeros_like(x) if dy is None else dy.contiguous()
     dsummed = None if dsummed is None or ctx.alone else dsummed.contiguous()

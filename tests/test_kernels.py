@@ -9,6 +9,7 @@ from itertools import chain, combinations
 import pytest
 import torch
 from accuracy import DEVICE
+from torch.autograd import forward_ad
 
 from kernels import FAMILIES, common, families, select
 from kernels.common import architecture, emulate_gpu, for_architecture
@@ -212,6 +213,16 @@ def test_a_derivative_in_forward_mode_is_refused_rather_than_0(operation, monkey
             of_one = lambda x, place=place: function(*given[:place], x, *given[place + 1 :])  # noqa: E731
             with pytest.raises(RuntimeError, match="no forward-mode derivative: use --kernels none"):
                 torch.func.jvp(of_one, (tensor,), (tensor,))
+    outputs = function(*given)
+    output = (outputs[0] if isinstance(outputs, tuple) else outputs).sum()
+    with forward_ad.dual_level():  # of the gradient, whose tangent comes from what follows the operation
+        dual = forward_ad.make_dual(torch.ones_like(output), torch.ones_like(output))
+        if operation == "linear_cross_entropy":  # its backward is PyTorch's
+            (gradient,) = torch.autograd.grad(output, given[0], dual)
+            assert torch.equal(*forward_ad.unpack_dual(gradient))
+        else:
+            with pytest.raises(RuntimeError, match="no forward-mode derivative: use --kernels none"):
+                torch.autograd.grad(output, given[0], dual)
 
 
 def test_launch_parameters_are_those_of_a_gpu_or_of_the_newest_before_it():

@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 import transformers
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
 import model as gpt
+from kernels.embedding import embedding
 from training.weights import transpose_conv1d
 
 SMALL = gpt.GPTConfig(n_layer=2, n_head=4, n_embd=32, block_size=24, vocab_size=150)  # 106 columns of padding
@@ -72,6 +74,21 @@ def test_without_kernels_the_model_has_second_derivatives_and_those_in_forward_m
     torch.testing.assert_close(torch.func.jvp(loss, (weights,), (direction,))[1], slope)
     expected = tuple((after - before) / 2e-6 for before, after in zip(gradients(-1e-6), gradients(1e-6), strict=True))
     torch.testing.assert_close(torch.autograd.grad(slope, weights.values()), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_tangent_that_only_gradients_bring_to_the_embedding_is_not_lost():
+    weight, factor, direction = torch.randn(7, 3, requires_grad=True), torch.randn(3), torch.randn(3)
+    tokens = torch.tensor([[1, 2, 2], [0, 6, 1]])
+
+    def slope(factor, **options):
+        loss = (embedding(weight, tokens) @ factor).square().sum()
+        return torch.autograd.grad(loss, weight, **options)[0]
+
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(slope(forward_ad.make_dual(factor, direction))).tangent
+    factor.requires_grad_()
+    expected = torch.autograd.functional.jvp(lambda f: slope(f, create_graph=True), factor, direction)[1]
+    torch.testing.assert_close(found, expected)
 
 
 def test_initialization_is_gpt2s():
