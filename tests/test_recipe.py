@@ -165,6 +165,9 @@ def test_the_command_trains_the_run_that_is_missing_and_writes_the_table(dataset
     assert (tmp_path / "recipe.md").read_text("utf-8").strip() in shown
     assert "| all of it, half the tokens " in shown
     assert (tmp_path / "recipe.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit) as end:  # finished runs of another recipe do not count
+        train_gpt2.main([*words, "--n-embd=32", "--recipe"])
+    assert end.value.code == 2 and "holds a recipe made with --n-embd 16 (now 32)" in capfd.readouterr().err
 
 
 def test_a_run_with_every_part_resumes_bit_for_bit_and_its_export_is_a_gpt2_for_transformers(dataset, tmp_path):

@@ -178,6 +178,7 @@ def climb(script: Path, arguments: list[str], parse: Parse) -> int:
 
     def make(part: Part, options: dict) -> SweepRun:
         run = read_run(folder, words, parse, part, options)
+        check_folder([run], folder, "recipe")  # also of runs that are finished: their losses are this recipe's
         run.error = errors.get(run.name, "")
         return run
 
@@ -187,7 +188,6 @@ def climb(script: Path, arguments: list[str], parse: Parse) -> int:
         with SignalRelay() as relay:
             while (state := Climb(base.max_steps, base.seed, make)).missing and not relay.signal:
                 run = state.missing[0]
-                check_folder([run], folder, "recipe")
                 print(run.name, flush=True)
                 train_one(script, run, folder / run.name, relay)
                 errors[run.name] = run.error
