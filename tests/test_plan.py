@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import train_gpt2
+from data.files import UserError
 from kernels import select
 from kernels.gpus import GPUS
 from model import GPT
@@ -218,6 +219,9 @@ def test_under_fsdp_the_plan_chooses_the_micro_batch(eight_ranks, monkeypatch):
     planned, ranks = preset("gpt2-1558m", 8, parallel="fsdp"), Distributed(world_size=8, mode="fsdp")
     chosen = devices.choose_micro_batch(planned.config, gpt, ranks, planned, autocast=None, previous=None)
     assert 1 < chosen == planned.largest_micro_batch(GPUS["A100"]) < planned.sequences
+    gpu.total_memory = 1e9
+    with pytest.raises(UserError, match="not one sequence fits in memory"):
+        devices.choose_micro_batch(planned.config, gpt, ranks, planned, autocast=None, previous=None)
 
 
 def test_ddp_holds_gradients_twice_while_micro_steps_add_up(tmp_path):

@@ -180,7 +180,7 @@ def choose_micro_batch(
     def attempt(n: int) -> None:
         if dist.mode == "fsdp":
             if not plan.fits(n, memory):
-                raise torch.OutOfMemoryError
+                raise MemoryError
             return
         model.zero_grad(set_to_none=True)
         reserved = torch.empty(held, dtype=torch.uint8, device=device)
