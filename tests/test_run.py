@@ -156,6 +156,19 @@ def test_samples_that_were_cut_or_written_by_hand_are_no_obstacle(folder):
         assert b"after 4" not in path.read_bytes() and b"two" in path.read_bytes()
 
 
+def test_a_kill_at_any_byte_of_a_sample_leaves_nothing_of_it(folder):
+    path = folder / "samples.txt"
+    with opened(folder) as run:
+        run.sample(2, "two")
+        before = path.read_bytes()
+        run.sample(40, "forty")
+    whole = path.read_bytes()
+    for cut in range(len(before), len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        with opened(folder, step=39):
+            assert path.read_bytes() == before, cut
+
+
 def test_what_matters_less_than_training_ends_as_a_warning_once(folder, capsys, monkeypatch):
     monkeypatch.setattr("data.streams.warned", set())
     with opened(folder) as run:

@@ -255,8 +255,10 @@ def _move_away(folder: Path) -> None:
 def _drop_samples(path: Path, step: int) -> None:
     """Remove the samples of later steps, which this run will write again; text before the first sample stays."""
     if path.exists():
-        content = path.read_bytes()  # a kill or a full disk may have cut it inside a character
-        pieces = re.split(rb"(?m)^(?=%b after \d+ steps\r?$)" % SAMPLE_LINE.encode(), content)
+        content, line = path.read_bytes(), SAMPLE_LINE.encode()  # a kill or a full disk may have cut it anywhere
+        last = content.rpartition(b"\n")[2]
+        whole = content.removesuffix(last) if line.startswith(last) or last.startswith(line) else content
+        pieces = re.split(rb"(?m)^(?=%b after \d+ steps\r?$)" % line, whole)
         found = [(re.match(rb"-+ after (\d{1,18}) steps", piece), piece) for piece in pieces]
         kept = b"".join(piece for header, piece in found if not header or int(header[1]) <= step)
         kept += b"" if kept.endswith(b"\n") or not kept else b"\n"
