@@ -16,8 +16,10 @@ released weights.
 
 import dataclasses
 import math
+import runpy
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -316,6 +318,13 @@ def sample_text(model: GPT, tokenizer, length: int, seed: int) -> str:
     return tokenizer.decode(tokens[0, 1:].tolist())
 
 
+def main(arguments: list[str] | None = None) -> None:
+    """Run sample.py, which writes text with a trained model, after a line that names it."""
+    print("note: python sample.py writes text; model.py only defines the model", file=sys.stderr)
+    script = str(Path(__file__).with_name("sample.py"))
+    sys.argv[:] = [script, *(sys.argv[1:] if arguments is None else arguments)]
+    runpy.run_path(script, run_name="__main__")
+
+
 if __name__ == "__main__":
-    print("error: to write text with a trained model: python sample.py RUN", file=sys.stderr)
-    sys.exit(2)
+    main()

@@ -158,6 +158,11 @@ def test_a_folder_of_runs_lists_them_and_a_run_without_a_checkpoint_says_so(run,
     assert f"{tmp_path} has no checkpoint yet" in error_of(tmp_path)
 
 
-def test_model_py_names_sample_py():
-    done = subprocess.run([sys.executable, ROOT / "model.py", "runs/laptop"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and "sample.py" in done.stderr
+def test_model_py_names_sample_py_and_runs_it(tmp_path):
+    words = [sys.executable, ROOT / "model.py", tmp_path / "none"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    note, error = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (2, "") and note.startswith("note: python sample.py writes text")
+    assert error.startswith("error: ") and "none" in error
+    shown = subprocess.run([*words[:2], "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0 and "--prompt" in shown.stdout
