@@ -43,7 +43,7 @@ from training import plan as planner
 from training import sweep as sweeps
 from training.checkpoint import fitting, starting_point
 from training.diagnostics.measure import Diagnostics
-from training.distributed import Distributed, Mode
+from training.distributed import Distributed, Mode, ended_at_once
 from training.ladder import climb as road
 from training.optimizer import (
     learning_rate,
@@ -543,7 +543,7 @@ def parse(arguments: list[str]) -> Config:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line, sys.argv by default; one rank of several under torchrun."""
-    with exit_on_user_error():
+    with ended_at_once(), exit_on_user_error():
         arguments = sys.argv[1:] if arguments is None else arguments
         if "--ladder" in arguments:
             raise SystemExit(road.main([word for word in arguments if word != "--ladder"]))

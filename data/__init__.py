@@ -10,6 +10,6 @@ import sys
 
 from data import startup
 
-# `python -m data.NAME` imports this first; another package's command keeps its own signals
+# a command of this package, after `python -m`, imports this first; another package's keeps its own signals
 if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].startswith(("data.", "-mdata.")):
     startup.begin()

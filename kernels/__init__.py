@@ -20,7 +20,7 @@ import sys
 
 from kernels import startup
 
-# `python -m kernels.NAME` imports this first; another package's command keeps its own signals
+# a command of this package, after `python -m`, imports this first; another package's keeps its own signals
 if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].startswith(("kernels.", "-mkernels.")):
     startup.begin()
 

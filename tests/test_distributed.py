@@ -160,7 +160,7 @@ def test_processes_that_see_other_data_say_so_before_the_first_step(tmp_path, da
     processes = ranks(2, command("mine", "run", micro_batch=2), str(script))
     errors = "".join(process.communicate(timeout=240)[1] for process in processes)
     said = "train_000000.npy is corrupt" if damaged else "the ranks see different files in"
-    assert all(process.returncode == 2 for process in processes) and said in errors
+    assert [process.returncode for process in processes] == [2, 2] and said in errors, errors
     assert not (tmp_path / "0" / "run").exists()
 
 

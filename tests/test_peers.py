@@ -78,7 +78,7 @@ def test_a_rank_that_is_killed_ends_those_that_wait_in_c(start, dies):
 
 def test_a_rank_that_leaves_by_an_error_ends_the_others(start):
     failed, other = start("error", "forever")
-    assert failed.wait(timeout=20) == 1 and other.wait(timeout=20) == 1
+    assert failed.wait(timeout=20) == 1 and other.wait(timeout=20) == 2
     assert "lost contact" in other.stderr.read() and "lost contact" not in failed.stderr.read()
 
 

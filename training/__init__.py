@@ -4,6 +4,6 @@ import sys
 
 from data import startup
 
-# `python -m training.NAME` imports this first; another package's command keeps its own signals
+# a command of this package, after `python -m`, imports this first; another package's keeps its own signals
 if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].startswith(("training.", "-mtraining.")):
     startup.begin(torch=True)

@@ -41,6 +41,29 @@ COLLECTIVE_TIMEOUT = timedelta(hours=1)  # the others wait while rank 0 writes a
 PEER_LOST = ("closed by peer", "reset by peer", "remote process exited", "Broken pipe", "Connection refused")
 
 
+@contextlib.contextmanager
+def ended_at_once() -> Iterator[None]:
+    """
+    End the process at once, with its output flushed, if it exits while it is one of several ranks.
+
+    gloo's threads outlive the process group. If one still has a tensor to release while the interpreter shuts down, it
+    aborts the process: its exit status is lost, and torchrun takes a finished run for a failed one.
+    """
+    try:
+        yield
+    except SystemExit as end:
+        if "RANK" in os.environ and dist.is_initialized():
+            _end(end.code)
+        raise
+
+
+def _end(status: int) -> None:
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(status)
+
+
 @dataclasses.dataclass(frozen=True)
 class Distributed:
     """The global and local rank of this process, the number of ranks, and the mode of parallelism."""
@@ -89,16 +112,9 @@ class Distributed:
         dist.destroy_process_group()
 
     def end_process(self, status: int) -> None:
-        """
-        End one of several processes at once, with its output flushed; do nothing in a single one.
-
-        gloo's threads outlive the process group. If one still has a tensor to release while the interpreter shuts
-        down, it aborts the process, and torchrun takes the finished run for a failed one.
-        """
+        """End one of several processes at once, as `ended_at_once` does; do nothing in a single one."""
         if self.world_size > 1:
-            for stream in filter(None, (sys.stdout, sys.stderr)):
-                stream.flush()
-            os._exit(status)
+            _end(status)
 
     def _agreed_name(self, store: dist.Store) -> str:
         """Return a name for the group, the same on all ranks, once all have joined.

@@ -86,4 +86,4 @@ def _end(rank: int, peers: list[socket.socket]) -> None:
     time.sleep(GRACE)
     sys.stderr.write(f"error: rank {rank}: lost contact with another rank\n")
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(2)  # as if the lost connection had been noticed in a collective
