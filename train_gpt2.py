@@ -346,7 +346,10 @@ def make_trainer(
     )
     if config.ema:
         trainer.average = GPT(raw_model.config, ops).to(device).requires_grad_(False)
-        trainer.average.load_state_dict((checkpoint or {}).get("model", raw_model.state_dict()))
+        trainer.average.load_state_dict(raw_model.state_dict())
+        if checkpoint:
+            with fitting(checkpoint["path"], "this model"):
+                trainer.average.load_state_dict(checkpoint["model"])
     plan = planner.Plan(config, split.vocab_size, dist.world_size)
     trainer.micro_batch = devices.choose_micro_batch(
         config, raw_model, dist, plan, trainer.autocast, checkpoint and checkpoint["micro_batch"]

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import model as gpt
 import train_gpt2
 from training import optimizer
-from training.checkpoint import newest_checkpoint
+from training.checkpoint import newest_checkpoint, save_checkpoint
 from training.distributed import Distributed
 from training.optimizer import Muon, orthogonalize
 
@@ -250,13 +250,17 @@ def test_the_average_of_the_weights_is_plain_at_first_and_then_exponential():
     assert found == pytest.approx([1, 2, 3, 5, 19 / 3])
 
 
-def test_ema_changes_what_is_validated_and_saved_and_not_the_training(dataset, tmp_path):
+def test_ema_changes_what_is_validated_and_saved_and_not_the_training(dataset, tmp_path, capsys):
     options = {"max_steps": 4, "checkpoint_every": 4, "eval_every": 1, "sample_every": 0, "min_lr": 2e-3}
     plain, averaged = tmp_path / "plain", tmp_path / "averaged"
     assert train(dataset, plain, **options) == train(dataset, averaged, ema=3, **options) == 0
     assert curve(plain) == curve(averaged)
     same = [curve(plain, "val_loss")[step] == loss for step, loss in curve(averaged, "val_loss").items()]
     assert same == [True, False, False, False]
-    end = newest_checkpoint(averaged)[1]
+    path, end = newest_checkpoint(averaged)
     for name, trained in weights(plain).items():
         assert torch.equal(trained, end["training"][name]) and not torch.equal(trained, end["model"][name])
+    end["model"]["transformer.wte.weight"] = end["model"]["transformer.wte.weight"][:, 1:].clone()
+    save_checkpoint(path, end)
+    assert train(dataset, averaged, ema=3, **options | {"max_steps": 5}) == 2
+    assert "is not a checkpoint of this model" in capsys.readouterr().err
