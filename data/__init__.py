@@ -6,10 +6,7 @@ corpus: pydocs.py (inside every CPython), shakespeare.py, text.py (your own file
 script writes a dataset, a folder that `shards.open_split` opens.
 """
 
-import sys
-
 from data import startup
 
-# a command of this package, after `python -m`, imports this first; another package's keeps its own signals
-if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].startswith(("data.", "-mdata.")):
+if startup.is_command_of("data"):  # another package's keeps its own signals
     startup.begin()

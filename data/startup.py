@@ -20,6 +20,13 @@ LACK = (  # in the messages of Python, PyTorch and the loader
 OUT_OF_MEMORY = "out of memory: take smaller sizes, or a machine with more"
 
 
+def is_command_of(package: str) -> bool:
+    """Return whether `python -m` is about to run a module of the package: it imports the package first."""
+    if sys.argv[:1] != ["-m"]:  # which Python replaces by the path once it has found the module
+        return False
+    return sys.orig_argv[-len(sys.argv)].startswith((f"{package}.", f"-m{package}."))  # -mNAME is one word
+
+
 def begin(torch: bool = False) -> None:
     """Prepare a process for a command: one line if Ctrl-C or a lack of memory ends the imports. torch: it is next."""
     os.environ.pop("MPLBACKEND", None)  # of a notebook, which no picture needs, and which may not exist here

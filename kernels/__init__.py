@@ -16,12 +16,9 @@ B sequences, T tokens, C channels, N = B * T rows, V vocabulary (weight and logi
 The model receives these as one bundle and does not know which versions are in it.
 """
 
-import sys
-
 from kernels import startup
 
-# a command of this package, after `python -m`, imports this first; another package's keeps its own signals
-if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].startswith(("kernels.", "-mkernels.")):
+if startup.is_command_of("kernels"):  # another package's keeps its own signals
     startup.begin()
 
 import hashlib

@@ -5,6 +5,13 @@ import signal
 import sys
 
 
+def is_command_of(package: str) -> bool:
+    """Return whether `python -m` is about to run a module of the package: it imports the package first."""
+    if sys.argv[:1] != ["-m"]:  # which Python replaces by the path once it has found the module
+        return False
+    return sys.orig_argv[-len(sys.argv)].startswith((f"{package}.", f"-m{package}."))  # -mNAME is one word
+
+
 def begin() -> None:
     """Let Ctrl-C end the imports with one line: in a library it would be a traceback, or be swallowed."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as under nohup

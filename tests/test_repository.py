@@ -80,7 +80,7 @@ def test_nothing_runs_when_a_module_is_imported(path):
     allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.Try)
     for node in tree(path).body:
         docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        guards = "__name__", "sys.argv[:1] == ['-m']"  # python -m: as it finds the command, it imports the package
+        guards = "__name__", "startup.is_command_of"  # python -m: as it finds the command, it imports the package
         guard = isinstance(node, ast.If) and any(guard in ast.unparse(node.test) for guard in guards)
         called = ast.unparse(node.value.func) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) else ""
         registration = called.endswith(".register_autograd") or called == "common.forbid_double_backward"
