@@ -36,13 +36,14 @@ class File(NamedTuple):
     @property
     def kind(self) -> str:
         """The ending that says how it is read, in lower case; "" for an unknown one."""
-        match = re.search(r"(\.parquet|\.jsonl?|\.csv|\.txt)(\.gz|\.zst)?$", self.name.lower())
-        return match[1] if match and match[0] not in (".parquet.gz", ".parquet.zst") else ""
+        match = re.search(r"(\.parquet$|\.jsonl?|\.csv|\.txt)(\.gz|\.zst)?$", self.name.lower())
+        return match[1] if match else ""
 
     @property
     def tokens(self) -> int:
         """About how many tokens of English it holds, to estimate disk space and time."""
-        bytes_per_token = 2.9 if self.kind == ".parquet" else 1.6 if not self.name.lower().endswith(self.kind) else 4.5
+        compressed = not self.name.lower().endswith(self.kind)
+        bytes_per_token = 2.9 if self.kind == ".parquet" else 1.6 if compressed else 4.5
         return int(self.bytes / bytes_per_token)
 
 
