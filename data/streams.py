@@ -25,7 +25,8 @@ def open_streams() -> None:
     """Make standard input, output and error usable: closed ones lead nowhere, and no character is an error."""
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
-            # the lowest free descriptor is this one: else the next file opened would get it, and what is printed
+            # unless startup.begin has taken the descriptor, this opens it, the lowest that is free: else the next file
+            # opened would get it, and what is printed
             opened = os.open(os.devnull, os.O_RDWR)
             setattr(sys, name, os.fdopen(opened, "r" if descriptor == 0 else "w", encoding="utf-8"))
     for stream in (sys.stdin, sys.stdout, sys.stderr):

@@ -120,14 +120,14 @@ def check_tensors(**tensors: torch.Tensor) -> None:
 
 
 def refuse_tangents(*tensors: torch.Tensor | None) -> None:
-    """Raise RuntimeError in forward-mode differentiation; of a backward too, whose gradients then have tangents."""
+    """Raise RuntimeError in forward-mode differentiation. A backward asks too: its gradients may have tangents."""
     if has_tangent(*tensors):
         raise RuntimeError("the Triton operators have no forward-mode derivative: use --kernels none for that")
 
 
 def has_tangent(*tensors: torch.Tensor | None) -> bool:
     """Return whether a derivative with respect to one of the tensors is being computed in forward mode."""
-    within = forward_ad._current_level >= 0  # the default: no look at every tensor at every call
+    within = forward_ad._current_level >= 0  # else, as in training, no tensor needs a look
     return within and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
