@@ -345,6 +345,8 @@ def test_compare_prints_the_bytes_a_token_of_each_tokenizer_on_each_file(folder,
 
 
 def test_show_puts_bars_between_tokens_and_escapes_what_is_no_character():
+    with pytest.raises(UserError, match="the text is empty"):
+        show("")
     assert "\ufffd" in show("a\udcff")  # a byte of the shell that is no UTF-8
     assert show("127 + 677 = 804", ("gpt2",)).splitlines() == [
         "gpt2: 7 tokens of 15 bytes",

@@ -49,6 +49,7 @@ def test_what_is_not_json_or_not_an_object_is_one_sentence(tmp_path, content):
         read_json(tmp_path)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs a pipe in a folder")
 def test_a_pipe_is_not_waited_for(tmp_path):
     for name in ("file.json", "x_train_0.npy", "x_train_0.bin"):
         os.mkfifo(tmp_path / name)
