@@ -1,4 +1,4 @@
-"""startup.py: the first seconds of a script, up to the moment at which all is imported."""
+"""data/startup.py and kernels/startup.py: the first seconds of a command, until all is imported."""
 
 import os
 import random
