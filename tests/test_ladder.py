@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 import train_gpt2
 from training.ladder import by_hand, climb, names, scalar, shakespeare
@@ -174,13 +175,16 @@ def test_rungs_are_climbed_once_and_end_in_a_table_and_a_picture(options, tmp_pa
     assert [*later] == [*first, "bigram-learned"] and later["scalar"] == first["scalar"]
 
 
-def test_a_table_shows_the_large_gpt_s_run_if_there_is_one(tmp_path):
+def test_the_table_and_the_picture_show_the_large_gpt_s_run_if_there_is_one(tmp_path):
     assert "python train_gpt2.py shakespeare-char" in climb.table({})
     climb.GPT_RUN.mkdir(parents=True)
     step = {"tokens": 1, "loss": 1.0, "lr": 1.0, "grad_norm": 1.0, "ms": 400.0, "tokens_per_s": 1.0, "mfu": None}
     lines = [step | {"step": i} | ({"val_loss": 1.4 + i / 25_000} if i % 1000 == 0 else {}) for i in range(1, 5001)]
     (climb.GPT_RUN / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), "utf-8")
     assert "| 1.4800 at 2,000, 1.6000 at 5,000 | 2000        |" in climb.table({})
+    climb.draw(figure := Figure(), {})
+    ours, published = ([*line.get_xdata()] for line in figure.axes[1].lines)
+    assert ours == pytest.approx([1.6]) and published == [1.4968, 1.5707]
 
 
 @pytest.mark.parametrize(

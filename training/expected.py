@@ -8,7 +8,7 @@ A run that is off by 0.15 nats still looks fine on a plot, so the band shows run
     the same on FineWeb-Edu      the same curve, 0.21 lower: runs that end at 3.27 to 3.285 on FineWeb end at 3.03 to
                                  3.09 on FineWeb-Edu; the shift is inferred from the ends alone
     the laptop preset on pydocs  the preset itself, two threads, bfloat16
-    shakespeare-char             the preset itself, one thread, bfloat16
+    shakespeare-char             the preset itself, one and two threads, bfloat16
 
 A larger GPT-2 has the same band: it should leave it downwards.
 """

@@ -32,6 +32,7 @@ SOURCES = {  # address, sha256 and what it is
     SHAKESPEARE: (tiny_shakespeare.URL, tiny_shakespeare.SHA256, "tiny Shakespeare"),
 }
 GPT_RUN = Path("runs/shakespeare-char")  # of train_gpt2.py shakespeare-char
+GPT_WHAT, GPT_PUBLISHED = "GPT-2, 6 layers of 384 channels", {2000: 1.4968, 5000: 1.5707}  # step -> loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +167,7 @@ def table(done: dict[str, dict]) -> str:
             found = done[name]
             figures = [f"{found['parameters']:,}", f"{found['steps']:,}", it.published, f"{found['loss']:.3f}"]
             rows.append([name, it.what, *figures, f"{found['seconds']:.0f}"])
-    rows.append(["char-gpt", "GPT-2, 6 layers of 384 channels", "10,770,816", *_large_gpt()])
+    rows.append(["char-gpt", GPT_WHAT, "10,770,816", *_large_gpt()])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
@@ -175,33 +176,45 @@ def table(done: dict[str, dict]) -> str:
 
 def _large_gpt() -> list[str]:
     """Return steps, published and our loss, and seconds of the preset shakespeare-char, a run of its own."""
-    records = read_log(GPT_RUN)
-    losses = {record["step"]: record["val_loss"] for record in records if "val_loss" in record}
+    records, losses = read_log(GPT_RUN), _large_gpt_losses()
     if not losses:
-        return ["", "1.4968 at 2,000, 1.5707 at 5,000", "python train_gpt2.py shakespeare-char", ""]
+        return ["", _at_steps(GPT_PUBLISHED), "python train_gpt2.py shakespeare-char", ""]
     last = max(losses)
-    ours = [f"{losses[step]:.4f} at {step:,}" for step in sorted({2000, last} & losses.keys())]
-    seconds = sum(record["ms"] for record in records) / 1000
-    return [f"{last:,}", "1.4968 at 2,000, 1.5707 at 5,000", ", ".join(ours), f"{seconds:.0f}"]
+    ours = _at_steps({step: losses[step] for step in sorted({2000, last} & losses.keys())})
+    return [f"{last:,}", _at_steps(GPT_PUBLISHED), ours, f"{sum(record['ms'] for record in records) / 1000:.0f}"]
+
+
+def _large_gpt_losses() -> dict[int, float]:
+    return {record["step"]: record["val_loss"] for record in read_log(GPT_RUN) if "val_loss" in record}
+
+
+def _at_steps(losses: dict[int, float]) -> str:
+    return ", ".join(f"{loss:.4f} at {step:,}" for step, loss in losses.items())
 
 
 def draw(figure, done: dict[str, dict]) -> None:
     """Draw our losses as dots and published ones as dashes, a panel per ladder."""
     for axes, ladder in zip(figure.subplots(1, 2), (NAMES, SHAKESPEARE), strict=True):
-        shown = [name for name in RUNGS if name in done and RUNGS[name].ladder == ladder and name != "scalar"]
-        losses = [done[name]["loss"] for name in shown]
-        axes.plot(losses, range(len(shown)), "o-", color="C0", label="ours")
-        for place, name in enumerate(shown):
-            if bounds := [float(word) for word in RUNGS[name].published.split(" to ")] if RUNGS[name].published else []:
+        rungs = [name for name in RUNGS if name in done and RUNGS[name].ladder == ladder and name != "scalar"]
+        shown = [(RUNGS[name].what, done[name]["loss"], _bounds(RUNGS[name].published)) for name in rungs]
+        if ladder == SHAKESPEARE and (losses := _large_gpt_losses()):
+            shown.append((GPT_WHAT, losses[max(losses)], [*GPT_PUBLISHED.values()]))
+        axes.plot([loss for _, loss, _ in shown], range(len(shown)), "o-", color="C0", label="ours")
+        for place, (_, _, bounds) in enumerate(shown):
+            if bounds:
                 label = "published" if place == 0 else None
                 axes.plot(bounds, [place] * len(bounds), "|-", color="C3", markersize=14, label=label)
-        axes.set_yticks(range(len(shown)), [RUNGS[name].what for name in shown])
+        axes.set_yticks(range(len(shown)), [what for what, _, _ in shown])
         axes.invert_yaxis()
         axes.set(title=ladder, xlabel="loss, nats per character")
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         if shown:
             axes.legend()
+
+
+def _bounds(published: str) -> list[float]:
+    return [float(word) for word in published.split(" to ")] if published else []
 
 
 def main(arguments: list[str] | None = None) -> None:
