@@ -209,7 +209,7 @@ def _backward(
     dy: Tensor, dsummed: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, dtype: torch.dtype
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Return dx in the dtype of x and, if `dtype` is another, in that one too; dweight; dbias."""
-    dx, *_ = _backward_outputs(dy, dsummed, x, weight, mean, rstd, dtype)
+    dx = _empty_dx(x, dtype)
     N, C = mean.numel(), x.shape[-1]
     programs, launch = backward_launch_parameters(N, C, common.architecture(x))
     dweight_parts = x.new_empty(programs, C, dtype=torch.float32)
@@ -223,8 +223,11 @@ def _backward(
 
 @_backward.register_fake
 def _backward_outputs(dy, dsummed, x, weight, mean, rstd, dtype):
-    dx = [torch.empty_like(x, dtype=each) for each in dict.fromkeys((x.dtype, dtype))]
-    return dx, torch.empty_like(weight), torch.empty_like(weight)
+    return _empty_dx(x, dtype), torch.empty_like(weight), torch.empty_like(weight)
+
+
+def _empty_dx(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    return [torch.empty_like(x, dtype=each) for each in dict.fromkeys((x.dtype, dtype))]
 
 
 common.forbid_double_backward(_backward)

@@ -252,7 +252,7 @@ def check_bench(findings: Findings, tiny: bool, folder: Path) -> None:
 
 
 def timed_ahead(rows: list[dict]) -> tuple[str, str]:
-    """Report the bench's rows in which the GPU may have waited for Python to launch its work."""
+    """Report the bench's rows whose time may be Python's, and those whose launch outlasts their work."""
     if not any("queued" in row for row in rows):
         return "skip", "no row was timed on a GPU"
     doubted = operations.doubts(rows)
